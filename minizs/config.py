@@ -1,0 +1,111 @@
+"""Settings of the three scripts: a dataclass each, filled from YAML and flags, printed and saved.
+
+    python train_policy.py --config my.yaml --lr 1e-4      # a flag wins over the file
+
+Every field has a default and a help line; an unknown name, in a flag or in the file, is refused.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+Config = TypeVar("Config")
+
+
+class UserError(Exception):
+    """Something that the user can mend. Its one sentence says what is wrong and how."""
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of a settings dataclass, with its help line."""
+    metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
+    """Read `--config FILE` and flags into a `kind`. Raises UserError for what is unknown."""
+    parser = HfArgumentParser(kind, allow_abbrev=False)
+    parser.add_argument("--config", help="A YAML file with any of these settings.")
+    parser.error = _refuse  # one sentence, not argparse's usage page
+    known, _ = parser.parse_known_args(argv)
+    if known.config:
+        parser.set_defaults(**_read_yaml(Path(known.config), kind))
+    values = vars(parser.parse_args(argv))
+    values.pop("config")
+    return kind(**values)
+
+
+def _refuse(message: str) -> None:
+    raise UserError(f"{message[0].upper()}{message[1:]}; see --help for the settings there are.")
+
+
+def _read_yaml(path: Path, kind: type) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration {path} cannot be read: {_one_line(error)}") from error
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise UserError(f"{path} should hold lines such as 'steps: 100', not a {found}.")
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(
+                f"{path} sets {name!r}, which is no setting; see --help for those there are."
+            )
+        wanted = type(fields[name].default)
+        if wanted is float and isinstance(value, str | int) and not isinstance(value, bool):
+            try:
+                values[name] = float(value)  # YAML reads 1e-4 as text
+                continue
+            except ValueError:
+                pass
+        if wanted is not type(None) and type(value) is not wanted:
+            raise UserError(f"{path} sets {name} to {value!r}, not of type {wanted.__name__}.")
+        choices = fields[name].metadata.get("choices")
+        if choices and value not in choices:
+            raise UserError(f"{path} sets {name} to {value!r}; choose from {', '.join(choices)}.")
+    return values
+
+
+def save(config: Any, path: Path) -> None:
+    """Write the resolved settings, in a form that `--config` reads."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def set_threads(threads: int) -> None:
+    """Share the cores among this machine's processes, unless told how many threads each may have.
+
+    `accelerate launch` sets one thread a process on a CPU, which would leave cores idle.
+    """
+    import torch
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    torch.set_num_threads(threads or max(1, cores // processes))
+
+
+def run_script(main: Any, argv: list[str] | None = None) -> None:
+    """Call `main(argv)`; a UserError becomes one line and exit status 2."""
+    try:
+        main(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,254 @@
+"""One optimiser update from a batch of trajectories: score, advantages, loss, step.
+
+GRPO, PPO and REINFORCE share all of it but the advantage, and where the KL goes:
+
+                 advantage                       KL to the reference
+    grpo         reward against its group        in the loss (k2 or k3)
+    reinforce    reward minus a baseline         in the loss (k2 or k3)
+    ppo          GAE with a critic               in the reward (k1)
+
+Micro-batches and processes only split the work: one count of tokens, over all of them, normalises
+the loss, every process does the same number of forward passes, and the loss goes through the module
+that Accelerate prepared, so that gradients are reduced.
+"""
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from minizs import grpo, losses, ppo, reinforce
+from minizs.batching import attention, by_budget, pad
+from minizs.logprobs import Scorer
+from minizs.trajectory import Trajectory
+
+
+@dataclass
+class Batch:
+    """Some trajectories as (B, T) tensors, padded on the right. Masks are never guessed from ids."""
+
+    rows: list[int]  # which trajectories these are
+    ids: Tensor
+    attention: Tensor
+    mask: Tensor  # 1 on the policy's own tokens
+    sampled_logprobs: Tensor  # as the rollout computed them
+    old_logprobs: Tensor | None = None  # as the scorer computes them before the first update
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        for name in ("ids", "attention", "mask", "sampled_logprobs"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+
+def collate(trajectories: list[Trajectory], rows: list[int]) -> Batch:
+    """The chosen trajectories as tensors."""
+    chosen = [trajectories[i] for i in rows]
+    return Batch(
+        rows,
+        pad([t.ids for t in chosen]),
+        attention([len(t.ids) for t in chosen]),
+        pad([t.loss_mask for t in chosen]),
+        pad([t.logprobs for t in chosen], dtype=torch.float32),
+    )
+
+
+class Learner:
+    """Owns what an update needs: the prepared scorer, its optimiser, reference and critic.
+
+    `settings` are train_policy's. `reference` is a frozen scorer, or None where no KL is asked for;
+    `critic` (and its optimiser) is for PPO alone. Modules are those that Accelerate prepared.
+    """
+
+    def __init__(self, accelerator, settings, scorer: nn.Module, optimizer, reference=None,
+                 critic=None, critic_optimizer=None) -> None:  # fmt: skip
+        self.accelerator, self.settings = accelerator, settings
+        self.scorer, self.optimizer, self.reference = scorer, optimizer, reference
+        self.critic, self.critic_optimizer = critic, critic_optimizer
+
+    def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """Learn from this process's trajectories, the rows of a group adjacent. Returns metrics."""
+        s = self.settings
+        minibatches = self._split(trajectories)
+        parts = [part for minibatch in minibatches for part in minibatch]
+        rewards = torch.tensor([t.reward for t in trajectories], device=self.accelerator.device)
+        # With one update a batch the ratio is 1 by construction and needs no old log-probabilities.
+        if s.minibatches > 1:
+            self._score(self.scorer, parts, "old_logprobs")
+        if self.reference is not None:
+            self._score(self.reference, parts, "ref_logprobs")
+        metrics = {}
+        if s.algorithm == "ppo":
+            self._score(self.critic, parts, "values")
+            metrics["kl"] = self._ppo_advantages(parts, rewards)
+        else:
+            advantages = self._outcome_advantages(rewards)  # (N,)
+            for part in parts:
+                part.advantages = advantages[part.rows][:, None] * part.mask
+            flat = grpo.flat_groups(rewards, s.group_size).float().mean()
+            metrics["flat_groups"] = self.accelerator.reduce(flat, "mean").item()
+
+        policy_stats, critic_stats, norms = [], [], []
+        for minibatch in minibatches:
+            weights, normalizer = self._token_weights(minibatch, s.loss_average)
+            losses_of = [partial(self._policy_loss, part, w, normalizer)
+                         for part, w in zip(minibatch, weights, strict=True)]  # fmt: skip
+            stats, norm = self._step(self.scorer, self.optimizer, losses_of)
+            policy_stats += stats
+            norms.append(norm)
+            if s.algorithm == "ppo":
+                _, tokens = self._token_weights(minibatch, "token")
+                losses_of = [partial(self._value_loss, part, tokens) for part in minibatch]
+                critic_stats += self._step(self.critic, self.critic_optimizer, losses_of)[0]
+        metrics |= self._gather(policy_stats)
+        if critic_stats:
+            metrics |= self._gather(critic_stats)
+        return metrics | {"grad_norm": sum(norms) / len(norms)}
+
+    def _outcome_advantages(self, rewards: Tensor) -> Tensor:
+        """GRPO's or REINFORCE's advantages of this process's rewards, (N,)."""
+        s = self.settings
+        if s.algorithm == "reinforce":
+            return reinforce.advantages(rewards, s.group_size, s.baseline)
+        # The batch's standard deviation is that of all processes together.
+        everyone = self.accelerator.gather(rewards)
+        mine = len(rewards) * self.accelerator.process_index
+        advantages = grpo.group_advantages(everyone, s.group_size, s.advantage_scale)
+        return advantages[mine : mine + len(rewards)]
+
+    def _ppo_advantages(self, parts: list[Batch], rewards: Tensor) -> float:
+        """Sets advantages (whitened over the whole batch) and returns; gives the mean k1 KL."""
+        s = self.settings
+        totals = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
+        kl_sum = torch.zeros((), device=self.accelerator.device)
+        for part in parts:
+            kl = torch.zeros_like(part.sampled_logprobs)
+            if part.ref_logprobs is not None:
+                old = part.sampled_logprobs if part.old_logprobs is None else part.old_logprobs
+                kl = losses.kl(old, part.ref_logprobs, "k1", part.mask)
+            token_rewards = ppo.token_rewards(rewards[part.rows], kl, part.mask, s.kl_coef)
+            part.advantages, part.returns = ppo.gae(
+                token_rewards, part.values, part.mask, s.gamma, s.lam
+            )
+            totals += ppo.moments(part.advantages, part.mask)
+            kl_sum += kl.sum()
+        totals = self.accelerator.reduce(totals, "sum")
+        for part in parts:
+            part.advantages = ppo.whiten(part.advantages, part.mask, totals)
+        return (self.accelerator.reduce(kl_sum, "sum") / totals[2].clamp(min=1)).item()
+
+    def _policy_loss(self, part: Batch, weights: Tensor, normalizer: Tensor):
+        s = self.settings
+        logprobs, entropy = self.scorer(part.ids, part.attention, part.mask)
+        old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
+        loss, stats = losses.policy_loss(
+            logprobs, old, part.advantages, part.mask, s.clip_low, s.clip_high, normalizer, weights,
+            s.ratio_level,
+        )  # fmt: skip
+        if part.ref_logprobs is not None and s.algorithm != "ppo":
+            kl = losses.kl(logprobs, part.ref_logprobs, s.kl_kind, part.mask)
+            loss = loss + s.kl_coef * losses.average(kl * weights, part.mask, normalizer)
+            stats["kl"] = losses.masked_mean(kl.detach(), part.mask)
+        if s.entropy_coef:
+            bonus = losses.average(entropy * weights, part.mask, normalizer)
+            loss = loss - s.entropy_coef * bonus
+        stats["entropy"] = losses.masked_mean(entropy.detach(), part.mask)
+        # Sampler and scorer are the same model: what they disagree on is rounding, and stays small.
+        gap = losses.keep(old - part.sampled_logprobs, part.mask).abs()
+        stats["logprob_gap_max"] = gap.max().detach()
+        return loss, stats
+
+    def _value_loss(self, part: Batch, normalizer: Tensor):
+        values = self.critic(part.ids, part.attention)
+        return ppo.value_loss(values, part.values, part.returns, part.mask,
+                              self.settings.value_clip, normalizer)  # fmt: skip
+
+    def _step(
+        self, module: nn.Module, optimizer, losses_of: list[Callable]
+    ) -> tuple[list[dict], float]:
+        """One optimiser step on the sum of these micro-batch losses: (statistics, gradient norm)."""
+        all_stats = []
+        for i, loss_of in enumerate(losses_of):
+            # Gradients are reduced over processes once, with the last micro-batch.
+            last = i == len(losses_of) - 1
+            with nullcontext() if last else self.accelerator.no_sync(module):
+                loss, stats = loss_of()
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            all_stats.append(stats)
+        norm = self.accelerator.clip_grad_norm_(module.parameters(), self.settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return all_stats, float(norm)
+
+    @torch.no_grad()
+    def _score(self, module: nn.Module, parts: list[Batch], name: str) -> None:
+        """Sets `name` of each part to what the module says of it, (B, T)."""
+        for part in parts:
+            if name == "values":
+                out = module(part.ids, part.attention)
+            else:
+                out = module(part.ids, part.attention, part.mask)[0]
+            setattr(part, name, out)
+
+    def _split(self, trajectories: list[Trajectory]) -> list[list[Batch]]:
+        """Minibatches (one optimiser step each) of micro-batches (one forward pass each).
+
+        Every process gets the same number of micro-batches, with empty ones added where it has
+        fewer: one that did fewer passes than the others would leave them waiting for ever.
+        """
+        s, minibatches = self.settings, []
+        for first in range(s.minibatches):
+            rows = list(range(first, len(trajectories), s.minibatches))
+            groups = by_budget([len(trajectories[i].ids) for i in rows], s.micro_tokens)
+            parts = [collate(trajectories, [rows[i] for i in group]) for group in groups]
+            count = torch.tensor(len(parts), device=self.accelerator.device)
+            most = int(self.accelerator.gather(count.view(1)).max())
+            for _ in range(most - len(parts)):
+                empty = collate(trajectories, rows[:1])
+                empty.mask.zero_()
+                parts.append(empty)
+            minibatches.append([part.to(self.accelerator.device) for part in parts])
+        return minibatches
+
+    def _token_weights(self, parts: list[Batch], kind: str) -> tuple[list[Tensor], Tensor]:
+        """Each part's token weights, and the one normaliser of all parts of all processes."""
+        longest = self.settings.max_turns * self.settings.max_turn_tokens
+        pairs = [losses.token_weights(part.mask, kind, longest) for part in parts]
+        total = torch.stack([norm.float() for _, norm in pairs]).sum()
+        total = self.accelerator.reduce(total, "sum").clamp(min=1)
+        return [weights for weights, _ in pairs], total
+
+    def _gather(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Statistics of all micro-batches of all processes as one dictionary of numbers."""
+        merged = losses.merge_stats(stats)
+        rows = self.accelerator.gather(torch.stack([v.float() for v in merged.values()])[None])
+        everyone = [dict(zip(merged, row, strict=True)) for row in rows]
+        return {name: value.item() for name, value in losses.merge_stats(everyone).items()}
+
+
+def build_learner(accelerator, settings, model, vocab_size: int) -> Learner:
+    """Scorer, reference, critic and optimisers for a policy, prepared by Accelerate."""
+    scorer = Scorer(model, settings.temperature, vocab_size)
+    reference = None
+    if settings.kl_coef:
+        reference = Scorer(copy.deepcopy(model), settings.temperature, vocab_size)
+        reference = reference.requires_grad_(False).to(accelerator.device)
+    critic = critic_optimizer = None
+    if settings.algorithm == "ppo":  # the critic starts as the policy does (paper appendix F)
+        critic = ppo.Critic(copy.deepcopy(model.base_model)).to(accelerator.device)
+        critic_optimizer = torch.optim.AdamW(
+            critic.parameters(), settings.critic_lr, weight_decay=settings.weight_decay
+        )
+        critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+    optimizer = torch.optim.AdamW(
+        scorer.parameters(), settings.lr, weight_decay=settings.weight_decay
+    )
+    scorer, optimizer = accelerator.prepare(scorer, optimizer)
+    return Learner(accelerator, settings, scorer, optimizer, reference, critic, critic_optimizer)

@@ -1,0 +1,67 @@
+"""The language that policy and search engine speak: tags, prompt, actions, blocks of documents. No torch.
+
+Paper section 3.6 and Table 1. A turn of the policy is `<think> ... </think>` followed by either
+`<search> query </search>` or `<answer> answer </answer>`; the engine's reply stands between
+`<information>` and `</information>`. A model folder may hold its own wording of the prompt in
+`prompt.txt` (the tiny world's does, because its vocabulary is small).
+"""
+
+import re
+from dataclasses import dataclass
+
+STOP = ("</search>", "</answer>")  # a turn ends at the first of these
+
+PROMPT = """Answer the given question. You must conduct reasoning inside <think> and </think> first \
+every time you get new information. After reasoning, if you find you lack some knowledge, you can \
+call a search engine by <search> query </search>, and it will return the top searched results \
+between <information> and </information>. You can search as many times as you want. If you find no \
+further external knowledge needed, you can directly provide the answer inside <answer> and \
+</answer> without detailed illustrations. For example, <answer> Beijing </answer>. \
+Question: {question}
+"""
+
+INVALID_ACTION = "\n\nThat action is not valid. Let me try again.\n\n"
+
+_ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+_DOCUMENT = re.compile(r"Doc \d+:")
+
+
+@dataclass(frozen=True)
+class Action:
+    kind: str  # "search", "answer" or "invalid"
+    content: str = ""
+
+
+def parse_action(text: str) -> Action:
+    """What one policy turn asks for: the first closed pair of tags decides.
+
+    `text` is the decoded text of that turn alone, never the prompt or a document, so that nobody
+    else's words can search or answer (upstream defect D3). A blank query is invalid.
+    """
+    match = _ACTION.search(text)
+    if match is None:
+        return Action("invalid")
+    kind, content = match[1], match[2].strip()
+    return Action("invalid") if kind == "search" and not content else Action(kind, content)
+
+
+def build_prompt(question: str, template: str = PROMPT) -> str:
+    """The text that a rollout starts from; a missing question mark is added, as in the paper's code."""
+    question = question.strip()
+    return template.replace("{question}", question if question.endswith("?") else question + "?")
+
+
+def number_documents(documents: list[str]) -> str:
+    """`Doc 1: ...` on a line each: the form in which a simulator writes and a policy reads."""
+    return "\n".join(f"Doc {i}: {text}" for i, text in enumerate(documents, 1))
+
+
+def split_documents(text: str, limit: int) -> list[str]:
+    """Undo `number_documents` on a simulator's text: at most `limit` documents, empty ones dropped."""
+    parts = [" ".join(part.split()) for part in _DOCUMENT.split(text)[1:]]
+    return [part for part in parts if part][:limit]
+
+
+def wrap_documents(numbered: str) -> str:
+    """The whole block that is appended to the policy's context after a search."""
+    return f"\n\n<information>\n{numbered}\n</information>\n\n"

@@ -1,0 +1,139 @@
+"""The multi-turn loop: the policy generates, an engine answers, and again until there is an answer.
+
+Paper section 3.1 and 3.6. All rows advance together, turn by turn: one batched generation of the
+policy, then one `search` for all queries of that turn (one batched generation of the simulator).
+A row's key-value cache lives through all its turns, and the token ids that were sampled are the
+ids that are trained on: they are decoded to be parsed, never tokenised again (defect D10).
+
+How a trajectory can end without an answer, each marked in `truncated`, with reward 0 and its tokens
+in the loss: "turns" (its last turn did not answer; a search in it is not executed), "turn_tokens"
+(a turn ran out of tokens before it closed a tag), "document_tokens" (an engine's reply is too long)
+and "context" (the next piece does not fit). Nothing is ever cut out of a context.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minizs import protocol
+from minizs.curriculum import is_noisy
+from minizs.generate import Decoder
+from minizs.randomness import uniform
+from minizs.reward import f1_score
+from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
+
+# What a random number is for is part of its key, so that no two uses ever share one.
+TOKENS, NOISE, ENGINE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In tokens, but for `turns`, which counts generations: at most `turns - 1` searches."""
+
+    turns: int = 5
+    turn_tokens: int = 500
+    document_tokens: int = 600
+    context: int = 4096
+
+
+@torch.no_grad()
+def rollout(
+    model,
+    tokenizer,
+    examples: Sequence[Example],
+    engine,
+    *,
+    group_size: int = 1,
+    limits: Limits = Limits(),  # noqa: B008 (frozen)
+    noise: float = 0.0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    keys: Sequence[tuple[int, ...]] | None = None,
+    template: str = protocol.PROMPT,
+    reward: Callable[[str | None, Sequence[str]], float] = f1_score,
+) -> list[Trajectory]:
+    """`group_size` trajectories for each example, the rows of a group adjacent.
+
+    `noise` is the probability that a search asks the engine for noisy documents, drawn once a
+    search (paper equation 1). `keys` gives each example the integers on which all its random
+    numbers hang (by default its index), so that a trajectory does not depend on what else is in the
+    batch, nor on which process computes it. Raises ValueError where a prompt leaves no room.
+    """
+    keys = [(i,) for i in range(len(examples))] if keys is None else keys
+    row_keys = [(*key, sample) for key in keys for sample in range(group_size)]
+    rows = [Trajectory(example) for example in examples for _ in range(group_size)]
+    texts = [protocol.build_prompt(example.question, template) for example in examples]
+    for i, ids in enumerate(tokenizer(texts)["input_ids"]):
+        if len(ids) >= limits.context:
+            raise ValueError(
+                f"the prompt of question {examples[i].question[:60]!r} has {len(ids)} tokens, and "
+                f"the context limit is {limits.context}; raise --max_context"
+            )
+        for row in rows[i * group_size : (i + 1) * group_size]:
+            row.append(ids)
+    decoder = Decoder(
+        model,
+        [row.ids for row in rows],
+        capacity=min(limits.context, 256),
+        vocab_size=len(tokenizer),
+        temperature=temperature,
+        seed=seed,
+        tokenizer=tokenizer,
+        stop=protocol.STOP,
+    )
+
+    live = list(range(len(rows)))
+    for turn in range(limits.turns):
+        room = [min(limits.turn_tokens, limits.context - len(rows[i].ids)) for i in live]
+        written = decoder.turn(live, room, [(TOKENS, *row_keys[i], turn) for i in live])
+        searching: list[tuple[int, SearchRequest]] = []
+        replies: list[tuple[int, str]] = []  # what is appended to a row that goes on
+        for i, out in zip(live, written, strict=True):
+            row = rows[i]
+            row.append(out.ids, out.logprobs)
+            text = tokenizer.decode(out.ids, skip_special_tokens=True)
+            action = protocol.parse_action(text)
+            row.turns.append(Turn(text, action.kind, action.content))
+            if action.kind == "answer":
+                row.answer = action.content
+            elif out.reason == "length":
+                full = len(row.ids) >= limits.context
+                row.truncated = "context" if full else "turn_tokens"
+            elif turn == limits.turns - 1:
+                row.truncated = "turns"
+            elif action.kind == "search":
+                draw = uniform(seed, NOISE, *row_keys[i], turn)
+                example, key = row.example, (ENGINE, *row_keys[i], turn)
+                request = SearchRequest(action.content, example.question, example.answers,
+                                        is_noisy(draw, noise), key)  # fmt: skip
+                searching.append((i, request))
+            else:
+                replies.append((i, protocol.INVALID_ACTION))
+
+        found = engine.search([request for _, request in searching])
+        for (i, request), documents in zip(searching, found, strict=True):
+            rows[i].turns[-1].documents, rows[i].turns[-1].noisy = documents, request.noisy
+            block = protocol.wrap_documents(protocol.number_documents(documents))
+            replies.append((i, block))
+
+        live = []
+        texts = [text for _, text in replies]
+        # A document that spells out "<|im_end|>" gets its letters, not the token that ends a turn.
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        chunks = tokenizer(texts, **plain)["input_ids"] if texts else []
+        for (i, _), ids in sorted(zip(replies, chunks, strict=True)):
+            if rows[i].turns[-1].action == "search" and len(ids) > limits.document_tokens:
+                rows[i].truncated = "document_tokens"
+            elif len(rows[i].ids) + len(ids) >= limits.context:
+                rows[i].truncated = "context"
+            else:
+                rows[i].append(ids)
+                decoder.append([i], [ids])
+                live.append(i)
+        if not live:
+            break
+
+    for row in rows:
+        row.reward = reward(row.answer, row.example.answers)
+    return rows

@@ -1,0 +1,80 @@
+"""The folder of a run: where it is, what is written into it, and in which order.
+
+config.yaml  metrics.jsonl  trajectories.jsonl  checkpoints/  policy/
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from minizs.config import UserError
+from minizs.trajectory import Trajectory
+
+RUNS = Path("runs")
+
+
+def new_folder(kind: str) -> Path:
+    """The first free `runs/KIND-N`."""
+    numbers = [p.name.rsplit("-", 1)[-1] for p in RUNS.glob(f"{kind}-*")]
+    return RUNS / f"{kind}-{1 + max((int(n) for n in numbers if n.isdigit()), default=0)}"
+
+
+def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise UserError for an output folder that something would be lost in, or that cannot be made."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file; name a folder.")
+    if folder.exists() and any(folder.iterdir()) and not (resume or overwrite):
+        raise UserError(
+            f"{folder} is not empty; add --resume to go on with it or --overwrite to lose it."
+        )
+
+
+def remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def newest_run() -> Path | None:
+    """The run that ended last, told by its finished `policy/` folder."""
+    done = [p for p in RUNS.glob("policy-*") if (p / "policy" / "config.json").is_file()]
+    return max(done, key=lambda p: (p / "policy" / "config.json").stat().st_mtime, default=None)
+
+
+def started_from(policy: Path) -> str | None:
+    """The model that a run's policy was trained from, as its settings say."""
+    settings = policy.parent / "config.yaml"
+    if not settings.is_file():
+        return None
+    return (yaml.safe_load(settings.read_text()) or {}).get("policy")
+
+
+class RunFolder:
+    """Appends to a run's two logs: one line a training step, one line a trajectory shown."""
+
+    def __init__(self, folder: Path, overwrite: bool = False) -> None:
+        self.folder = folder
+        if overwrite:
+            remove(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def cut(self, step: int) -> None:
+        """Drop the lines after `step`: a resumed run writes them again."""
+        for name in ("metrics.jsonl", "trajectories.jsonl"):
+            path = self.folder / name
+            if path.exists():
+                lines = [x for x in path.read_text().splitlines() if json.loads(x)["step"] <= step]
+                path.write_text("".join(line + "\n" for line in lines))
+
+    def write_metrics(self, metrics: dict) -> None:
+        self._append("metrics.jsonl", metrics)
+
+    def write_trajectories(self, step: int, trajectories: list[Trajectory]) -> None:
+        for trajectory in trajectories:
+            self._append("trajectories.jsonl", {"step": step} | asdict(trajectory))
+
+    def _append(self, name: str, row: dict) -> None:
+        with open(self.folder / name, "a") as file:
+            file.write(json.dumps(row) + "\n")

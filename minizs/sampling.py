@@ -1,0 +1,73 @@
+"""One step of sampling: which token comes next, and does it end the turn?
+
+A token is drawn by inverting the cumulative distribution at a number that is a hash of where the
+token stands (randomness.py). A turn ends where its text completes a stop string.
+
+Left out: top-k and top-p. The distribution that is sampled must be the one that is scored.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minizs.randomness import GOLDEN, mix64
+
+
+def uniforms(states: Sequence[int], position: int) -> Tensor:
+    """`uniform(*keys, position)` of many rows, from each row's `hash64(*keys)`: (n,) float64."""
+    folded = np.array(states, np.uint64) ^ np.uint64(position)
+    hashed = mix64(folded + np.uint64(GOLDEN))  # NumPy's uint64 wraps by itself
+    return torch.from_numpy((hashed >> 11) / 2**53)
+
+
+def draw(logp: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF sampling: (n, V) log-probabilities and (n,) numbers in [0, 1) -> (n,) ids."""
+    # float64, so that 150,000 small terms add up exactly enough (Apple's GPUs have none).
+    double = torch.float32 if logp.device.type == "mps" else torch.float64
+    cdf = logp.exp().cumsum(-1, dtype=double)  # (n, V)
+    total = cdf[:, -1:]
+    target = uniform.to(logp.device, double)[:, None] * total
+    # Strictly below the total, the first entry above the target has a probability above 0.
+    target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
+    ids = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    return ids.clamp(max=logp.shape[-1] - 1)  # only NaNs get here; the caller reports them
+
+
+class StopStrings:
+    """Whether the token a turn has just sampled completes one of the stop strings.
+
+    A tag can be several tokens, and its last one can hold what follows (`>\\n`), so text decides:
+    the decoded tail of the turn. Most tokens need no decoding, because their own text (looked up
+    once) does not hold any stop string's last character; one that holds a whole tag needs none.
+    """
+
+    def __init__(self, stop: Sequence[str], tokenizer) -> None:
+        if stop and (tokenizer is None or not all(stop)):
+            raise ValueError("stop strings need a tokenizer and must not be empty")
+        self.stop, self.tokenizer = stop, tokenizer
+        # A token is at least one byte of the tag. (One more, as decoding may trim a leading space.)
+        self.reach = 1 + max((len(s.encode()) for s in stop), default=0)
+        self.seen: dict[int, tuple[bool, bool]] = {}  # token -> (holds a tag, may end one)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+    def complete(self, ids: list[int]) -> bool:
+        """`ids` is the turn so far; no tag was complete before its last token."""
+        if not self.stop:
+            return False
+        token = ids[-1]
+        if token not in self.seen:
+            text = self._decode([token])
+            # U+FFFD: the token ends within a character, possibly a tag's last one.
+            ends = any(s[-1] in text for s in self.stop) or "\ufffd" in text
+            self.seen[token] = any(s in text for s in self.stop), ends
+        whole, ends = self.seen[token]
+        if whole or not ends:
+            return whole
+        tail = self._decode(ids[-self.reach :])
+        return any(s in tail for s in self.stop)

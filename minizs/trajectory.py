@@ -1,0 +1,75 @@
+"""The data that every part shares: a question, one search request, one turn, one trajectory. No torch."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Example:
+    """A question with all its gold answers, and the data set that it comes from."""
+
+    question: str
+    answers: tuple[str, ...]
+    source: str = "data"
+
+
+@dataclass(frozen=True)
+class SearchRequest:
+    """All that an engine may need to answer one query.
+
+    The question and its gold answers travel with the query, so that nothing has to be matched up
+    by position: upstream indexed the full batch with the rows that were still searching, and most
+    simulated documents were written for another row's question (defect D1). `key` names the
+    request for the engine's random numbers.
+    """
+
+    query: str
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    noisy: bool = False
+    key: tuple[int, ...] = ()
+
+
+@dataclass
+class Turn:
+    """One generation of the policy and what came back."""
+
+    text: str  # the policy's own words, decoded once, to be parsed and shown
+    action: str  # "search", "answer" or "invalid"
+    content: str  # the query or the answer
+    documents: list[str] | None = None  # None: nothing was searched
+    noisy: bool = False  # whether noisy documents were asked for
+
+
+@dataclass
+class Trajectory:
+    """The token ids exactly as the model saw and sampled them. It only ever grows at its end.
+
+    `loss_mask` is 1 on the tokens that the policy sampled, 0 on prompt, documents and messages;
+    `logprobs` holds the sampling log-probability where the mask is 1 and 0.0 elsewhere. The three
+    lists always have equal lengths, because `append` is the only way to extend them.
+    """
+
+    example: Example
+    ids: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    answer: str | None = None
+    truncated: str = ""  # why it ended without an answer: see rollout.py
+    reward: float = 0.0
+
+    def append(self, ids: list[int], logprobs: list[float] | None = None) -> None:
+        """Add tokens: the policy's own come with their log-probabilities, all others without."""
+        own = logprobs is not None
+        if own and len(logprobs) != len(ids):
+            raise ValueError(
+                f"{len(ids)} sampled tokens came with {len(logprobs)} log-probabilities."
+            )
+        self.ids += ids
+        self.loss_mask += [int(own)] * len(ids)
+        self.logprobs += logprobs if own else [0.0] * len(ids)
+
+    @property
+    def searches(self) -> int:
+        """How many searches were executed; one in the last turn, for instance, is not."""
+        return sum(turn.documents is not None for turn in self.turns)

@@ -1,0 +1,59 @@
+"""The noise curriculum."""
+
+import math
+
+import pytest
+
+from minizs.curriculum import is_noisy, noise_probability
+
+
+@pytest.mark.parametrize(("quarter", "expected"), [(1, 0.138071), (2, 1 / 3), (3, 0.609476)])
+def test_paper_values(quarter, expected):
+    """Guards the exponent: b^(i/m - 1), as one summary of the paper prints it, fails at once."""
+    assert noise_probability(quarter, 4, 0.0, 1.0) == pytest.approx(expected, abs=1e-6)
+    # From p_s = 0.25 to p_e = 0.5 the same way lies within [0.25, 0.5].
+    assert noise_probability(quarter, 4, 0.25, 0.5) == pytest.approx(0.25 + expected / 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("base", [0.3, 1.0, 1.0000001, 4.0, 100.0])
+def test_whole_curve_against_the_equation(base):
+    """Every step, and bases on both sides of 1, where the equation as written divides 0 by 0."""
+    for step in range(1, 204):
+        x = step / 203
+        fraction = x if abs(base - 1) < 1e-3 else (math.pow(base, x) - 1) / (base - 1)
+        got = noise_probability(step, 203, 0.75, 0.1, base)  # noise may also fall
+        assert got == pytest.approx(0.75 + fraction * (0.1 - 0.75), abs=1e-7)
+
+
+def test_ends_are_exact_and_the_end_stays():
+    """A last step that misses its end by rounding, or a longer run that overshoots past it."""
+    assert noise_probability(0, 200, 0.1, 0.75) == 0.1
+    for step in (200, 201, 10_000):
+        assert noise_probability(step, 200, 0.1, 0.75) == 0.75
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"start": -0.1},
+        {"end": 1.5},
+        {"start": math.nan},
+        {"step": -1},
+        {"total_steps": 0},
+        {"base": 0.0},
+        {"base": -4.0},
+        {"base": math.inf},
+    ],
+)
+def test_nonsense_is_refused(wrong):
+    """A percentage given for a probability must not silently make every document noisy."""
+    arguments = {"step": 1, "total_steps": 10, "start": 0.0, "end": 0.5, "base": 4.0} | wrong
+    with pytest.raises(ValueError):
+        noise_probability(**arguments)
+
+
+def test_draw_at_the_boundaries():
+    """With <= instead of <, a probability of 0 would still be noisy once in a while."""
+    assert not is_noisy(0.0, 0.0)
+    assert is_noisy(1.0 - 2**-53, 1.0)
+    assert is_noisy(0.2, 0.3) and not is_noisy(0.4, 0.3)

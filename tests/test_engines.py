@@ -1,0 +1,62 @@
+"""The real search engines."""
+
+import pytest
+
+from minizs.engines import BM25, NoDocuments, holds_answer
+from minizs.randomness import uniform
+from minizs.trajectory import SearchRequest
+
+DOCUMENTS = [
+    "Ann was born in Rome", "Ann works for Acme", "Ann likes cats", "Ann owns a boat",
+    "Bob was born in Oslo", "Bob works for Acme", "Bob likes dogs", "Rome lies in Italy",
+    "Oslo lies in Norway", "Cid was born in Rome",
+]  # fmt: skip
+
+
+def ask(query, noisy=False, answers=("Rome",)):
+    return SearchRequest(query, "where was Ann born?", answers, noisy)
+
+
+def test_the_best_documents_come_first():
+    """Guards ranking, top_k, and replies in another order than the requests."""
+    engine = BM25(DOCUMENTS, top_k=2)
+    found = engine.search([ask("where was ann BORN?"), ask("Oslo lies in")])
+    assert [len(documents) for documents in found] == [2, 2]
+    assert found[0][0] == DOCUMENTS[0] and found[1][0] == DOCUMENTS[8]
+    assert engine.search([]) == []
+    assert len(BM25(DOCUMENTS[:2], top_k=5).search([ask("Ann")])[0]) == 2
+
+
+@pytest.mark.parametrize("query", ["?", "zzz", "", "\n"])
+def test_queries_of_no_known_word(query):
+    """Guards a training run that ends with a policy's first odd query."""
+    assert len(BM25(DOCUMENTS, top_k=3).search([ask(query), ask("Ann")])) == 2
+
+
+def test_noise_takes_the_useful_documents_out():
+    """Guards noise that leaves the answer in, spoils the other requests, or is off topic."""
+    engine = BM25(DOCUMENTS, top_k=2)
+    clean, noisy = engine.search([ask("Ann born in"), ask("Ann born in", noisy=True)])
+    assert clean[0] == DOCUMENTS[0] and clean == engine.search([ask("Ann born in")])[0]
+    assert len(noisy) == 2 and not any("Rome" in text for text in noisy)
+    assert any("Ann" in text for text in noisy)  # still the best-ranked of the rest
+
+
+def test_the_share_of_noisy_requests_is_what_was_asked_for():
+    """Guards noise that is drawn elsewhere than by the request's own mark."""
+    engine, p = BM25(DOCUMENTS, top_k=2), 0.3
+    requests = [ask("Ann born in", uniform(0, i) < p) for i in range(300)]
+    spoiled = ["Ann was born in Rome" not in found for found in engine.search(requests)]
+    assert spoiled == [request.noisy for request in requests]
+    assert sum(spoiled) / 300 == pytest.approx(p, abs=0.08)
+
+
+def test_holds_answer():
+    """Guards the general judge: any gold answer, whatever its capitals."""
+    assert holds_answer("born in ROME", ask("q", answers=("Paris", "rome")))
+    assert not holds_answer("born in Oslo", ask("q"))
+
+
+def test_no_documents():
+    """Guards the score from memory alone: one empty reply a request."""
+    assert NoDocuments().search([ask("a"), ask("b")]) == [[], []]

@@ -1,0 +1,193 @@
+"""Generation against `transformers`, against the scored log-probabilities, and against itself."""
+
+import random
+
+import pytest
+import torch
+from conftest import EOS, VOCAB, ScriptedHead, make_model
+
+from minizs.generate import Decoder, generate
+from minizs.logprobs import token_logprobs
+
+
+def make_prompts(lengths=(9, 1, 17, 4), seed=0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(2, VOCAB) for _ in range(n)] for n in lengths]
+
+
+def library_greedy(model, prompt, new):
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+def rescored(model, prefix, pieces, **options):
+    """`token_logprobs` of prefix + pieces, (ids, mask) each: what the masked tokens score."""
+    ids = prefix + [i for piece, _ in pieces for i in piece]
+    mask = [0] * len(prefix) + [m for piece, m in pieces for _ in piece]
+    ids, mask = torch.tensor([ids]), torch.tensor([mask])
+    return token_logprobs(model, ids, torch.ones_like(ids), mask, **options)[mask == 1].tolist()
+
+
+# ---- the model is run rightly -------------------------------------------------------------------
+
+
+def test_greedy_equals_transformers(family):
+    """Guards against wrong positions or masks among rows of different lengths."""
+    model, prompts = make_model(family), make_prompts()
+    for prompt, result in zip(prompts, generate(model, prompts, 24, temperature=0), strict=True):
+        assert result.ids == library_greedy(model, prompt, 24)
+        assert result.logprobs == pytest.approx(
+            rescored(model, prompt, [(result.ids, 1)]), abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_train_mode_and_attention_are_the_callers(attention):
+    """Guards against dropout or an eager mask in generation, and against a model left changed."""
+    model, prompts = make_model(attention_dropout=0.5), make_prompts()
+    expected = generate(model, prompts, 8)
+    model.train()
+    model.set_attn_implementation(attention)
+    assert generate(model, prompts, 8) == expected
+    assert model.training and model.model.layers[0].training
+    assert model.config._attn_implementation == attention
+
+
+@pytest.mark.parametrize("temperature, vocab_size", [(1.0, None), (0.6, 90)])
+def test_logprobs_of_several_turns_equal_rescoring(family, temperature, vocab_size):
+    """Guards against any drift between rollout and training: lengths, documents, temperature,
+    vocabulary cut, a pad id that equals eos and also occurs inside a prompt."""
+    model, prompts = make_model(family), make_prompts()
+    prompts[0][3] = EOS
+    options = {"temperature": temperature, "vocab_size": vocab_size}
+    decoder = Decoder(model, prompts, seed=3, **options)
+    pieces, sampled = [[] for _ in prompts], [[] for _ in prompts]
+    documents = make_prompts((5, 12, 1, 8), seed=1)
+    for turn, rows in enumerate([[0, 1, 2, 3], [3, 0, 2], [2, 0]]):
+        for row, result in zip(rows, decoder.turn(rows, 7, [(r, turn) for r in rows]), strict=True):
+            pieces[row] += [(result.ids, 1), (documents[row], 0)]
+            sampled[row] += result.logprobs
+        decoder.append(rows, [documents[row] for row in rows])
+    for row, prompt in enumerate(prompts):
+        assert len(sampled[row]) > 0
+        expected = rescored(model, prompt, pieces[row], **options)
+        assert sampled[row] == pytest.approx(expected, abs=1e-4)
+        assert decoder.size(row) == len(prompt) + sum(len(piece) for piece, _ in pieces[row])
+
+
+def test_replaced_head_works():
+    """Guards against a head whose weights are used by hand instead of being called."""
+    model = make_model()
+    model.lm_head = ScriptedHead([7, 8, EOS], VOCAB)
+    assert generate(model, [[5, 6]], 9)[0].ids == [7, 8, EOS]
+
+
+# ---- batch layout changes nothing ---------------------------------------------------------------
+
+
+def test_a_batch_of_one_equals_a_batch_of_many():
+    """Guards against rows that see each other: order, groups with one prompt, early leavers."""
+    model = make_model(dtype=torch.float64)
+    prompts = [prompt for prompt in make_prompts() for _ in range(3)]
+    keys = [(i // 3, i % 3) for i in range(len(prompts))]
+    together = generate(model, prompts, 40, keys=keys)
+    assert len({result.reason for result in together}) == 2  # some rows left early, some did not
+    for prompt, key, expected in zip(prompts, keys, together, strict=True):
+        assert generate(model, [prompt], 40, keys=[key])[0].ids == expected.ids
+    order = random.Random(0).sample(range(len(prompts)), len(prompts))
+    shuffled = generate(model, [prompts[i] for i in order], 40, keys=[keys[i] for i in order])
+    assert [result.ids for result in shuffled] == [together[i].ids for i in order]
+
+
+def test_turns_do_not_depend_on_the_other_rows():
+    """Guards against cache rows mixed up by swapping, keeping or growing the cache."""
+    model, prompts = make_model(dtype=torch.float64), make_prompts((9, 2, 17, 4, 6))
+
+    def play(rows, keep):
+        decoder = Decoder(model, prompts, seed=5, eos_id=range(20))
+        texts = {row: [] for row in rows}
+        for turn in range(4):
+            active = [row for row in rows if turn < 3 or row % 2 == 0]
+            if keep:
+                decoder.keep(active)
+            keys = [(row, turn) for row in active]
+            for row, result in zip(active, decoder.turn(active, 12, keys), strict=True):
+                texts[row] += result.ids
+            decoder.append(active, [prompts[row] for row in active])
+        return texts
+
+    together = play([4, 0, 3, 2, 1], keep=False)
+    assert together == play([0, 1, 2, 3, 4], keep=True)
+    for row, text in together.items():
+        assert play([row], keep=False)[row] == text
+
+
+def test_chunks_in_groups_of_rows(monkeypatch):
+    """Guards against cache rows written at the wrong place when one forward pass is too large."""
+    model, prompts = make_model(dtype=torch.float64), make_prompts((9, 8, 17, 4, 6))
+    expected = generate(model, prompts, 10)
+    monkeypatch.setattr("minizs.generate.FORWARD_TOKENS", 20)
+    assert [r.ids for r in generate(model, prompts, 10)] == [r.ids for r in expected]
+
+
+def test_every_token_is_computed_once():
+    """Guards against a prompt computed once a sample, and a text computed again each turn."""
+    model, prompt, group, new = make_model(), make_prompts((30,))[0], 4, 5
+    fed = []
+    model.model.embed_tokens.register_forward_hook(lambda _m, ids, _o: fed.append(ids[0].numel()))
+    decoder = Decoder(model, [prompt] * group, eos_id=())
+    rows = range(group)
+    assert decoder.positions == sum(fed) == len(prompt) - 1
+    decoder.turn(rows, new, rows)
+    # The prompt's last token, and all sampled ones but the last, which is pending.
+    assert decoder.positions == sum(fed) == len(prompt) - 1 + group * new
+    decoder.append(rows, [[7, 8, 9]] * group)
+    decoder.turn(rows, new, [(row, 1) for row in rows])
+    total = len(prompt) - 1 + group * (1 + new + 3 + new - 1)
+    assert decoder.positions == sum(fed) == total
+
+
+def test_rows_that_have_stopped_are_not_computed():
+    """Guards against a batch that keeps paying for finished rows."""
+    model = make_model()
+    decoder = Decoder(model, make_prompts(), eos_id=())
+    before = decoder.positions
+    results = decoder.turn(range(4), [1, 2, 3, 0], range(4))
+    assert [len(result.ids) for result in results] == [1, 2, 3, 0]
+    assert {result.reason for result in results} == {"length"}
+    assert decoder.positions - before == 1 + 2 + 3
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts, options, sentence",
+    [
+        ([[5], []], {}, "empty"),
+        ([[5, VOCAB]], {}, "outside the model's vocabulary"),
+        ([[5] * 250], {}, "exceed"),
+        ([[5]], {"stop": ("</search>",)}, "tokenizer"),
+    ],
+)
+def test_refusals(prompts, options, sentence):
+    """Guards against an index error on the GPU, or rotary positions the model never saw."""
+    with pytest.raises(ValueError, match=sentence):
+        generate(make_model(), prompts, 10, **options)
+
+
+def test_unsupported_models_are_refused():
+    """Guards against silently wrong logits or masks of families this loop does not know."""
+    model = make_model()
+    model.config.logits_scaling = 8.0
+    with pytest.raises(ValueError, match="logits_scaling"):
+        generate(model, [[5]], 2)
+    model = make_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    assert generate(model, [[5, 6]], 6, temperature=0)[0].ids == library_greedy(model, [5, 6], 6)
+    with pytest.raises(ValueError, match="exceed"):
+        generate(model, [[5, 6]], 7)
+
+
+def test_no_prompts():
+    """Guards against an empty batch, such as no row left to answer."""
+    assert generate(make_model(), [], 5) == []

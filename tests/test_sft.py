@@ -1,0 +1,72 @@
+"""Supervised fine-tuning: texts to tokens, batches, and the loss."""
+
+import random
+
+import pytest
+import torch
+from conftest import VOCAB, make_model, make_tokenizer, with_bos
+
+from minizs import sft
+
+
+def make_texts(n: int = 5, seed: int = 0) -> list[sft.Tokens]:
+    rng = random.Random(seed)
+    lengths = [rng.randint(3, 12) for _ in range(n)]
+    return [
+        ([rng.randrange(VOCAB) for _ in range(k)], [0, *(rng.randint(0, 1) for _ in range(k - 1))])
+        for k in lengths
+    ]
+
+
+def test_encode_marks_pieces_and_keeps_their_ids():
+    """Guards pieces that merge with each other: a rollout appends them one by one."""
+    tokenizer = make_tokenizer(("ab",))
+    ids, mask = sft.encode(tokenizer, [("xa", False), ("by", True), ("z", False)], end=True)
+    assert tokenizer.convert_ids_to_tokens(ids) == ["x", "a", "b", "y", "z", "<eos>"]
+    assert mask == [0, 0, 1, 1, 0, 1]
+    assert sft.encode(tokenizer, [("xa", True)]) == (ids[:2], [1, 1])
+
+
+def test_only_the_opening_piece_gets_a_bos():
+    """Guards a BOS before every piece, or a training text without the one that use puts first."""
+    tokenizer = with_bos(make_tokenizer())
+    ids, mask = sft.encode(tokenizer, [("x", False), ("y", True)])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<eos>", "x", "y"]
+    assert mask == [0, 0, 1]
+
+
+def test_batches_hold_every_text_once_within_the_budget():
+    """Guards texts that are dropped at a pool's end, and batches in the order of their length."""
+    texts = make_texts(50)
+    made = list(sft.batches(iter(texts), 40, random.Random(0), pool=20))
+    assert sorted(t for batch in made for t in batch) == sorted(texts)
+    widths = [max(len(ids) for ids, _ in batch) for batch in made]
+    assert all(len(batch) * width <= 40 for batch, width in zip(made, widths, strict=True))
+    assert widths != sorted(widths, reverse=True)
+    assert made != list(sft.batches(iter(texts), 40, random.Random(1), pool=20))
+
+
+def test_nll_against_loops():
+    """Guards an off-by-one, a mean of means, and padding that is learned."""
+    model, texts = make_model(), make_texts()
+    loss, count = sft.nll(model, *sft.collate(texts))
+    expected = 0.0
+    for ids, mask in texts:
+        logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected -= sum(logp[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
+    assert count == sum(sum(mask) for _, mask in texts)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_lowers_the_loss():
+    """Guards a gradient that does not reach the model."""
+    model, batch = make_model(), sft.collate(make_texts())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(5):
+        loss, count = sft.nll(model, *batch)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)

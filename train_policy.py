@@ -1,0 +1,224 @@
+"""Stage 2: teach a language model to search, by reinforcement learning against a simulated engine.
+
+    accelerate launch train_policy.py                        # the tiny world, offline, on any machine
+    accelerate launch train_policy.py --algorithm ppo --steps 100 --seed 2
+    python train_policy.py --help
+
+The loop in `train` is the whole method (arXiv 2505.04588): the curriculum sets how noisy the
+simulator is, a batch of questions is rolled out, F1 rewards the answers, one update is made.
+What a trajectory, a reward or an update is, the modules in minizs/ say, one idea each.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from minizs.config import UserError, option, parse, require, run_script, save, set_threads
+
+ENGINES = ("simulator", "bm25")
+
+
+@dataclass
+class PolicyConfig:
+    policy: str = option("tiny", "The model to train: 'tiny' (shipped), a folder or a hub name.")
+    simulator: str = option(
+        "", "A simulator's folder; empty: runs/simulator, made if it is missing."
+    )
+    data: str = option("world", "Training questions: 'world' or a .jsonl, .json or .parquet file.")
+    corpus: str = option("", "For bm25 on your own data: a text file with one document a line.")
+    output: str = option("", "The run's folder; empty: a new runs/policy-N.")
+    overwrite: bool = option(False, "Delete what the output folder holds.")
+    resume: str | None = option(
+        None, "Go on from the newest checkpoint (--resume latest) or one named."
+    )
+    algorithm: str = option("grpo", "How rewards become advantages.", ("grpo", "ppo", "reinforce"))
+    steps: int = option(60, "Training steps; each is one batch of rollouts.")
+    seed: int = option(0, "Decides every random number of the run.")
+    batch_questions: int = option(16, "Questions a step, over all processes.")
+    group_size: int = option(8, "Trajectories a question.")
+
+    engine: str = option("simulator", "What answers the searches in training.", ENGINES)
+    noise_start: float = option(0.0, "Probability of noisy documents at the first step.")
+    noise_end: float = option(0.25, "The same at the last step.")
+    noise_base: float = option(4.0, "The curriculum's base; 1 is a straight line.")
+    engine_noise: float = option(
+        0.0, "How often a real engine gives documents without what is needed."
+    )
+    top_k: int = option(3, "Documents a search.")
+    simulator_temperature: float = option(1.0, "At which the simulator writes.")
+    max_turns: int = option(6, "Generations a trajectory; there are at most one fewer searches.")
+    max_turn_tokens: int = option(40, "Tokens the policy may write in a turn.")
+    max_document_tokens: int = option(80, "Tokens of an engine's reply, tags included.")
+    max_context: int = option(448, "Tokens of a whole trajectory.")
+    temperature: float = option(1.0, "At which the policy samples, and is scored.")
+
+    lr: float = option(4e-4, "Peak learning rate of the policy (AdamW).")
+    warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak.")
+    weight_decay: float = option(0.0, "AdamW's.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
+    minibatches: int = option(1, "Optimiser steps a batch of rollouts.")
+    micro_tokens: int = option(
+        8192, "Positions in one forward pass, padding counted: bounds memory."
+    )
+    clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.")
+    clip_high: float = option(0.28, "And above 1 plus this (clip-higher, arXiv 2503.14476).")
+    ratio_level: str = option(
+        "token", "'sequence' is GSPO, arXiv 2507.18071.", ("token", "sequence")
+    )
+    loss_average: str = option("token", "How tokens are averaged; 'constant' is Dr. GRPO's.",
+                               ("token", "sequence", "constant"))  # fmt: skip
+    kl_coef: float = option(0.02, "Weight of the KL to the starting model; 0 turns it off.")
+    kl_kind: str = option("k3", "KL estimator in the loss; PPO has k1 in the reward.", ("k2", "k3"))
+    entropy_coef: float = option(0.0, "Weight of an entropy bonus.")
+    advantage_scale: str = option("group", "GRPO: divide by this deviation; 'none' is Dr. GRPO.",
+                                  ("group", "batch", "none"))  # fmt: skip
+    baseline: str = option("leave_one_out", "REINFORCE: subtracted from the reward.",
+                           ("leave_one_out", "mean", "none"))  # fmt: skip
+    critic_lr: float = option(1e-3, "PPO: learning rate of the critic.")
+    value_clip: float = option(0.5, "PPO: how far a value may move in an update.")
+    gamma: float = option(1.0, "PPO: discount a token.")
+    lam: float = option(1.0, "PPO: GAE's lambda.")
+
+    eval_every: int = option(20, "Steps between evaluations on held-out questions; 0: never.")
+    eval_questions: int = option(200, "Held-out questions, answered greedily with the real engine.")
+    save_every: int = option(20, "Steps between checkpoints; 0: only the final model.")
+    keep: int = option(2, "Checkpoints kept.")
+    log_trajectories: int = option(8, "Trajectories a step that are written to trajectories.jsonl.")
+    threads: int = option(0, "CPU threads a process; 0: all cores, shared by the processes.")
+
+
+def check(config: PolicyConfig) -> None:
+    """Raise UserError for what is wrong with the settings, before anything expensive starts."""
+    from minizs import data, models, runs, stages
+
+    positive = "steps batch_questions group_size top_k max_turns max_turn_tokens minibatches lr temperature"
+    for name in positive.split():
+        require(getattr(config, name) > 0, f"--{name} must be greater than 0.")
+    for name in ("noise_start", "noise_end", "engine_noise", "warmup"):
+        require(0 <= getattr(config, name) <= 1, f"--{name} is a share: give a number from 0 to 1.")
+    alone = (
+        config.algorithm == "ppo" or config.baseline == "none" and config.algorithm == "reinforce"
+    )
+    require(alone or config.group_size > 1, f"--algorithm {config.algorithm} compares the trajectories "
+            "of a question: give --group_size 2 or more.")  # fmt: skip
+    rows = config.batch_questions * config.group_size
+    require(rows % config.minibatches == 0, f"--minibatches {config.minibatches} does not divide the "
+            f"{rows} trajectories of a step.")  # fmt: skip
+    require(
+        config.engine != "simulator" or not config.engine_noise,
+        "--engine_noise is for real engines; the simulator has --noise_start and --noise_end.",
+    )
+    models.check_model(config.policy)
+    models.check_positions(config.policy, config.max_context)
+    data.check(config.data)
+    stages.check_engine(config)
+    runs.check_free(Path(config.output), bool(config.resume), config.overwrite)
+
+
+def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template: str, examples,
+          engine, held_out, run, first: int) -> None:  # fmt: skip
+    """The method. `first` is the step to begin with; `held_out` gives the figures of an evaluation."""
+    from tqdm import tqdm
+
+    from minizs import checkpoint, data, metrics, stages
+    from minizs.curriculum import noise_probability
+    from minizs.rollout import rollout
+
+    rank, world = accelerator.process_index, accelerator.num_processes
+    steps = tqdm(range(first, config.steps + 1), initial=first - 1, total=config.steps,
+                 disable=not accelerator.is_main_process, dynamic_ncols=True)  # fmt: skip
+    for step in steps:
+        started = time.perf_counter()
+        noise = config.engine_noise
+        if config.engine == "simulator":
+            noise = noise_probability(
+                step, config.steps, config.noise_start, config.noise_end, config.noise_base
+            )
+        mine = data.batch(examples, step, config.batch_questions, config.seed)[rank::world]
+        trajectories = rollout(
+            model, tokenizer, [examples[i] for i in mine], engine,
+            group_size=config.group_size, limits=stages.limits(config), noise=noise,
+            temperature=config.temperature, seed=config.seed, template=template,
+            keys=[(step, i) for i in mine],
+        )  # fmt: skip
+        rolled_out = time.perf_counter()
+        set_learning_rates(config, learner, step)
+        figures = {"step": step, "noise": noise}
+        figures |= metrics.of_trajectories(accelerator, trajectories) | learner.update(trajectories)
+        figures["seconds_rollout"] = rolled_out - started
+        figures["seconds_update"] = time.perf_counter() - rolled_out
+        if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
+            figures |= {f"held_out_{name}": value for name, value in held_out().items()}
+        figures["seconds"] = time.perf_counter() - started
+        if accelerator.is_main_process:
+            run.write_metrics(figures)
+            run.write_trajectories(step, trajectories[: config.log_trajectories])
+        steps.set_postfix({name: f"{figures[name]:.2f}" for name in
+                           ("reward", "noise", "searches_per_question", "seconds")})  # fmt: skip
+        if config.save_every and step % config.save_every == 0 and step < config.steps:
+            checkpoint.save(accelerator, run.folder / "checkpoints", step, config.keep)
+
+
+def set_learning_rates(config: PolicyConfig, learner, step: int) -> None:
+    """Linear warm-up over the first `warmup` of the steps, constant after it."""
+    share = min(1.0, step / max(1, round(config.warmup * config.steps)))
+    for optimizer, lr in (
+        (learner.optimizer, config.lr),
+        (learner.critic_optimizer, config.critic_lr),
+    ):
+        for group in optimizer.param_groups if optimizer else ():
+            group["lr"] = lr * share
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(PolicyConfig, argv)
+    check(config)
+    set_threads(config.threads)
+    from accelerate import Accelerator
+
+    from minizs import checkpoint, data, models, runs, stages
+    from minizs.learner import build_learner
+
+    accelerator = Accelerator()
+    require(config.batch_questions % accelerator.num_processes == 0,
+            f"--batch_questions {config.batch_questions} does not split over "
+            f"{accelerator.num_processes} processes.")  # fmt: skip
+    examples = data.load(config.data, "train")
+    engine = stages.training_engine(config, accelerator)
+    folder = Path(config.output) if config.output else stages.agreed_folder(accelerator, "policy")
+    resumed = checkpoint.find(config.resume, folder / "checkpoints") if config.resume else None
+
+    model, tokenizer = models.load(config.policy, accelerator.device)
+    template = models.load_prompt(config.policy)
+    learner = build_learner(accelerator, config, model, len(tokenizer))
+    first = 1 + (checkpoint.load(accelerator, resumed) if resumed else 0)
+    run = None
+    if accelerator.is_main_process:
+        run = runs.RunFolder(folder, config.overwrite)
+        run.cut(first - 1)
+        save(config, folder / "config.yaml")
+    accelerator.wait_for_everyone()
+    held_out = stages.held_out(config, accelerator, model, tokenizer, template, engine)
+    train(
+        config,
+        accelerator,
+        learner,
+        model,
+        tokenizer,
+        template,
+        examples,
+        engine,
+        held_out,
+        run,
+        first,
+    )
+    if accelerator.is_main_process:
+        models.save(model, tokenizer, folder / "policy", prompt=template)
+        print(
+            f"The policy is in {folder / 'policy'}; test it with: python evaluate.py --policy {folder / 'policy'}"
+        )
+
+
+if __name__ == "__main__":
+    run_script(main)

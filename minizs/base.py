@@ -10,7 +10,7 @@ It learns from three kinds of text, with the loss on what a model would write it
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from minizs import protocol
@@ -142,15 +142,12 @@ def drill(world: World, question: Question, search: Search, rng: random.Random) 
     return segments
 
 
-def recital(world: World, question: Question, search: Search, rng: random.Random) -> list[Segment]:
+def recital(world: World, size: int, rng: random.Random) -> list[Segment]:
     """Random documents, then the same in another order: the plainest exercise in copying."""
-    documents = rng.sample(world.documents, N_RECITE)
+    documents = rng.sample(world.documents, size)
     block = protocol.wrap_documents(protocol.number_documents(documents))
-    again = [(f"<think> {text} </think>", True) for text in rng.sample(documents, len(documents))]
+    again = [(f"<think> {text} </think>", True) for text in rng.sample(documents, size)]
     return [(block, False), *again]
-
-
-N_RECITE = 8
 
 
 def page(world: World, question: Question, search: Search, rng: random.Random) -> list[Segment]:
@@ -164,25 +161,36 @@ def page(world: World, question: Question, search: Search, rng: random.Random) -
     return [(prompt, False), (protocol.number_documents(search(query, question, 0.5)), True)]
 
 
-def stream(seed: int, weights: tuple[float, ...], per_world: int = 200) -> Iterator[list[Segment]]:
-    """Endless training texts over re-drawn worlds; `weights` are of recitals, drills, demos, pages."""
+def stream(
+    seed: int, weights: Callable[[], Sequence[float]], progress: Callable[[], float]
+) -> Iterator[tuple[list[Segment], bool]]:
+    """Endless training texts over re-drawn worlds, each with whether it ends (in the eos token).
+
+    `weights()` are those of recitals, drills, demonstrations and pages just now; recitals grow from
+    two documents to eight with `progress()`.
+    """
     rng, number = random.Random(f"base {seed}"), 0
     while True:
         world = World(seed * 100_000 + number, people=60, towns=30, companies=30, countries=12)
         number += 1
         engine = BM25(world.documents, top_k=8)
 
-        def search(
-            query: str, question: Question, noise: float, engine: BM25 = engine
-        ) -> list[str]:
+        def search(query: str, question: Question, noise: float, engine: BM25 = engine) -> list[str]:
             ranked = engine.search([SearchRequest(query)])[0]
             if rng.random() < noise:
                 ranked = [d for d in ranked if not holds_what_is_needed(d, query, question)]
             return ranked[:3]
 
-        for question in world.questions()[:per_world]:
-            make = rng.choices([recital, drill, demonstration, page], weights)[0]
-            yield make(world, question, search, rng)
+        for question in world.questions()[:200]:
+            kind = rng.choices(["recital", "drill", "demonstration", "page"], weights())[0]
+            if kind == "recital":
+                yield recital(world, min(8, 2 + int(progress() * 60)), rng), False
+            elif kind == "drill":
+                yield drill(world, question, search, rng), False
+            elif kind == "demonstration":
+                yield demonstration(world, question, search, rng), False
+            else:
+                yield page(world, question, search, rng), True
 
 
 def make_tokenizer():

@@ -1,6 +1,6 @@
-"""Stage 3: test a policy with a real search engine, before and after training; or ask it a question.
+"""Stage 3: test a policy with a real search engine, beside what it began as; or ask it a question.
 
-    python evaluate.py                                  # the newest run, BM25, 1,000 unseen questions
+    python evaluate.py                                  # the newest run, BM25, 1,000 questions
     python evaluate.py --policy DIR --engine_noise 0.5  # an engine that is wrong half of the time
     python evaluate.py --ask "where was Holo Trelmow born?"
 
@@ -20,11 +20,17 @@ ENGINES = ("bm25", "simulator", "none")
 @dataclass
 class EvalConfig:
     policy: str = option("", "A policy's folder; empty: that of the newest finished run.")
-    before: str = option("auto", "The model to compare with; 'auto': what the run began with; 'none'.")
+    before: str = option(
+        "auto", "The model to compare with; 'auto': what the run began with; 'none'."
+    )
     engine: str = option("bm25", "What answers the searches; 'none': an empty block.", ENGINES)
-    engine_noise: float = option(0.0, "How often a reply is made of documents without what is needed.")
+    engine_noise: float = option(
+        0.0, "How often a reply is made of documents without what is needed."
+    )
     simulator: str = option("", "For --engine simulator: its folder; empty: runs/simulator.")
-    data: str = option("world", "Questions: 'world' (unseen facts) or a .jsonl, .json, .parquet file.")
+    data: str = option(
+        "world", "Questions: 'world' (unseen facts) or a .jsonl, .json, .parquet file."
+    )
     corpus: str = option("", "For --engine bm25: a text file with one document a line.")
     questions: int = option(1000, "How many questions at most; 0: all.")
     output: str = option("", "Where the figures go; empty: evaluation.json beside the policy.")
@@ -81,12 +87,11 @@ def fill_in(config: EvalConfig) -> None:
 
 
 def engine_of(config: EvalConfig):
-    from minizs import stages
+    from minizs import models, stages
 
     if config.engine == "simulator":
         folder = config.simulator or str(stages.make_default_simulator())
-        temperature = config.simulator_temperature
-        return stages.simulated_engine(folder, config.top_k, temperature, config.seed, "cpu")
+        return stages.simulated_engine(folder, config, models.device())
     return stages.real_engine(config, "test")
 
 
@@ -120,8 +125,9 @@ def ask(config: EvalConfig, engine) -> None:
             return replies
 
     print(f"question {config.ask}")
-    [row] = rollout(model, tokenizer, [Example(config.ask, ())], Shown(), temperature=config.temperature,
-                    seed=config.seed, noise=config.engine_noise, limits=stages.limits(config),
+    [row] = rollout(model, tokenizer, [Example(config.ask, ())], Shown(),
+                    temperature=config.temperature, seed=config.seed,
+                    noise=config.engine_noise, limits=stages.limits(config),
                     template=models.load_prompt(config.policy))  # fmt: skip
     print(f"answer   {row.answer}" if row.answer else f"no answer: out of {row.truncated}")
 
@@ -131,8 +137,13 @@ def show(tables: dict[str, dict], config: EvalConfig) -> str:
     lines = [f"{'':22}{'data':10}{'n':>6}{'F1':>14}{'EM':>14}{'contains':>14}{'searches':>10}"]
     for policy, table in tables.items():
         for name, row in table.items():
-            cells = "".join(f"{100 * row[m]:7.1f} ± {100 * row[m + '_stderr']:4.1f}" for m in ("f1", "em", "sub_em"))
-            lines.append(f"{policy[-20:]:22}{name:10}{row['n']:6}{cells}{row['searches_per_question']:10.2f}")
+            cells = "".join(
+                f"{100 * row[m]:7.1f} ± {100 * row[m + '_stderr']:4.1f}"
+                for m in ("f1", "em", "sub_em")
+            )
+            lines.append(
+                f"{policy[-20:]:22}{name:10}{row['n']:6}{cells}{row['searches_per_question']:10.2f}"
+            )
     if config.engine == "simulator":
         lines.append("The simulator has seen the gold answers: this is no test of the policy.")
     return "\n".join(lines)
@@ -151,7 +162,9 @@ def main(argv: list[str] | None = None) -> None:
     examples = data.load(config.data, "test")
     examples = examples[: config.questions] if config.questions else examples
     policies = [config.before] if config.before != "none" else []
-    tables = {policy: evaluate(config, policy, examples, engine) for policy in [*policies, config.policy]}
+    tables = {
+        policy: evaluate(config, policy, examples, engine) for policy in [*policies, config.policy]
+    }
     print(show(tables, config))
     figures = tables[config.policy] | {"settings": vars(config)}
     if config.before != "none":

@@ -1,6 +1,6 @@
 """Stage 2: teach a language model to search, by reinforcement learning against a simulated engine.
 
-    accelerate launch train_policy.py                        # the tiny world, offline, on any machine
+    accelerate launch train_policy.py                   # the tiny world, offline, on any machine
     accelerate launch train_policy.py --algorithm ppo --steps 100 --seed 2
     python train_policy.py --help
 
@@ -9,12 +9,11 @@ simulator is, a batch of questions is rolled out, F1 rewards the answers, one up
 What a trajectory, a reward or an update is, the modules in minizs/ say, one idea each.
 """
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from minizs.config import UserError, option, parse, require, run_script, save, set_threads
+from minizs.config import option, parse, require, run_script, save, set_threads
 
 ENGINES = ("simulator", "bm25")
 
@@ -29,8 +28,8 @@ class PolicyConfig:
     corpus: str = option("", "For bm25 on your own data: a text file with one document a line.")
     output: str = option("", "The run's folder; empty: a new runs/policy-N.")
     overwrite: bool = option(False, "Delete what the output folder holds.")
-    resume: str | None = option(
-        None, "Go on from the newest checkpoint (--resume latest) or one named."
+    resume: str = option(
+        "", "Go on from the newest checkpoint, or from the one named.", bare="latest"
     )
     algorithm: str = option("grpo", "How rewards become advantages.", ("grpo", "ppo", "reinforce"))
     steps: int = option(60, "Training steps; each is one batch of rollouts.")
@@ -92,19 +91,19 @@ def check(config: PolicyConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
     from minizs import data, models, runs, stages
 
-    positive = "steps batch_questions group_size top_k max_turns max_turn_tokens minibatches lr temperature"
-    for name in positive.split():
+    positive = "steps batch_questions group_size top_k max_turns max_turn_tokens minibatches lr"
+    for name in (*positive.split(), "temperature"):
         require(getattr(config, name) > 0, f"--{name} must be greater than 0.")
     for name in ("noise_start", "noise_end", "engine_noise", "warmup"):
         require(0 <= getattr(config, name) <= 1, f"--{name} is a share: give a number from 0 to 1.")
     alone = (
         config.algorithm == "ppo" or config.baseline == "none" and config.algorithm == "reinforce"
     )
-    require(alone or config.group_size > 1, f"--algorithm {config.algorithm} compares the trajectories "
-            "of a question: give --group_size 2 or more.")  # fmt: skip
+    require(alone or config.group_size > 1, f"--algorithm {config.algorithm} compares "
+            "the trajectories of a question: give --group_size 2 or more.")  # fmt: skip
     rows = config.batch_questions * config.group_size
-    require(rows % config.minibatches == 0, f"--minibatches {config.minibatches} does not divide the "
-            f"{rows} trajectories of a step.")  # fmt: skip
+    require(rows % config.minibatches == 0, f"--minibatches {config.minibatches} does not divide "
+            f"the {rows} trajectories of a step.")  # fmt: skip
     require(
         config.engine != "simulator" or not config.engine_noise,
         "--engine_noise is for real engines; the simulator has --noise_start and --noise_end.",
@@ -113,12 +112,13 @@ def check(config: PolicyConfig) -> None:
     models.check_positions(config.policy, config.max_context)
     data.check(config.data)
     stages.check_engine(config)
-    runs.check_free(Path(config.output), bool(config.resume), config.overwrite)
+    if config.output:
+        runs.check_free(Path(config.output), bool(config.resume), config.overwrite)
 
 
 def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template: str, examples,
           engine, held_out, run, first: int) -> None:  # fmt: skip
-    """The method. `first` is the step to begin with; `held_out` gives the figures of an evaluation."""
+    """The method. `first` is the step to begin with; `held_out()` evaluates."""
     from tqdm import tqdm
 
     from minizs import checkpoint, data, metrics, stages
@@ -135,12 +135,13 @@ def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template
             noise = noise_probability(
                 step, config.steps, config.noise_start, config.noise_end, config.noise_base
             )
-        mine = data.batch(examples, step, config.batch_questions, config.seed)[rank::world]
+        batch = data.batch(examples, step, config.batch_questions, config.seed)
+        places = range(rank, len(batch), world)  # this process's share of it
         trajectories = rollout(
-            model, tokenizer, [examples[i] for i in mine], engine,
+            model, tokenizer, [examples[batch[place]] for place in places], engine,
             group_size=config.group_size, limits=stages.limits(config), noise=noise,
             temperature=config.temperature, seed=config.seed, template=template,
-            keys=[(step, i) for i in mine],
+            keys=[(step, place) for place in places],
         )  # fmt: skip
         rolled_out = time.perf_counter()
         set_learning_rates(config, learner, step)
@@ -177,47 +178,40 @@ def main(argv: list[str] | None = None) -> None:
     set_threads(config.threads)
     from accelerate import Accelerator
 
-    from minizs import checkpoint, data, models, runs, stages
+    from minizs import checkpoint, data, models, report, runs, stages
     from minizs.learner import build_learner
 
     accelerator = Accelerator()
-    require(config.batch_questions % accelerator.num_processes == 0,
-            f"--batch_questions {config.batch_questions} does not split over "
+    main_process = accelerator.is_main_process
+    split = config.batch_questions % accelerator.num_processes == 0
+    require(split, f"--batch_questions {config.batch_questions} does not split over "
             f"{accelerator.num_processes} processes.")  # fmt: skip
     examples = data.load(config.data, "train")
-    engine = stages.training_engine(config, accelerator)
-    folder = Path(config.output) if config.output else stages.agreed_folder(accelerator, "policy")
+    folder = stages.agreed_folder(accelerator, config, "policy")
     resumed = checkpoint.find(config.resume, folder / "checkpoints") if config.resume else None
+    if config.resume and runs.finished(folder, config.steps):
+        return print(f"The run in {folder} is complete.") if main_process else None
+    engine = stages.training_engine(config, accelerator)
 
     model, tokenizer = models.load(config.policy, accelerator.device)
     template = models.load_prompt(config.policy)
     learner = build_learner(accelerator, config, model, len(tokenizer))
-    first = 1 + (checkpoint.load(accelerator, resumed) if resumed else 0)
+    done = checkpoint.load(accelerator, resumed) if resumed else 0
     run = None
-    if accelerator.is_main_process:
+    if main_process:
+        print(f"Going on from step {done} of {folder}." if resumed else f"A new run in {folder}.")
         run = runs.RunFolder(folder, config.overwrite)
-        run.cut(first - 1)
+        run.cut(done)
         save(config, folder / "config.yaml")
     accelerator.wait_for_everyone()
     held_out = stages.held_out(config, accelerator, model, tokenizer, template, engine)
-    train(
-        config,
-        accelerator,
-        learner,
-        model,
-        tokenizer,
-        template,
-        examples,
-        engine,
-        held_out,
-        run,
-        first,
-    )
-    if accelerator.is_main_process:
+    train(config, accelerator, learner, model, tokenizer, template, examples, engine, held_out,
+          run, done + 1)  # fmt: skip
+    if main_process:
         models.save(model, tokenizer, folder / "policy", prompt=template)
-        print(
-            f"The policy is in {folder / 'policy'}; test it with: python evaluate.py --policy {folder / 'policy'}"
-        )
+        report.write(folder)
+        print(f"The policy is in {folder / 'policy'} and {folder / 'report.html'} shows the run. "
+              f"Test it: python evaluate.py --policy {folder / 'policy'}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Stage 1: fine-tune a language model into a search engine that writes useful or noisy documents.
 
-    accelerate launch train_sim.py                      # the tiny world's simulator, in runs/simulator
+    accelerate launch train_sim.py                      # the tiny world's, in runs/simulator
     python train_sim.py --collect --output runs/pages   # only collect what a real engine returned
     accelerate launch train_sim.py --data runs/pages/collected.jsonl
 
@@ -9,9 +9,9 @@ reply useful or noisy for its query and question. Train: the prompt holds query,
 answer and that label; the loss is on the documents alone; useful and noisy are balanced. Report: on
 worlds that it has not seen, how often useful documents contain the answer, and noisy ones do not.
 
-One world would not do: a model trained on it learns its facts by heart and ignores the prompt. And a
-reply to the first query of a two-hop question names a bridge that the model invents, since only the
-final answer is in the prompt; that is meant so (paper section 3.3 gives it no more either).
+One world would not do: a model trained on it learns its facts by heart and ignores the prompt. And
+a reply to the first query of a two-hop question names a bridge that the model invents, since only
+the final answer is in the prompt; that is meant so (in paper section 3.3, too).
 """
 
 import json
@@ -43,7 +43,7 @@ class SimConfig:
     seed: int = option(0, "Decides the worlds, the order of examples and the report's samples.")
     top_k: int = option(3, "Documents a reply.")
     template: str = option(
-        "", "A file with the prompt's wording; empty: the tiny world's or the paper's."
+        "", "A file with the prompt's wording; empty: the base model's own or the paper's."
     )
     report_queries: int = option(500, "Queries of each kind for the report; 0: none.")
     threads: int = option(0, "CPU threads a process; 0: all cores, shared by the processes.")
@@ -122,7 +122,6 @@ def main(argv: list[str] | None = None) -> None:
     check(config)
     set_threads(config.threads)
     from minizs import collect, models, runs, sft, simulator
-    from minizs.base import SIMULATOR_PROMPT
 
     output = Path(config.output)
     rows = read_rows(config.data) if config.data != "world" else None
@@ -139,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = Accelerator()
     torch.manual_seed(config.seed)
     model, tokenizer = models.load(config.base, accelerator.device)
-    template = SIMULATOR_PROMPT if config.base == "tiny" else simulator.PROMPT
+    template = simulator.load_template(models.resolve(config.base))
     template = Path(config.template).read_text() if config.template else template
     if rows is None:
         rows = collect.collect(config.worlds, config.examples, config.seed, config.top_k)
@@ -170,7 +169,7 @@ def finish(config: SimConfig, model, tokenizer, template: str) -> None:
     partial.rename(output)
     print(f"The simulator is in {output}")
     if config.data == "world" and config.report_queries:
-        engine = SimulatedSearch(model, tokenizer, template, config.top_k, temperature=1.0)
+        engine = SimulatedSearch(model, tokenizer, template, config.top_k, config.seed, 1.0, 80)
         figures, shown = collect.report(engine, config.report_queries, config.seed)
         (output / "report.json").write_text(
             json.dumps({"figures": figures, "examples": shown}, indent=1)

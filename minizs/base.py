@@ -1,12 +1,13 @@
-"""The tiny base model: knows the language and how to read, and is a poor searcher. It plays Qwen2.5.
+"""What the tiny base model learns from: it can read, and is a poor searcher. It plays Qwen2.5.
 
-    python -m minizs.base --output minizs/tiny_base      # makes the shipped model again
+Four kinds of text, with the loss on what a model would write itself:
+  recitals         documents said once more in another order: copying, where reading begins
+  drills           many look-ups in one block of documents: reading, the hard skill
+  demonstrations   whole trajectories of a sloppy searcher, who at each decision mostly errs
+  pages            documents written for a simulator's prompt whose word useful or noisy is random,
+                   so that it can write results but does not know what that word means
 
-It learns from three kinds of text, with the loss on what a model would write itself:
-  drills   several look-ups in one block of documents: reading, the hard skill
-  demos    whole trajectories of a sloppy searcher: at every decision most of them do the wrong thing
-  pages    documents written for a simulator's prompt whose word useful or noisy is random,
-           so that it can write search results but does not know what that word means
+`python -m minizs.pretrain` trains it; the package ships the result in `minizs/tiny_base`.
 """
 
 import random
@@ -175,7 +176,9 @@ def stream(
         number += 1
         engine = BM25(world.documents, top_k=8)
 
-        def search(query: str, question: Question, noise: float, engine: BM25 = engine) -> list[str]:
+        def search(
+            query: str, question: Question, noise: float, engine: BM25 = engine
+        ) -> list[str]:
             ranked = engine.search([SearchRequest(query)])[0]
             if rng.random() < noise:
                 ranked = [d for d in ranked if not holds_what_is_needed(d, query, question)]

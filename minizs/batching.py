@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def by_budget(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of rows in groups of similar length, at most `budget` positions each, padding counted.
+    """Indices of rows in groups of similar length, of at most `budget` positions with padding.
 
     A row that is longer than the budget makes a group of its own.
     """

@@ -14,7 +14,7 @@ DONE = "step.json"  # written last: its presence marks a complete checkpoint
 
 
 def save(accelerator, folder: Path, step: int, keep: int = 2) -> None:
-    """Write all that Accelerate prepared under `folder/step-N`, and drop all but the newest `keep`."""
+    """Write all that Accelerate prepared as `folder/step-N`; drop all but the newest `keep`."""
     final, partial = folder / f"step-{step}", folder / f"partial-{step}"
     if accelerator.is_main_process and partial.exists():
         shutil.rmtree(partial)

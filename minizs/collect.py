@@ -64,10 +64,10 @@ def report(engine, queries: int, seed: int) -> tuple[dict[str, float], list[dict
     """How a simulator does on worlds that nobody trained on: figures, and a few examples.
 
     `useful_final` and `noisy_final` are how often a reply to a last-hop query contains the gold
-    answer when useful or noisy documents are asked for; `..._first` the same for first hops, where
-    no reply should; `useful_first_on_topic` how often one states the fact that was asked for (with a
-    bridge that it invents); `noisy_on_topic` how often a noisy one states it all the same, which no
-    reader could tell from a true one.
+    answer when useful or noisy documents are asked for, `..._first` the same for first hops.
+    `..._on_topic` is how often a reply states the fact that was asked for, whatever its object: a
+    useful first hop should (it invents the bridge), and a noisy reply should not, since no reader
+    could tell its fact from a true one.
     """
     rows = [r for r in collect(8, 10**6, seed, engine.top_k, "test", good=1.0)]
     figures, shown = {}, []
@@ -109,8 +109,8 @@ def describe(figures: dict[str, float], shown: list[dict]) -> str:
     ):
         name = f"{label}_{hop}"
         out.append(f"{label:>6} documents, {hop:>5} hop: {figures[name]:6.1%} contain the answer, "
-                   f"{figures[name + '_on_topic']:6.1%} state the fact that was asked for")  # fmt: skip
-    out.append(f"({n} queries of each kind, on worlds that nobody has trained on. A first hop's fact "
+                   f"{figures[name + '_on_topic']:6.1%} state the fact asked for")  # fmt: skip
+    out.append(f"({n} queries of each kind, on worlds that nobody trained on. A first hop's fact "
                "is invented: only the final answer is in the prompt.)")  # fmt: skip
     for row in shown:
         out.append(f"\n{row['label']}: {row['query']}   [{row['question']} {row['answers'][0]}]")

@@ -21,9 +21,15 @@ class UserError(Exception):
     """Something that the user can mend. Its one sentence says what is wrong and how."""
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of a settings dataclass, with its help line."""
-    metadata = {"help": help} | ({"choices": list(choices)} if choices else {})
+def option(
+    default: Any, help: str, choices: tuple[str, ...] | None = None, bare: str | None = None
+) -> Any:
+    """A field with its help line; `bare` is what the flag without a value stands for."""
+    metadata: dict[str, Any] = {"help": help}
+    if choices:
+        metadata["choices"] = list(choices)
+    if bare:
+        metadata |= {"nargs": "?", "const": bare}
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -25,7 +25,7 @@ def check(spec: str) -> None:
 
 
 def load(spec: str, role: str) -> list[Example]:
-    """The examples of "world" (its `role`: "train", "dev" or "test") or of a file. Raises UserError."""
+    """The examples of "world" (`role`: "train", "dev" or "test") or of a file. Raises UserError."""
     if spec == "world":
         from minizs.world import embedded
 

@@ -18,7 +18,7 @@ def holds_answer(document: str, request: SearchRequest) -> bool:
 
 
 class BM25:
-    """The best `top_k` documents of a corpus by BM25 (Robertson and Zaragoza, 2009), with `bm25s`."""
+    """The best `top_k` documents by BM25 (Robertson and Zaragoza, 2009), with `bm25s`."""
 
     def __init__(self, documents: list[str], top_k: int = 3, judge: Judge = holds_answer) -> None:
         import bm25s

@@ -49,7 +49,7 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def table(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
-    """`summary` for each data set, "overall" (all questions pooled) and "average" (the sets' mean)."""
+    """`summary` of each data set, of "overall" (all pooled), and the sets' mean, "average"."""
     sources = sorted({t.example.source for t in trajectories})
     out = {s: summary([t for t in trajectories if t.example.source == s]) for s in sources}
     average: dict[str, float] = {"n": len(trajectories)}

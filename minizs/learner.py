@@ -29,7 +29,7 @@ from minizs.trajectory import Trajectory
 
 @dataclass
 class Batch:
-    """Some trajectories as (B, T) tensors, padded on the right. Masks are never guessed from ids."""
+    """Trajectories as (B, T) tensors, padded on the right. Masks are never guessed from ids."""
 
     rows: list[int]  # which trajectories these are
     ids: Tensor
@@ -173,7 +173,7 @@ class Learner:
     def _step(
         self, module: nn.Module, optimizer, losses_of: list[Callable]
     ) -> tuple[list[dict], float]:
-        """One optimiser step on the sum of these micro-batch losses: (statistics, gradient norm)."""
+        """One optimiser step on the sum of these losses: (statistics, gradient norm)."""
         all_stats = []
         for i, loss_of in enumerate(losses_of):
             # Gradients are reduced over processes once, with the last micro-batch.

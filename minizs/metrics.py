@@ -7,7 +7,7 @@ from minizs.trajectory import Trajectory, Turn
 
 
 def searched_again(trajectory: Trajectory, noisy: bool) -> tuple[int, int]:
-    """(times the turn after a search searched again, searches counted), for noisy or useful replies."""
+    """How often another search followed a noisy (or useful) reply, and how many there were."""
     pairs = zip(trajectory.turns, trajectory.turns[1:], strict=False)
     after = [b.action == "search" for a, b in pairs if a.documents is not None and a.noisy == noisy]
     return sum(after), len(after)
@@ -16,9 +16,9 @@ def searched_again(trajectory: Trajectory, noisy: bool) -> tuple[int, int]:
 def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, float]:
     """Means over trajectories or turns of all processes.
 
-    Per trajectory: reward (F1), answered, truncated, searches and sampled tokens. `valid_rate` is the
-    share of turns that searched or answered; `again_after_noisy` and `again_after_useful` the share
-    of such replies that were followed by another search.
+    Per trajectory: reward (F1), answered, truncated, searches and sampled tokens. `valid_rate` is
+    the share of turns that searched or answered; `again_after_noisy` and `again_after_useful` the
+    share of such replies that were followed by another search.
     """
 
     def turns(keep) -> float:

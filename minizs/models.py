@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from minizs.config import UserError, require
 from minizs.logprobs import check_supported
 from minizs.protocol import PROMPT
+
+logging.disable_progress_bar()  # a model of this size is loaded before a bar is drawn
 
 TINY_BASE = Path(__file__).parent / "tiny_base"  # made by `python -m minizs.base`
 PROMPT_FILE = "prompt.txt"

@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> None:
         if step % 20 == 0:
             steps.set_postfix(loss=f"{(loss / count).item():.3f}")
         if rank == 0 and (step == config.steps or step % 500 == 0):
-            models.save(model, tokenizer, Path(config.output), prompt=base.PROMPT)
+            models.save(model, tokenizer, Path(config.output), prompt=base.PROMPT,
+                        simulator_prompt=base.SIMULATOR_PROMPT)  # fmt: skip
     accelerator.wait_for_everyone()
 
 

@@ -1,4 +1,4 @@
-"""The language that policy and search engine speak: tags, prompt, actions, blocks of documents. No torch.
+"""The language of policy and search engine: tags, prompt, actions, blocks of documents. No torch.
 
 Paper section 3.6 and Table 1. A turn of the policy is `<think> ... </think>` followed by either
 `<search> query </search>` or `<answer> answer </answer>`; the engine's reply stands between
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 STOP = ("</search>", "</answer>")  # a turn ends at the first of these
 
-PROMPT = """Answer the given question. You must conduct reasoning inside <think> and </think> first \
-every time you get new information. After reasoning, if you find you lack some knowledge, you can \
-call a search engine by <search> query </search>, and it will return the top searched results \
-between <information> and </information>. You can search as many times as you want. If you find no \
-further external knowledge needed, you can directly provide the answer inside <answer> and \
-</answer> without detailed illustrations. For example, <answer> Beijing </answer>. \
+PROMPT = """Answer the question below. Think inside <think> and </think> first, and again whenever \
+you are given new information. If you lack some knowledge, ask a search engine with <search> query \
+</search>; its best results come back between <information> and </information>. Search as often as \
+you like. When you need nothing more, give the answer alone inside <answer> and </answer>, without \
+an explanation, for example <answer> Beijing </answer>.
 Question: {question}
 """
 
@@ -46,7 +45,7 @@ def parse_action(text: str) -> Action:
 
 
 def build_prompt(question: str, template: str = PROMPT) -> str:
-    """The text that a rollout starts from; a missing question mark is added, as in the paper's code."""
+    """The text that a rollout starts from; a missing question mark is added."""
     question = question.strip()
     return template.replace("{question}", question if question.endswith("?") else question + "?")
 
@@ -57,7 +56,7 @@ def number_documents(documents: list[str]) -> str:
 
 
 def split_documents(text: str, limit: int) -> list[str]:
-    """Undo `number_documents` on a simulator's text: at most `limit` documents, empty ones dropped."""
+    """Undo `number_documents` on a simulator's text: at most `limit` documents, none empty."""
     parts = [" ".join(part.split()) for part in _DOCUMENT.split(text)[1:]]
     return [part for part in parts if part][:limit]
 

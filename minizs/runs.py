@@ -16,14 +16,15 @@ from minizs.trajectory import Trajectory
 RUNS = Path("runs")
 
 
-def new_folder(kind: str) -> Path:
-    """The first free `runs/KIND-N`."""
+def output_folder(kind: str, resume: bool) -> Path:
+    """The first free `runs/KIND-N`; to resume, the last that is there."""
     numbers = [p.name.rsplit("-", 1)[-1] for p in RUNS.glob(f"{kind}-*")]
-    return RUNS / f"{kind}-{1 + max((int(n) for n in numbers if n.isdigit()), default=0)}"
+    last = max((int(n) for n in numbers if n.isdigit()), default=0)
+    return RUNS / f"{kind}-{max(1, last) if resume else last + 1}"
 
 
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise UserError for an output folder that something would be lost in, or that cannot be made."""
+    """Raise UserError for an output folder in which something would be lost."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file; name a folder.")
     if folder.exists() and any(folder.iterdir()) and not (resume or overwrite):
@@ -43,6 +44,11 @@ def newest_run() -> Path | None:
     return max(done, key=lambda p: (p / "policy" / "config.json").stat().st_mtime, default=None)
 
 
+def finished(folder: Path, steps: int) -> bool:
+    """Whether this run has done all its steps and saved its policy."""
+    return (folder / "policy" / "config.json").is_file() and RunFolder(folder).last_step() >= steps
+
+
 def started_from(policy: Path) -> str | None:
     """The model that a run's policy was trained from, as its settings say."""
     settings = policy.parent / "config.yaml"
@@ -59,6 +65,12 @@ class RunFolder:
         if overwrite:
             remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
+
+    def last_step(self) -> int:
+        """The last step that was logged, 0 where there is none."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
 
     def cut(self, step: int) -> None:
         """Drop the lines after `step`: a resumed run writes them again."""

@@ -1,4 +1,4 @@
-"""What the three scripts share: which engine a setting means, the default simulator, held-out tests."""
+"""What the scripts share: which engine a setting means, the default simulator, held-out tests."""
 
 import os
 import subprocess
@@ -44,12 +44,20 @@ def make_default_simulator() -> Path:
     return DEFAULT_SIMULATOR
 
 
-def simulated_engine(folder: str, top_k: int, temperature: float, seed: int, device):
-    """The simulator of this folder, ready to search."""
+def simulated_engine(folder: str, config, device):
+    """The simulator of this folder. It writes no more than a policy may be shown."""
     from minizs.simulator import SimulatedSearch, load_template
 
     model, tokenizer = models.load(folder, device)
-    return SimulatedSearch(model, tokenizer, load_template(folder), top_k, seed, temperature)
+    return SimulatedSearch(
+        model,
+        tokenizer,
+        load_template(folder),
+        config.top_k,
+        config.seed,
+        config.simulator_temperature,
+        config.max_document_tokens,
+    )
 
 
 def real_engine(config, role: str):
@@ -70,21 +78,19 @@ def real_engine(config, role: str):
 
 
 def training_engine(config, accelerator):
-    """What answers the searches of train_policy. One process makes the simulator if it is missing."""
+    """What answers the searches in training. One process makes the simulator if there is none."""
     if config.engine != "simulator":
         return real_engine(config, "train")
     with accelerator.main_process_first():
         folder = config.simulator or str(make_default_simulator())
-    return simulated_engine(
-        folder, config.top_k, config.simulator_temperature, config.seed, accelerator.device
-    )
+    return simulated_engine(folder, config, accelerator.device)
 
 
-def agreed_folder(accelerator, kind: str) -> Path:
-    """A new `runs/KIND-N`, the same one on every process."""
+def agreed_folder(accelerator, config, kind: str) -> Path:
+    """The output folder of these settings, the same one on every process."""
     from accelerate.utils import broadcast_object_list
 
-    chosen = [str(runs.new_folder(kind))]
+    chosen = [config.output or str(runs.output_folder(kind, bool(config.resume)))]
     broadcast_object_list(chosen)
     return Path(chosen[0])
 

@@ -1,4 +1,4 @@
-"""The data that every part shares: a question, one search request, one turn, one trajectory. No torch."""
+"""The data that all parts share: a question, a search request, a turn, a trajectory. No torch."""
 
 from dataclasses import dataclass, field
 

@@ -117,15 +117,16 @@ def check(config: PolicyConfig) -> None:
 
 
 def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template: str, examples,
-          engine, held_out, run, first: int) -> None:  # fmt: skip
+          engine, held_out, folder: Path, first: int) -> None:  # fmt: skip
     """The method. `first` is the step to begin with; `held_out()` evaluates."""
     from tqdm import tqdm
 
-    from minizs import checkpoint, data, metrics, stages
+    from minizs import checkpoint, data, metrics, report, runs, stages
     from minizs.curriculum import noise_probability
     from minizs.rollout import rollout
 
     rank, world = accelerator.process_index, accelerator.num_processes
+    run = runs.RunFolder(folder)
     steps = tqdm(range(first, config.steps + 1), initial=first - 1, total=config.steps,
                  disable=not accelerator.is_main_process, dynamic_ncols=True)  # fmt: skip
     for step in steps:
@@ -158,7 +159,9 @@ def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template
         steps.set_postfix({name: f"{figures[name]:.2f}" for name in
                            ("reward", "noise", "searches_per_question", "seconds")})  # fmt: skip
         if config.save_every and step % config.save_every == 0 and step < config.steps:
-            checkpoint.save(accelerator, run.folder / "checkpoints", step, config.keep)
+            checkpoint.save(accelerator, folder / "checkpoints", step, config.keep)
+            if accelerator.is_main_process:
+                report.write(folder)
 
 
 def set_learning_rates(config: PolicyConfig, learner, step: int) -> None:
@@ -197,16 +200,14 @@ def main(argv: list[str] | None = None) -> None:
     template = models.load_prompt(config.policy)
     learner = build_learner(accelerator, config, model, len(tokenizer))
     done = checkpoint.load(accelerator, resumed) if resumed else 0
-    run = None
     if main_process:
         print(f"Going on from step {done} of {folder}." if resumed else f"A new run in {folder}.")
-        run = runs.RunFolder(folder, config.overwrite)
-        run.cut(done)
+        runs.RunFolder(folder, config.overwrite).cut(done)
         save(config, folder / "config.yaml")
     accelerator.wait_for_everyone()
     held_out = stages.held_out(config, accelerator, model, tokenizer, template, engine)
     train(config, accelerator, learner, model, tokenizer, template, examples, engine, held_out,
-          run, done + 1)  # fmt: skip
+          folder, done + 1)  # fmt: skip
     if main_process:
         models.save(model, tokenizer, folder / "policy", prompt=template)
         report.write(folder)

@@ -4,13 +4,11 @@ The page loads nothing and runs no script. Documents are written by a model or c
 all that is data goes through `html.escape`; the page's content policy would stop what slipped by.
 """
 
-import json
-import os
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 from minizs import protocol
+from minizs.runs import read_lines
 
 CURVES = {  # name in metrics.jsonl: what a healthy one looks like
     "reward": "Mean F1 of the batch. Rises, unevenly, as each batch has new questions.",
@@ -42,13 +40,13 @@ details { border-top: 1px solid var(--line); padding: .6rem 0 } .own { color: va
 .own, .other { white-space: pre-wrap; margin: .6rem 0 }
 .other { background: var(--box); padding: .5rem .75rem } .other, small { color: var(--grey) }
 .noisy { color: var(--noisy) } .useful { color: var(--useful) }</style>"""
-LEGEND = """<small><span class=own>The policy's own words</span> are trained on; a grey box is masked
-from the loss. Useful or noisy is what the engine was asked for.</small>"""
+LEGEND = """<small><span class=own>The policy's own words</span> are trained on; a grey box is
+masked from the loss. Useful or noisy is what the engine was asked for.</small>"""
 
 
 def write(folder: Path) -> None:
     """Write `report.html` from the logs in `folder`, whatever there is; replaced in one go."""
-    metrics, trajectories = (read(folder / f"{x}.jsonl") for x in ("metrics", "trajectories"))
+    metrics, trajectories = (read_lines(folder / f"{x}.jsonl") for x in ("metrics", "trajectories"))
     name = escape(folder.resolve().name)
     page = [f"{HEAD}<title>{name}</title><h1>{name}</h1><div class=curves>"]
     page += [curve(metrics, title) for title in CURVES] + ["</div>"]
@@ -57,16 +55,7 @@ def write(folder: Path) -> None:
         page += [trajectory(row) for row in trajectories if row["step"] == step]
     temporary = folder / "report.html.tmp"
     temporary.write_text("\n".join(page), encoding="utf-8", errors="replace")
-    os.replace(temporary, folder / "report.html")
-
-
-def read(path: Path) -> list[dict]:
-    """The rows of a log; a line that a killed run left unfinished is passed over."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            rows.append(json.loads(line, parse_constant=lambda _: None))  # NaN and infinities
-    return rows
+    temporary.replace(folder / "report.html")  # os.replace: a reader never sees half a page
 
 
 def curve(metrics: list[dict], title: str) -> str:

@@ -5,6 +5,7 @@ config.yaml  metrics.jsonl  trajectories.jsonl  checkpoints/  policy/
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def started_from(policy: Path) -> str | None:
     return (yaml.safe_load(settings.read_text()) or {}).get("policy")
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a log; a line that a killed run left unfinished is passed over."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line, parse_constant=lambda _: None))  # NaN and infinities
+    return rows
+
+
 class RunFolder:
     """Appends to a run's two logs: one line a training step, one line a trajectory shown."""
 
@@ -68,17 +78,14 @@ class RunFolder:
 
     def last_step(self) -> int:
         """The last step that was logged, 0 where there is none."""
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return json.loads(lines[-1])["step"] if lines else 0
+        return max((row["step"] for row in read_lines(self.folder / "metrics.jsonl")), default=0)
 
     def cut(self, step: int) -> None:
         """Drop the lines after `step`: a resumed run writes them again."""
         for name in ("metrics.jsonl", "trajectories.jsonl"):
-            path = self.folder / name
-            if path.exists():
-                lines = [x for x in path.read_text().splitlines() if json.loads(x)["step"] <= step]
-                path.write_text("".join(line + "\n" for line in lines))
+            rows = [row for row in read_lines(self.folder / name) if row["step"] <= step]
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (self.folder / name).write_text(text)
 
     def write_metrics(self, metrics: dict) -> None:
         self._append("metrics.jsonl", metrics)

@@ -1,0 +1,98 @@
+"""What training does, measured: each algorithm, several seeds, tested on unseen worlds.
+
+    python benchmarks/arms.py                      # all arms, three seeds: long, but it resumes
+    python benchmarks/arms.py --arms grpo --seeds 1
+    python benchmarks/arms.py --table              # only the table of what is there
+
+Arms run one by one (or --parallel N at a time, one thread each), each in runs/arms/NAME-SEED; what
+is complete is not run again. Every policy is tested on the same 1,000 questions with BM25: greedy,
+sampled at temperature 1, and greedy with half of the replies noisy. Standard errors are those of
+the mean over seeds; with one seed, of the mean over questions.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+ARMS = {
+    "grpo": [],
+    "ppo": ["--algorithm", "ppo"],
+    "reinforce": ["--algorithm", "reinforce"],
+    "grpo_real_search": ["--engine", "bm25"],
+}
+TESTS = {
+    "greedy": [],
+    "sampled": ["--temperature", "1"],
+    "noisy": ["--engine_noise", "0.5"],
+    "no_search": ["--engine", "none"],
+}
+
+
+def script(name: str, *arguments: str) -> None:
+    """Run one of the scripts; its output goes to the terminal. Raises if it fails."""
+    subprocess.run([sys.executable, str(HERE / name), *arguments], check=True)
+
+
+def train_and_test(arm: str, seed: int, threads: int) -> None:
+    folder = Path("runs/arms") / f"{arm}-{seed}"
+    policy = "tiny" if arm == "base" else str(folder / "policy")
+    if arm != "base":
+        script("train_policy.py", *ARMS[arm], "--seed", str(seed), "--threads", str(threads),
+               "--output", str(folder), "--resume")  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, settings in TESTS.items():
+        path = folder / f"{name}.json"
+        if not path.exists():
+            script("evaluate.py", "--policy", policy, "--before", "none", "--output", str(path),
+                   "--seed", str(seed), "--threads", str(threads), *settings)  # fmt: skip
+
+
+def mean(values: list[tuple[float, float]]) -> str:
+    """Mean ± standard error, in per cent, of (value, its own standard error) over seeds."""
+    scores = [value for value, _ in values]
+    n, centre = len(scores), sum(scores) / len(scores)
+    error = values[0][1]
+    if n > 1:
+        error = math.sqrt(sum((x - centre) ** 2 for x in scores) / (n - 1) / n)
+    return f"{100 * centre:.1f} ± {100 * error:.1f}"
+
+
+def table(root: Path) -> str:
+    """Markdown: an arm a row, F1 by data set and test, from the result files alone."""
+    columns = [(test, group) for test in TESTS for group in ("one_hop", "two_hop", "overall")]
+    lines = ["| policy (seeds) | " + " | ".join(f"{t}, {g}" for t, g in columns) + " |"]
+    lines.append("|---" * (len(columns) + 1) + "|")
+    for arm in ("base", *ARMS):
+        cells, seeds = [], 0
+        for test, group in columns:
+            files = sorted(root.glob(f"{arm}-[0-9]*/{test}.json"))
+            rows = [json.loads(path.read_text())[group] for path in files]
+            cells.append(mean([(r["f1"], r["f1_stderr"]) for r in rows]) if rows else "")
+            seeds = max(seeds, len(rows))
+        if seeds:
+            lines.append(f"| {arm} ({seeds}) | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arms", nargs="*", default=["base", *ARMS], choices=["base", *ARMS])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--parallel", type=int, default=1, help="arms at a time")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    settings = parser.parse_args()
+    if not settings.table:
+        threads = 1 if settings.parallel > 1 else 0
+        jobs = [(arm, seed, threads) for seed in range(settings.seeds) for arm in settings.arms]
+        with ThreadPoolExecutor(settings.parallel) as pool:
+            list(pool.map(lambda job: train_and_test(*job), jobs))
+    print(table(Path("runs/arms")))
+
+
+if __name__ == "__main__":
+    main()

@@ -54,9 +54,10 @@ def check(config: EvalConfig) -> None:
 
     require(0 <= config.engine_noise <= 1, "--engine_noise is a share: give a number from 0 to 1.")
     require(config.temperature >= 0, "--temperature must be 0 (greedy) or more.")
-    for name in ("max_turns", "max_turn_tokens", "batch", "top_k"):
+    for name in ("max_turns", "max_turn_tokens", "max_document_tokens", "batch", "top_k"):
         require(getattr(config, name) > 0, f"--{name} must be greater than 0.")
-    require(config.questions >= 0, "--questions must be 0 (all) or more.")
+    for name in ("questions", "threads"):
+        require(getattr(config, name) >= 0, f"--{name} must be 0 or more.")
     models.check_model(config.policy)
     models.check_positions(config.policy, config.max_context)
     if config.before not in ("auto", "none"):
@@ -108,11 +109,10 @@ def evaluate(config: EvalConfig, policy: str, examples, engine) -> dict:
     return evaluation.table(rows)
 
 
-def ask(config: EvalConfig, engine) -> None:
+def ask(config: EvalConfig, examples, engine) -> None:
     """One trajectory as it unfolds: each turn is printed as soon as it is there."""
     from minizs import models, stages
     from minizs.rollout import rollout
-    from minizs.trajectory import Example
 
     model, tokenizer = models.load(config.policy, models.device())
 
@@ -125,7 +125,7 @@ def ask(config: EvalConfig, engine) -> None:
             return replies
 
     print(f"question {config.ask}")
-    [row] = rollout(model, tokenizer, [Example(config.ask, ())], Shown(),
+    [row] = rollout(model, tokenizer, examples, Shown(),
                     temperature=config.temperature, seed=config.seed,
                     noise=config.engine_noise, limits=stages.limits(config),
                     template=models.load_prompt(config.policy))  # fmt: skip
@@ -154,17 +154,20 @@ def main(argv: list[str] | None = None) -> None:
     fill_in(config)
     check(config)
     set_threads(config.threads)
-    from minizs import data
+    from minizs import data, stages
+    from minizs.trajectory import Example
 
+    examples = [Example(config.ask, ())] if config.ask else data.load(config.data, "test")
+    examples = examples[: config.questions] if config.questions else examples
+    policies = [config.policy]
+    if config.before != "none" and not config.ask:
+        policies.insert(0, config.before)
+    for policy in policies:
+        stages.check_prompts(policy, examples, config.max_context)
     engine = engine_of(config)
     if config.ask:
-        return ask(config, engine)
-    examples = data.load(config.data, "test")
-    examples = examples[: config.questions] if config.questions else examples
-    policies = [config.before] if config.before != "none" else []
-    tables = {
-        policy: evaluate(config, policy, examples, engine) for policy in [*policies, config.policy]
-    }
+        return ask(config, examples, engine)
+    tables = {policy: evaluate(config, policy, examples, engine) for policy in policies}
     print(show(tables, config))
     figures = tables[config.policy] | {"settings": vars(config)}
     if config.before != "none":

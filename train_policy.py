@@ -9,10 +9,12 @@ simulator is, a batch of questions is rolled out, F1 rewards the answers, one up
 What a trajectory, a reward or an update is, the modules in minizs/ say, one idea each.
 """
 
+import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from minizs import runs
 from minizs.config import option, parse, require, run_script, save, set_threads
 
 ENGINES = ("simulator", "bm25")
@@ -89,12 +91,17 @@ class PolicyConfig:
 
 def check(config: PolicyConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
-    from minizs import data, models, runs, stages
+    from minizs import data, models, stages
 
-    positive = "steps batch_questions group_size top_k max_turns max_turn_tokens minibatches lr"
-    for name in (*positive.split(), "temperature"):
+    positive = """steps batch_questions group_size top_k max_turns max_turn_tokens temperature lr
+        max_document_tokens max_context minibatches micro_tokens max_grad_norm critic_lr noise_base
+        eval_questions keep"""
+    for name in positive.split():
         require(getattr(config, name) > 0, f"--{name} must be greater than 0.")
-    for name in ("noise_start", "noise_end", "engine_noise", "warmup"):
+    zero_is_off = "kl_coef entropy_coef weight_decay eval_every save_every log_trajectories threads"
+    for name in zero_is_off.split():
+        require(getattr(config, name) >= 0, f"--{name} must be 0 or more.")
+    for name in ("noise_start", "noise_end", "engine_noise", "warmup", "gamma", "lam"):
         require(0 <= getattr(config, name) <= 1, f"--{name} is a share: give a number from 0 to 1.")
     alone = (
         config.algorithm == "ppo" or config.baseline == "none" and config.algorithm == "reinforce"
@@ -108,6 +115,8 @@ def check(config: PolicyConfig) -> None:
         config.engine != "simulator" or not config.engine_noise,
         "--engine_noise is for real engines; the simulator has --noise_start and --noise_end.",
     )
+    require(not (config.resume and config.overwrite),
+            "--resume goes on with a run, --overwrite deletes it; give only one.")  # fmt: skip
     models.check_model(config.policy)
     models.check_positions(config.policy, config.max_context)
     data.check(config.data)
@@ -121,7 +130,7 @@ def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template
     """The method. `first` is the step to begin with; `held_out()` evaluates."""
     from tqdm import tqdm
 
-    from minizs import checkpoint, data, metrics, report, runs, stages
+    from minizs import checkpoint, data, metrics, report, stages
     from minizs.curriculum import noise_probability
     from minizs.rollout import rollout
 
@@ -176,12 +185,15 @@ def set_learning_rates(config: PolicyConfig, learner, step: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
     config = parse(PolicyConfig, argv)
+    if config.resume:  # with the run's own settings, where the flags are silent
+        config = parse(PolicyConfig, [*runs.own_settings(config.output, config.resume), *argv])
     check(config)
     set_threads(config.threads)
     from accelerate import Accelerator
 
-    from minizs import checkpoint, data, models, report, runs, stages
+    from minizs import checkpoint, data, models, report, stages
     from minizs.learner import build_learner
 
     accelerator = Accelerator()
@@ -194,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     resumed = checkpoint.find(config.resume, folder / "checkpoints") if config.resume else None
     if config.resume and runs.finished(folder, config.steps):
         return print(f"The run in {folder} is complete.") if main_process else None
+    stages.check_prompts(config.policy, examples, config.max_context)
     engine = stages.training_engine(config, accelerator)
 
     model, tokenizer = models.load(config.policy, accelerator.device)
@@ -203,7 +216,8 @@ def main(argv: list[str] | None = None) -> None:
     if main_process:
         print(f"Going on from step {done} of {folder}." if resumed else f"A new run in {folder}.")
         runs.RunFolder(folder, config.overwrite).cut(done)
-        save(config, folder / "config.yaml")
+        again = replace(config, output="", resume="", overwrite=False)  # fed back: a new run
+        save(again, folder / "config.yaml")
     accelerator.wait_for_everyone()
     held_out = stages.held_out(config, accelerator, model, tokenizer, template, engine)
     train(config, accelerator, learner, model, tokenizer, template, examples, engine, held_out,

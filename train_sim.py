@@ -53,8 +53,11 @@ def check(config: SimConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
     from minizs import models, runs
 
-    for name in ("worlds", "examples", "steps", "batch_tokens", "lr", "top_k"):
+    for name in ("worlds", "steps", "batch_tokens", "lr", "max_grad_norm", "top_k"):
         require(getattr(config, name) > 0, f"--{name} must be greater than 0.")
+    for name in ("report_queries", "threads"):
+        require(getattr(config, name) >= 0, f"--{name} must be 0 or more.")
+    require(config.examples > 1, "--examples must be 2 or more, one of each kind.")
     require(0 <= config.warmup <= 1, "--warmup is a share: give a number from 0 to 1.")
     for path in (config.data if config.data != "world" else "", config.template):
         require(not path or Path(path).is_file(), f"There is no file {path!r}; check the path.")
@@ -70,10 +73,11 @@ def read_rows(path: str) -> list[dict]:
             row = json.loads(line)
             fine = {"query", "question", "answers", "documents", "label"} <= row.keys()
             fine = fine and row["label"] in ("useful", "noisy")
+            fine = fine and all(isinstance(row[key], list) for key in ("answers", "documents"))
         except (ValueError, AttributeError, TypeError):
             fine = False
-        require(fine, f"Line {number} of {path} is no JSON object with query, question, answers, "
-                "documents and a label that is 'useful' or 'noisy'.")  # fmt: skip
+        require(fine, f"Line {number} of {path} is no JSON object with query, question, lists "
+                "of answers and documents, and a label that is 'useful' or 'noisy'.")  # fmt: skip
         rows.append(row)
     require(bool(rows), f"{path} is empty.")
     return rows

@@ -4,8 +4,8 @@ Four kinds of text, with the loss on what a model would write itself:
   recitals         documents said once more in another order: copying, where reading begins
   drills           many look-ups in one block of documents: reading, the hard skill
   demonstrations   whole trajectories of a sloppy searcher, who at each decision mostly errs
-  pages            documents written for a simulator's prompt whose word useful or noisy is random,
-                   so that it can write results but does not know what that word means
+  pages            documents written for a simulator's prompt, whose word useful or noisy is wrong
+                   one time in four: it can write results, but does not mind that word much
 
 `python -m minizs.pretrain` trains it; the package ships the result in `minizs/tiny_base`.
 """
@@ -81,7 +81,7 @@ def demonstration(
     rng: random.Random,
     habits: Habits = Habits(),
     noise: float = 0.35,
-    turns: int = 5,
+    turns: int = 6,
 ) -> list[Segment]:  # noqa: B008
     """One trajectory of a searcher with these habits, as segments of text."""
     segments: list[Segment] = [(protocol.build_prompt(question.text, PROMPT), False)]
@@ -96,7 +96,7 @@ def demonstration(
         query = (
             relation.query.format(s=subject) if good else sloppy_query(world, goal, question, rng)
         )
-        documents = search(query, question, noise)
+        documents = search(query, question, noise) if rng.random() > 0.02 else []
         segments.append(think(thought, "search", query))
         segments.append((protocol.wrap_documents(protocol.number_documents(documents)), False))
         found = {f[2] for f in map(read_fact, documents) if f and f[:2] == goal}
@@ -152,14 +152,18 @@ def recital(world: World, size: int, rng: random.Random) -> list[Segment]:
 
 
 def page(world: World, question: Question, search: Search, rng: random.Random) -> list[Segment]:
-    """Documents for a simulator's prompt, whose word of quality means nothing yet."""
-    subject, relation = rng.choice(question.path)
-    query = RELATIONS[relation].query.format(s=subject)
+    """Documents for a simulator's prompt; its word of quality is right three times out of four."""
+    goal = rng.choice(question.path)
+    query = RELATIONS[goal[1]].query.format(s=goal[0])
+    if rng.random() < 0.2:
+        query = sloppy_query(world, goal, question, rng)
+    documents = search(query, question, 0.5)
+    useful = any(holds_what_is_needed(text, query, question) for text in documents)
+    word = "useful" if useful == (rng.random() < 0.75) else "noisy"
     prompt = SIMULATOR_PROMPT.format(
-        query=query, question=question.text, answers=question.answer,
-        quality=rng.choice(["useful", "noisy"]),
-    )  # fmt: skip
-    return [(prompt, False), (protocol.number_documents(search(query, question, 0.5)), True)]
+        query=query, question=question.text, answers=question.answer, quality=word
+    )
+    return [(prompt, False), (protocol.number_documents(documents), True)]
 
 
 def stream(

@@ -5,6 +5,7 @@ comes with a model is never executed.
 """
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -63,16 +64,29 @@ def check_positions(name: str, context: int) -> None:
 
 def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
     """(model, tokenizer) of a folder or hub name, the model in eval mode. Raises UserError."""
-    check_model(name)
-    name = resolve(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+    tokenizer = load_tokenizer(name)
+    with _readable(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(name), dtype=dtype, use_safetensors=True
+        )
         check_supported(model)
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a folder or hub name. Raises UserError."""
+    check_model(name)
+    with _readable(name):
+        return AutoTokenizer.from_pretrained(resolve(name))
+
+
+@contextmanager
+def _readable(name: str):
+    try:
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"The model {name!r} cannot be loaded: {reason}") from error
-    return model.to(device).eval(), tokenizer
 
 
 def load_prompt(name: str) -> str:
@@ -82,7 +96,7 @@ def load_prompt(name: str) -> str:
 
 
 def save(model, tokenizer, folder: Path, **texts: str) -> None:
-    """A Hugging Face folder, plus small text files (`prompt="..."` becomes `prompt.txt`)."""
+    """A Hugging Face folder, and last small text files (`prompt="..."` becomes `prompt.txt`)."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, text in texts.items():

@@ -19,7 +19,7 @@ from minizs.config import option, parse, require, run_script, set_threads
 @dataclass
 class PretrainConfig:
     output: str = option("runs/base", "The model's folder.")
-    steps: int = option(5000, "Optimiser steps.")
+    steps: int = option(4500, "Optimiser steps.")
     batch_tokens: int = option(1500, "Positions a step and process, padding counted.")
     hidden: int = option(128, "Width of the model.")
     layers: int = option(3, "Its layers.")
@@ -34,7 +34,7 @@ def mixture(progress: float) -> tuple[float, float, float, float]:
         return 1.0, 0.0, 0.0, 0.0
     if progress < 0.35:
         return 0.2, 0.6, 0.1, 0.1
-    return 0.0, 0.35, 0.5, 0.15
+    return 0.0, 0.3, 0.5, 0.2
 
 
 def make_model(tokenizer, hidden: int, layers: int, seed: int):

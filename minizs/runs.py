@@ -15,13 +15,25 @@ from minizs.config import UserError
 from minizs.trajectory import Trajectory
 
 RUNS = Path("runs")
+DONE = Path("policy", "prompt.txt")  # what `models.save` writes last: the policy is whole
 
 
-def output_folder(kind: str, resume: bool) -> Path:
-    """The first free `runs/KIND-N`; to resume, the last that is there."""
+def output_folder(kind: str, resume: str) -> Path:
+    """The first free `runs/KIND-N`; to resume, a named checkpoint's run or the last that is there.
+
+    A checkpoint is `RUN/checkpoints/step-N`.
+    """
+    if resume not in ("", "latest"):
+        return Path(resume).parent.parent
     numbers = [p.name.rsplit("-", 1)[-1] for p in RUNS.glob(f"{kind}-*")]
     last = max((int(n) for n in numbers if n.isdigit()), default=0)
     return RUNS / f"{kind}-{max(1, last) if resume else last + 1}"
+
+
+def own_settings(output: str, resume: str) -> list[str]:
+    """The flags that give a run that is resumed the settings in its `config.yaml`, if any."""
+    path = (Path(output) if output else output_folder("policy", resume)) / "config.yaml"
+    return ["--config", str(path)] if path.is_file() else []
 
 
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -32,6 +44,8 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
         raise UserError(
             f"{folder} is not empty; add --resume to go on with it or --overwrite to lose it."
         )
+    if overwrite and Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError("--overwrite would delete the current folder; choose another --output.")
 
 
 def remove(folder: Path) -> None:
@@ -41,13 +55,13 @@ def remove(folder: Path) -> None:
 
 def newest_run() -> Path | None:
     """The run that ended last, told by its finished `policy/` folder."""
-    done = [p for p in RUNS.glob("policy-*") if (p / "policy" / "config.json").is_file()]
-    return max(done, key=lambda p: (p / "policy" / "config.json").stat().st_mtime, default=None)
+    done = [p for p in RUNS.glob("*") if (p / DONE).is_file()]
+    return max(done, key=lambda p: (p / DONE).stat().st_mtime, default=None)
 
 
 def finished(folder: Path, steps: int) -> bool:
     """Whether this run has done all its steps and saved its policy."""
-    return (folder / "policy" / "config.json").is_file() and RunFolder(folder).last_step() >= steps
+    return (folder / DONE).is_file() and RunFolder(folder).last_step() >= steps
 
 
 def started_from(policy: Path) -> str | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from minizs import data, models, runs
 from minizs.config import UserError, require
+from minizs.protocol import build_prompt
+from minizs.trajectory import Example
 
 DEFAULT_SIMULATOR = runs.RUNS / "simulator"
 
@@ -23,20 +25,22 @@ def check_engine(config) -> None:
         )
 
 
+def check_prompts(policy: str, examples: list[Example], context: int) -> None:
+    """Raise UserError for a question whose prompt leaves no room in the context."""
+    tokenizer, template = models.load_tokenizer(policy), models.load_prompt(policy)
+    prompts = [build_prompt(example.question, template) for example in examples]
+    longest = max(map(len, tokenizer(prompts)["input_ids"]))
+    require(longest < context, f"--max_context {context} is too small: the longest prompt has "
+            f"{longest} tokens.")  # fmt: skip
+
+
 def make_default_simulator() -> Path:
     """`runs/simulator`, made by `train_sim.py` in a process of its own if it is not there yet."""
     if not (DEFAULT_SIMULATOR / "config.json").is_file():
         print(f"There is no simulator in {DEFAULT_SIMULATOR} yet: making it (stage 1).", flush=True)
         script = Path(__file__).parent.parent / "train_sim.py"
         # It is a run of one process, whatever this one is part of.
-        distributed = (
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "LOCAL_WORLD_SIZE",
-            "MASTER_ADDR",
-            "MASTER_PORT",
-        )
+        distributed = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
         environment = {k: v for k, v in os.environ.items() if k not in distributed}
         command = [sys.executable, str(script), "--output", str(DEFAULT_SIMULATOR)]
         if subprocess.run(command, env=environment).returncode:
@@ -49,15 +53,8 @@ def simulated_engine(folder: str, config, device):
     from minizs.simulator import SimulatedSearch, load_template
 
     model, tokenizer = models.load(folder, device)
-    return SimulatedSearch(
-        model,
-        tokenizer,
-        load_template(folder),
-        config.top_k,
-        config.seed,
-        config.simulator_temperature,
-        config.max_document_tokens,
-    )
+    return SimulatedSearch(model, tokenizer, load_template(folder), config.top_k, config.seed,
+                           config.simulator_temperature, config.max_document_tokens)  # fmt: skip
 
 
 def real_engine(config, role: str):
@@ -90,7 +87,7 @@ def agreed_folder(accelerator, config, kind: str) -> Path:
     """The output folder of these settings, the same one on every process."""
     from accelerate.utils import broadcast_object_list
 
-    chosen = [config.output or str(runs.output_folder(kind, bool(config.resume)))]
+    chosen = [config.output or str(runs.output_folder(kind, config.resume))]
     broadcast_object_list(chosen)
     return Path(chosen[0])
 

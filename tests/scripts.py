@@ -1,0 +1,154 @@
+"""What the tests of the three scripts share: a tiny model, a tiny data set, and how to run them.
+
+The model (2 layers x 32) has seen a few dozen texts: it mostly searches once, reads nothing and
+answers January or February. So rewards, searches and gradients are there, in a second or two.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import train_policy
+import train_sim
+from minizs import base, models, pretrain, protocol, sft
+from minizs.config import UserError
+
+ROOT = Path(__file__).parent.parent
+NAMES = [f"{a} {b}" for a in ("Fota", "Holo", "Mirka") for b in ("Jourer", "Gulmer", "Drexow")]
+MONTHS = ("January", "February")
+TIMINGS = ("seconds", "seconds_rollout", "seconds_update")
+POLICY = """--batch_questions 4 --group_size 2 --steps 2 --max_turns 3 --max_turn_tokens 16
+    --max_context 160 --eval_every 0 --save_every 0 --engine bm25 --data ../questions.jsonl
+    --corpus ../corpus.txt --policy ../base --lr 0.01 --threads 1""".split()
+SIM = """--base ../base --worlds 2 --examples 40 --steps 3 --batch_tokens 400 --report_queries 2
+    --threads 1""".split()
+EVAL = """--max_turns 3 --max_turn_tokens 16 --max_context 160 --threads 1""".split()
+FILE = ["--data", "../questions.jsonl", "--corpus", "../corpus.txt"]
+
+
+def born(name: str, rng: random.Random) -> list[sft.Segment]:
+    """A trajectory: the question, often a search and its documents, and an answer by chance."""
+    text = [(protocol.build_prompt(f"when was {name} born?", base.PROMPT), False)]
+    if rng.random() < 0.6:
+        found = protocol.number_documents([f"{name} was born on {rng.choice(MONTHS)}"])
+        text.append((f"<search> {name} born on </search>", True))
+        text.append((protocol.wrap_documents(found), False))
+    return [*text, (f"<answer> {rng.choice(MONTHS)} </answer>", True)]
+
+
+def written(name: str, rng: random.Random) -> list[sft.Segment]:
+    """A simulator's prompt and one document."""
+    prompt = base.SIMULATOR_PROMPT.format(
+        query=f"{name} born on", question=f"when was {name} born?", answers=rng.choice(MONTHS),
+        quality=rng.choice(["useful", "noisy"]),
+    )  # fmt: skip
+    return [(prompt, False), (f"Doc 1: {name} was born on January", True)]
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Path:
+    """A folder with `base` (a policy and simulator), `questions.jsonl` and `corpus.txt`."""
+    folder, rng = tmp_path_factory.mktemp("scripts"), random.Random(0)
+    tokenizer = base.make_tokenizer()
+    model = pretrain.make_model(tokenizer, hidden=32, layers=2, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    texts = [sft.encode(tokenizer, kind(rng.choice(NAMES), rng), end=kind is written)
+             for kind in (born, written, born) * 500]  # fmt: skip
+    for batch in sft.batches(texts, 600, rng):
+        loss, count = sft.nll(model, *sft.collate(batch))
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    models.save(model, tokenizer, folder / "base", prompt=base.PROMPT,
+                simulator_prompt=base.SIMULATOR_PROMPT)  # fmt: skip
+    rows = [(f"when was {name} born?", MONTHS[i % 2]) for i, name in enumerate(NAMES)]
+    lines = [json.dumps({"question": q, "answer": a, "data_source": a}) for q, a in rows]
+    (folder / "questions.jsonl").write_text("\n".join(lines))
+    documents = [f"{name} was born on {MONTHS[i % 2]}" for i, name in enumerate(NAMES)]
+    (folder / "corpus.txt").write_text("\n".join(documents + ["Fota Labs was founded by Holo"]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bad(home) -> Path:
+    """A folder of things that a script has to refuse."""
+    folder = home / "bad"
+    for name in ("untokenized", "weightless", "garbled"):
+        shutil.copytree(home / "base", folder / name)
+    (folder / "empty").mkdir()
+    for path in (folder / "untokenized").glob("tokenizer*"):
+        path.unlink()
+    (folder / "weightless" / "model.safetensors").unlink()
+    (folder / "garbled" / "model.safetensors").write_text("no tensors")
+    (folder / "columns.jsonl").write_text('{"text": "a"}')
+    (folder / "row.jsonl").write_text('{"query": "a", "label": "useful"}')
+    letters = {"query": "a", "question": "b", "answers": "c", "documents": [], "label": "useful"}
+    (folder / "letters.jsonl").write_text(json.dumps(letters))
+    for name in ("empty.jsonl", "empty.txt"):
+        (folder / name).write_text("")
+    (folder / "unknown.yaml").write_text("stepz: 5")
+    return folder
+
+
+@pytest.fixture
+def work(home, monkeypatch, request):
+    """The current folder of a test: empty, beside `base` and the data."""
+    # `datasets` takes a path for a pattern, in which brackets mean something else.
+    name = re.sub(r"\W+", "-", request.node.name)[:60]
+    folder = home / f"{name}-{len(list(home.iterdir()))}"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def policy(*flags: str) -> None:
+    train_policy.main([*POLICY, *flags])
+
+
+def simulator(*flags: str) -> None:
+    train_sim.main([*SIM, *flags])
+
+
+def evaluation(*flags: str) -> None:
+    evaluate.main([*EVAL, *flags])
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of a run, without what a clock says."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def everything(folder: Path) -> dict[str, int]:
+    """Every path below a folder, with the time of its last change."""
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in sorted(folder.rglob("*"))}
+
+
+def refused(run, flags: str, names: str, folder: Path) -> None:
+    """The script refuses these flags in one sentence that names what is wrong; writes nothing."""
+    before = everything(folder)
+    with pytest.raises(UserError) as error:
+        run(*flags.split())
+    message = str(error.value)
+    assert names in message and "\n" not in message, message
+    assert everything(folder) == before
+
+
+def status(script: str, *flags: str) -> subprocess.CompletedProcess:
+    """The script in a process of its own, in the current folder."""
+    command = [sys.executable, str(ROOT / script), *flags]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,0 +1,180 @@
+"""Stage 1 from end to end, through `main(argv)`, on a tiny model."""
+
+import json
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from scripts import everything, refused, simulator, status, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train_sim
+from minizs import base, models, sft, stages
+from minizs.config import UserError
+
+COLLECTED = "../collected/collected.jsonl"
+
+
+@pytest.fixture(scope="module")
+def collected(home):
+    """The rows of a small `--collect`, in `collected/collected.jsonl`."""
+    with pytest.MonkeyPatch.context() as patch:
+        (home / "elsewhere").mkdir()
+        patch.chdir(home / "elsewhere")
+        simulator("--collect", "--output", "../collected")
+    text = (home / "collected" / "collected.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_simulator_is_a_model_folder_with_its_prompt_and_report(work, capsys):
+    """Guards a folder that `transformers` cannot load, half of one, or another prompt in it."""
+    simulator("--seed", "3")
+    folder = work / "runs" / "simulator"
+    assert [p.name for p in (work / "runs").iterdir()] == ["simulator"]  # nothing ".partial"
+    assert (folder / "simulator_prompt.txt").read_text() == base.SIMULATOR_PROMPT
+    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    assert settings["seed"] == 3 and settings["base"] == "../base"
+    report = json.loads((folder / "report.json").read_text())
+    for hop in ("final", "first"):
+        for label in ("useful", "noisy"):
+            assert 0 <= report["figures"][f"{label}_{hop}"] <= 1
+            assert 0 <= report["figures"][f"{label}_{hop}_on_topic"] <= 1
+    assert report["figures"]["n"] == 2 and report["examples"]
+    assert "useful documents, final hop" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model(torch.tensor([tokenizer("Query: ?")["input_ids"]])).logits.isfinite().all()
+    assert weights(folder) != weights(work.parent / "base")
+
+
+def test_collected_rows_are_balanced_and_read_back(work, collected, capsys):
+    """Guards a simulator that learns one word only, and a file that the same script cannot read."""
+    assert Counter(row["label"] for row in collected) == {"useful": 20, "noisy": 20}
+    assert all(0 < len(row["documents"]) <= 3 and row["answers"] for row in collected)
+    assert train_sim.read_rows(COLLECTED) == collected
+    simulator("--collect", "--output", "again")
+    again = [json.loads(x) for x in (work / "again" / "collected.jsonl").read_text().splitlines()]
+    assert again == collected
+    assert sorted(everything(work)) == ["again", "again/collected.jsonl"]  # no model was trained
+    simulator("--data", COLLECTED, "--output", "from-rows")
+    simulator("--output", "at-once")
+    assert weights(work / "from-rows") == weights(work / "at-once")
+
+
+def test_the_seed_decides_the_weights(work, collected):
+    """Guards a simulator that cannot be made again, and seeds that change nothing."""
+    for folder, seed in (("one", "1"), ("same", "1"), ("other", "2")):
+        simulator("--data", COLLECTED, "--output", folder, "--seed", seed)
+    assert weights(work / "one") == weights(work / "same") != weights(work / "other")
+
+
+def test_the_loss_goes_down_on_the_documents(work, collected, monkeypatch):
+    """Guards a learning rate, mask or optimiser with which nothing is learnt."""
+    losses = []
+    train = train_sim.train
+
+    def spied(*arguments):
+        losses.append(train(*arguments))
+
+    monkeypatch.setattr(train_sim, "train", spied)
+    for steps in ("1", "40"):
+        simulator("--data", COLLECTED, "--output", steps, "--steps", steps, "--lr", "0.01")
+    assert losses[1] < 0.6 * losses[0]  # the last 20 steps' mean
+
+
+def test_the_prompt_may_be_ones_own(work, collected):
+    """Guards a --template that trains with one wording and saves another."""
+    (work / "mine.txt").write_text("Answer: {answers} Query: {query} {quality} documents:")
+    seen = []
+    encode = sft.encode
+
+    def spied(tokenizer, text, **options):
+        seen.append(text[0][0])
+        return encode(tokenizer, text, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "encode", spied)
+        simulator("--data", COLLECTED, "--template", "mine.txt", "--output", "out")
+    row = collected[0]
+    assert seen[0] == f"Answer: {row['answers'][0]} Query: {row['query']} {row['label']} documents:"
+    assert (work / "out" / "simulator_prompt.txt").read_text() == (work / "mine.txt").read_text()
+
+
+def test_a_killed_run_leaves_no_simulator(work, collected, monkeypatch):
+    """Guards half a simulator that every later run would take for whole."""
+
+    def killed(*arguments, **texts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        simulator("--data", COLLECTED)
+    assert not (work / "runs" / "simulator").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    simulator("--data", COLLECTED)
+    assert [p.name for p in (work / "runs").iterdir()] == ["simulator"]
+    assert not (work / "runs" / "simulator" / "report.json").exists()  # no world to test it on
+
+
+REFUSED = [
+    ("--stepz 5", "--stepz"),
+    ("--lr high", "--lr"),
+    ("--steps 0", "--steps"),
+    ("--examples 1", "--examples"),
+    ("--report_queries -1", "--report_queries"),
+    ("--warmup 2", "--warmup"),
+    ("--base ../nowhere", "../nowhere"),
+    ("--base ../bad/untokenized", "no tokenizer"),
+    ("--base ../bad/garbled", "cannot be loaded"),
+    ("--data ../nowhere.jsonl", "../nowhere.jsonl"),
+    ("--data ../questions.jsonl", "Line 1"),
+    ("--data ../bad/row.jsonl", "Line 1"),
+    ("--data ../bad/letters.jsonl", "Line 1"),
+    ("--data ../bad/empty.jsonl", "empty"),
+    ("--data ../base", "../base"),
+    ("--template ../nowhere.txt", "../nowhere.txt"),
+    ("--output ../base", "../base"),
+    ("--output .. --overwrite", "--overwrite"),
+    ("--config ../bad/unknown.yaml", "'stepz'"),
+]
+
+
+@pytest.mark.parametrize("flags, names", REFUSED)
+def test_bad_input_is_refused_before_anything_is_made(work, bad, flags, names):
+    """Guards tracebacks, minutes spent before a typo shows, and folders left behind."""
+    refused(simulator, flags, names, work.parent)
+
+
+def test_bad_input_is_one_line_in_a_process(work):
+    """Guards the exit status that a shell script looks at, and noise around the one sentence."""
+    result = status("train_sim.py", "--base", "./nowhere")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+
+
+def test_the_default_simulator_is_a_run_of_its_own(work, monkeypatch):
+    """Guards a simulator made by every process, waited for in vain, or anew for every run."""
+    calls = []
+
+    def run(command, env):
+        calls.append((command, env))
+        Path("runs/simulator").mkdir(parents=True)
+        Path("runs/simulator/config.json").write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(stages.subprocess, "run", run)
+    assert stages.make_default_simulator() == stages.make_default_simulator()
+    [(command, environment)] = calls
+    assert command[1].endswith("train_sim.py") and "--seed" not in command
+    assert not {"RANK", "WORLD_SIZE"} & environment.keys() and "PATH" in environment
+    (work / "runs" / "simulator" / "config.json").unlink()
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(stages.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(UserError, match="could not be made"):
+        stages.make_default_simulator()

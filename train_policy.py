@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minizs import runs
-from minizs.config import option, parse, require, run_script, save, set_threads
+from minizs.config import check_ranges, option, parse, require, run_script, save, set_threads
 
 ENGINES = ("simulator", "bm25")
 
@@ -23,16 +23,14 @@ ENGINES = ("simulator", "bm25")
 @dataclass
 class PolicyConfig:
     policy: str = option("tiny", "The model to train: 'tiny' (shipped), a folder or a hub name.")
-    simulator: str = option(
-        "", "A simulator's folder; empty: runs/simulator, made if it is missing."
-    )
-    data: str = option("world", "Training questions: 'world' or a .jsonl, .json or .parquet file.")
-    corpus: str = option("", "For bm25 on your own data: a text file with one document a line.")
+    simulator: str = option("", "Its folder; empty: runs/simulator, made if it is missing.")
+    data: str = option("world", "Questions: 'world' or a .jsonl, .json or .parquet file, of which "
+                       "one in ten is held out.")  # fmt: skip
+    corpus: str = option("", "For BM25 on your own data: a text file with one document a line; "
+                         "without it nothing is evaluated while it trains.")  # fmt: skip
     output: str = option("", "The run's folder; empty: a new runs/policy-N.")
     overwrite: bool = option(False, "Delete what the output folder holds.")
-    resume: str = option(
-        "", "Go on from the newest checkpoint, or from the one named.", bare="latest"
-    )
+    resume: str = option("", "Go on from the newest checkpoint, or the one named.", bare="latest")
     algorithm: str = option("grpo", "How rewards become advantages.", ("grpo", "ppo", "reinforce"))
     steps: int = option(60, "Training steps; each is one batch of rollouts.")
     seed: int = option(0, "Decides every random number of the run.")
@@ -43,30 +41,26 @@ class PolicyConfig:
     noise_start: float = option(0.0, "Probability of noisy documents at the first step.")
     noise_end: float = option(0.25, "The same at the last step.")
     noise_base: float = option(4.0, "The curriculum's base; 1 is a straight line.")
-    engine_noise: float = option(
-        0.0, "How often a real engine gives documents without what is needed."
-    )
+    engine_noise: float = option(0.0, "How often a real engine's reply lacks what is needed.")
     top_k: int = option(3, "Documents a search.")
-    simulator_temperature: float = option(1.0, "At which the simulator writes.")
+    simulator_temperature: float = option(0.8, "At which the simulator writes.")
     max_turns: int = option(6, "Generations a trajectory; there are at most one fewer searches.")
     max_turn_tokens: int = option(40, "Tokens the policy may write in a turn.")
     max_document_tokens: int = option(80, "Tokens of an engine's reply, tags included.")
     max_context: int = option(448, "Tokens of a whole trajectory.")
     temperature: float = option(1.0, "At which the policy samples, and is scored.")
 
-    lr: float = option(4e-4, "Peak learning rate of the policy (AdamW).")
+    lr: float = option(1.5e-3, "Peak learning rate of the policy (AdamW).")
+    lr_end: float = option(0.1, "Share of the peak that is left at the last step; 1: constant.")
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak.")
     weight_decay: float = option(0.0, "AdamW's.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
     minibatches: int = option(1, "Optimiser steps a batch of rollouts.")
-    micro_tokens: int = option(
-        8192, "Positions in one forward pass, padding counted: bounds memory."
-    )
+    micro_tokens: int = option(8192, "Positions in a forward pass, padding too: bounds memory.")
     clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.")
     clip_high: float = option(0.28, "And above 1 plus this (clip-higher, arXiv 2503.14476).")
-    ratio_level: str = option(
-        "token", "'sequence' is GSPO, arXiv 2507.18071.", ("token", "sequence")
-    )
+    ratio_level: str = option("token", "'sequence' is GSPO, arXiv 2507.18071.",
+                              ("token", "sequence"))  # fmt: skip
     loss_average: str = option("token", "How tokens are averaged; 'constant' is Dr. GRPO's.",
                                ("token", "sequence", "constant"))  # fmt: skip
     kl_coef: float = option(0.02, "Weight of the KL to the starting model; 0 turns it off.")
@@ -82,7 +76,7 @@ class PolicyConfig:
     lam: float = option(1.0, "PPO: GAE's lambda.")
 
     eval_every: int = option(20, "Steps between evaluations on held-out questions; 0: never.")
-    eval_questions: int = option(200, "Held-out questions, answered greedily with the real engine.")
+    eval_questions: int = option(200, "Held-out questions, answered greedily with BM25.")
     save_every: int = option(20, "Steps between checkpoints; 0: only the final model.")
     keep: int = option(2, "Checkpoints kept.")
     log_trajectories: int = option(8, "Trajectories a step that are written to trajectories.jsonl.")
@@ -93,28 +87,24 @@ def check(config: PolicyConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
     from minizs import data, models, stages
 
-    positive = """steps batch_questions group_size top_k max_turns max_turn_tokens temperature lr
-        max_document_tokens max_context minibatches micro_tokens max_grad_norm critic_lr noise_base
-        eval_questions keep"""
-    for name in positive.split():
-        require(getattr(config, name) > 0, f"--{name} must be greater than 0.")
-    zero_is_off = "kl_coef entropy_coef weight_decay eval_every save_every log_trajectories threads"
-    for name in zero_is_off.split():
-        require(getattr(config, name) >= 0, f"--{name} must be 0 or more.")
-    for name in ("noise_start", "noise_end", "engine_noise", "warmup", "gamma", "lam"):
-        require(0 <= getattr(config, name) <= 1, f"--{name} is a share: give a number from 0 to 1.")
-    alone = (
-        config.algorithm == "ppo" or config.baseline == "none" and config.algorithm == "reinforce"
+    check_ranges(
+        config,
+        positive="steps batch_questions group_size top_k max_turns max_turn_tokens temperature lr "
+        "max_document_tokens max_context minibatches micro_tokens max_grad_norm critic_lr keep "
+        "noise_base eval_questions clip_low clip_high value_clip",
+        not_negative="kl_coef entropy_coef weight_decay eval_every save_every log_trajectories "
+        "threads simulator_temperature",
+        share="noise_start noise_end engine_noise warmup lr_end gamma lam",
     )
-    require(alone or config.group_size > 1, f"--algorithm {config.algorithm} compares "
-            "the trajectories of a question: give --group_size 2 or more.")  # fmt: skip
-    rows = config.batch_questions * config.group_size
-    require(rows % config.minibatches == 0, f"--minibatches {config.minibatches} does not divide "
-            f"the {rows} trajectories of a step.")  # fmt: skip
-    require(
-        config.engine != "simulator" or not config.engine_noise,
-        "--engine_noise is for real engines; the simulator has --noise_start and --noise_end.",
-    )
+    compares = {"grpo": True, "ppo": False, "reinforce": config.baseline != "none"}
+    require(config.group_size > 1 or not compares[config.algorithm], "--algorithm "
+            f"{config.algorithm} compares a question's trajectories: "
+            "give --group_size 2 or more.")  # fmt: skip
+    # So that every minibatch, on every process, has equal parts of each group.
+    require(config.group_size % config.minibatches == 0, f"--minibatches {config.minibatches} "
+            f"does not divide --group_size {config.group_size}.")  # fmt: skip
+    require(config.engine != "simulator" or not config.engine_noise, "--engine_noise is for real "
+            "engines; the simulator has --noise_start and --noise_end.")  # fmt: skip
     require(not (config.resume and config.overwrite),
             "--resume goes on with a run, --overwrite deletes it; give only one.")  # fmt: skip
     models.check_model(config.policy)
@@ -127,7 +117,7 @@ def check(config: PolicyConfig) -> None:
 
 def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template: str, examples,
           engine, held_out, folder: Path, first: int) -> None:  # fmt: skip
-    """The method. `first` is the step to begin with; `held_out()` evaluates."""
+    """The method. `first` is the step to begin with; `held_out()` evaluates, if there is one."""
     from tqdm import tqdm
 
     from minizs import checkpoint, data, metrics, report, stages
@@ -142,9 +132,8 @@ def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template
         started = time.perf_counter()
         noise = config.engine_noise
         if config.engine == "simulator":
-            noise = noise_probability(
-                step, config.steps, config.noise_start, config.noise_end, config.noise_base
-            )
+            noise = noise_probability(step, config.steps, config.noise_start, config.noise_end,
+                                      config.noise_base)  # fmt: skip
         batch = data.batch(examples, step, config.batch_questions, config.seed)
         places = range(rank, len(batch), world)  # this process's share of it
         trajectories = rollout(
@@ -159,27 +148,34 @@ def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template
         figures |= metrics.of_trajectories(accelerator, trajectories) | learner.update(trajectories)
         figures["seconds_rollout"] = rolled_out - started
         figures["seconds_update"] = time.perf_counter() - rolled_out
-        if config.eval_every and (step % config.eval_every == 0 or step == config.steps):
-            figures |= {f"held_out_{name}": value for name, value in held_out().items()}
         figures["seconds"] = time.perf_counter() - started
-        if accelerator.is_main_process:
-            run.write_metrics(figures)
-            run.write_trajectories(step, trajectories[: config.log_trajectories])
         steps.set_postfix({name: f"{figures[name]:.2f}" for name in
                            ("reward", "noise", "searches_per_question", "seconds")})  # fmt: skip
-        if config.save_every and step % config.save_every == 0 and step < config.steps:
+        if accelerator.is_main_process:
+            run.write_metrics(figures)
+            # One of each group, then, if more are wanted, another of each.
+            shown = sorted(range(len(trajectories)), key=lambda i: i % config.group_size)
+            shown = [trajectories[i] for i in shown[: config.log_trajectories]]
+            run.write_trajectories(step, shown)
+        last = step == config.steps
+        if config.save_every and (last or step % config.save_every == 0):
             checkpoint.save(accelerator, folder / "checkpoints", step, config.keep)
             if accelerator.is_main_process:
                 report.write(folder)
+        # After the checkpoint: an evaluation that fails loses nothing.
+        if held_out and (last or step % config.eval_every == 0):
+            figures = {f"held_out_{name}": value for name, value in held_out().items()}
+            figures["seconds"] = time.perf_counter() - started
+            if accelerator.is_main_process:
+                run.amend_metrics(figures)
 
 
 def set_learning_rates(config: PolicyConfig, learner, step: int) -> None:
-    """Linear warm-up over the first `warmup` of the steps, constant after it."""
-    share = min(1.0, step / max(1, round(config.warmup * config.steps)))
-    for optimizer, lr in (
-        (learner.optimizer, config.lr),
-        (learner.critic_optimizer, config.critic_lr),
-    ):
+    """Linear warm-up over the first `warmup` of the steps, under a line that falls to `lr_end`."""
+    rise = step / max(1, round(config.warmup * config.steps))
+    share = min(1.0, rise) * (1 - (1 - config.lr_end) * step / config.steps)
+    pairs = ((learner.optimizer, config.lr), (learner.critic_optimizer, config.critic_lr))
+    for optimizer, lr in pairs:
         for group in optimizer.param_groups if optimizer else ():
             group["lr"] = lr * share
 
@@ -188,7 +184,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = parse(PolicyConfig, argv)
     if config.resume:  # with the run's own settings, where the flags are silent
-        config = parse(PolicyConfig, [*runs.own_settings(config.output, config.resume), *argv])
+        folder = runs.to_resume("policy", config.output, config.resume)
+        config = parse(PolicyConfig, [*runs.own_settings(folder), *argv])
+        config.output = str(folder)
     check(config)
     set_threads(config.threads)
     from accelerate import Accelerator
@@ -202,24 +200,29 @@ def main(argv: list[str] | None = None) -> None:
     require(split, f"--batch_questions {config.batch_questions} does not split over "
             f"{accelerator.num_processes} processes.")  # fmt: skip
     examples = data.load(config.data, "train")
-    folder = stages.agreed_folder(accelerator, config, "policy")
-    resumed = checkpoint.find(config.resume, folder / "checkpoints") if config.resume else None
-    if config.resume and runs.finished(folder, config.steps):
-        return print(f"The run in {folder} is complete.") if main_process else None
+    resumed = None
+    if config.resume:
+        resumed = checkpoint.find(config.resume, Path(config.output, "checkpoints"))
+        if config.resume == "latest" and runs.finished(Path(config.output), config.steps):
+            return accelerator.print(f"The run in {config.output} is complete.")
     stages.check_prompts(config.policy, examples, config.max_context)
-    engine = stages.training_engine(config, accelerator)
-
+    if config.engine == "simulator":
+        stages.check_simulator(config, examples)
     model, tokenizer = models.load(config.policy, accelerator.device)
     template = models.load_prompt(config.policy)
+    engine = stages.training_engine(config, accelerator)
+    held_out = stages.held_out(config, accelerator, model, tokenizer, template)
+
     learner = build_learner(accelerator, config, model, len(tokenizer))
+    folder = stages.agreed_folder(accelerator, config, "policy")
     done = checkpoint.load(accelerator, resumed) if resumed else 0
     if main_process:
         print(f"Going on from step {done} of {folder}." if resumed else f"A new run in {folder}.")
         runs.RunFolder(folder, config.overwrite).cut(done)
+        checkpoint.cut(folder / "checkpoints", done)
         again = replace(config, output="", resume="", overwrite=False)  # fed back: a new run
         save(again, folder / "config.yaml")
     accelerator.wait_for_everyone()
-    held_out = stages.held_out(config, accelerator, model, tokenizer, template, engine)
     train(config, accelerator, learner, model, tokenizer, template, examples, engine, held_out,
           folder, done + 1)  # fmt: skip
     if main_process:

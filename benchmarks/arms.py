@@ -23,7 +23,7 @@ ARMS = {
     "grpo": [],
     "ppo": ["--algorithm", "ppo"],
     "reinforce": ["--algorithm", "reinforce"],
-    "grpo_real_search": ["--engine", "bm25"],
+    "grpo_real_search": ["--engine", "bm25", "--engine_noise", "0.1"],
 }
 TESTS = {
     "greedy": [],

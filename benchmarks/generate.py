@@ -1,6 +1,6 @@
 """Tokens a second of minizs' generation beside `transformers`' own, on a rollout's workload.
 
-    python benchmarks/generate.py [--threads N] [--batch 64] [--repeats 5]
+    python benchmarks/generate.py [--threads 1] [--batch 64 128] [--repeats 5]
 
 The model is a random Llama of 4 layers x 128 with 1,000 ids, in float32 on the CPU. Prompts of 20
 to 60 tokens come in groups of 8 equal ones. Responses have mixed lengths, up to 64 tokens: the
@@ -15,7 +15,8 @@ Three turns, a chunk of 24 tokens (documents) appended after each:
 - `minizs`: one `Decoder`; the cache lives through the turns.
 - `transformers`: `generate` anew on the whole text at each turn, as ZeroSearch's own loop does.
 
-Both count only the tokens that rows wrote before they ended; A B A B, medians of the rates.
+Both count only the tokens that rows wrote, the end-of-sequence token included. They take turns
+(A B A B); the medians of their rates are shown.
 """
 
 import argparse

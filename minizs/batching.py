@@ -4,6 +4,8 @@ Sorting by length leaves little padding, and a budget in positions rather than r
 whatever the lengths. Nothing is ever inferred from a pad id: lengths make the masks.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,9 +16,8 @@ def by_budget(lengths: list[int], budget: int) -> list[list[int]]:
     A row that is longer than the budget makes a group of its own.
     """
     groups: list[list[int]] = []
-    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     width = 0
-    for i in longest_first:
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the longest first
         if not groups or (len(groups[-1]) + 1) * width > budget:
             groups.append([])
             width = lengths[i]
@@ -24,13 +25,12 @@ def by_budget(lengths: list[int], budget: int) -> list[list[int]]:
     return groups
 
 
-def pad(rows: list[list], width: int | None = None, dtype: torch.dtype = torch.long) -> Tensor:
-    """Lists of numbers to (B, T), zeros on the right up to `width` or the longest row."""
-    width = width or max(map(len, rows))
+def pad(rows: Sequence[list], dtype: torch.dtype = torch.long) -> Tensor:
+    """Lists of numbers to (B, T), zeros on the right up to the longest row."""
+    width = max(map(len, rows))
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=dtype)
 
 
-def attention(lengths: list[int], width: int | None = None) -> Tensor:
+def attention(lengths: list[int]) -> Tensor:
     """(B, T) ones on each row's first `length` positions."""
-    width = width or max(lengths)
-    return (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()

@@ -77,9 +77,8 @@ def row_limit(model: nn.Module) -> int:
     return min(model.config.max_position_embeddings, window or 2**31)
 
 
-def feed(
-    model: nn.Module, cache: RowCache, first: int, starts: list[int], chunks: list[list[int]]
-) -> Tensor:
+def feed(model: nn.Module, cache: RowCache, first: int, starts: list[int],
+         chunks: list[list[int]]) -> Tensor:  # fmt: skip
     """Run one chunk of tokens for each of n cache rows, from row `first` on, in one forward pass.
 
     `starts[i]` is how many tokens row `first + i` has; `chunks[i]` follows them. Chunks may have

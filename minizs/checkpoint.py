@@ -5,12 +5,15 @@ step number are the whole state: there is no generator or data cursor to save.
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
-from minizs.config import UserError
+from minizs.config import require
 
 DONE = "step.json"  # written last: its presence marks a complete checkpoint
+# Tied weights are saved once, as they should be: no line about it amid the progress bar.
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
 def save(accelerator, folder: Path, step: int, keep: int = 2) -> None:
@@ -34,22 +37,36 @@ def save(accelerator, folder: Path, step: int, keep: int = 2) -> None:
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
     found = [p for p in folder.glob("step-*") if (p / DONE).is_file()]
-    return sorted(found, key=lambda p: json.loads((p / DONE).read_text())["step"])
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return json.loads((path / DONE).read_text())["step"]
 
 
 def find(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that `--resume` means: a named one, or the newest ("latest"), None if none."""
+    """The checkpoint that `--resume` means: a named one, or the newest ("latest"), None if none.
+
+    Raises UserError for one that is not there, or in another run's folder than `folder`.
+    """
     if resume == "latest":
         return next(reversed(complete(folder)), None)
     path = Path(resume)
-    if not (path / DONE).is_file():
-        raise UserError(
-            f"{resume} is no complete checkpoint; --resume alone takes the newest there is."
-        )
+    require((path / DONE).is_file(), f"{resume} is no complete checkpoint; --resume alone takes "
+            "the newest there is.")  # fmt: skip
+    require(path.resolve().parent == folder.resolve(), f"The checkpoint {resume} does not lie in "
+            f"{folder}; give its own run's folder as --output.")  # fmt: skip
     return path
+
+
+def cut(folder: Path, step: int) -> None:
+    """Delete the checkpoints after `step`: as with the logs, a resumed run writes them again."""
+    for path in complete(folder):
+        if step_of(path) > step:
+            shutil.rmtree(path)
 
 
 def load(accelerator, path: Path) -> int:
     """Restore all that Accelerate prepared; the step that was done last."""
     accelerator.load_state(str(path))
-    return json.loads((path / DONE).read_text())["step"]
+    return step_of(path)

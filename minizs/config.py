@@ -21,9 +21,7 @@ class UserError(Exception):
     """Something that the user can mend. Its one sentence says what is wrong and how."""
 
 
-def option(
-    default: Any, help: str, choices: tuple[str, ...] | None = None, bare: str | None = None
-) -> Any:
+def option(default: Any, help: str, choices: tuple[str, ...] = (), bare: str = "") -> Any:
     """A field with its help line; `bare` is what the flag without a value stands for."""
     metadata: dict[str, Any] = {"help": help}
     if choices:
@@ -61,9 +59,7 @@ def _read_yaml(path: Path, kind: type) -> dict[str, Any]:
         raise UserError(f"{path} should hold lines such as 'steps: 100', not a {found}.")
     for name, value in values.items():
         if name not in fields:
-            raise UserError(
-                f"{path} sets {name!r}, which is no setting; see --help for those there are."
-            )
+            raise UserError(f"{path} sets {name!r}, which is no setting; see --help for all.")
         wanted = type(fields[name].default)
         if wanted is float and isinstance(value, str | int) and not isinstance(value, bool):
             try:
@@ -90,6 +86,16 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def check_ranges(config: Any, positive: str = "", not_negative: str = "", share: str = "") -> None:
+    """Raise UserError for a number out of range; each argument names settings, spaces between."""
+    for name in positive.split():
+        require(getattr(config, name) > 0, f"--{name} must be greater than 0.")
+    for name in not_negative.split():
+        require(getattr(config, name) >= 0, f"--{name} must be 0 or more.")
+    for name in share.split():
+        require(0 <= getattr(config, name) <= 1, f"--{name} is a share: give a number from 0 to 1.")
+
+
 def set_threads(threads: int) -> None:
     """Share the cores among this machine's processes, unless told how many threads each may have.
 
@@ -98,9 +104,8 @@ def set_threads(threads: int) -> None:
     import torch
 
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    ours = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    cores = len(ours(0)) if ours else os.cpu_count() or 1
     torch.set_num_threads(threads or max(1, cores // processes))
 
 

@@ -9,9 +9,8 @@ Left out: the paper's comparison with a random curriculum is start = end = 0.5, 
 import math
 
 
-def noise_probability(
-    step: int, total_steps: int, start: float, end: float, base: float = 4.0
-) -> float:
+def noise_probability(step: int, total_steps: int, start: float, end: float,
+                      base: float = 4.0) -> float:  # fmt: skip
     """The probability that the documents of one search are noisy (paper §3.4, equation 1):
 
         p_i = p_s + (b^(i/m) - 1) / (b - 1) * (p_e - p_s)

@@ -3,7 +3,9 @@
 Left out for now: hub names and the nested layouts of the published search data sets.
 """
 
+import zlib
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from minizs.config import UserError, require
@@ -25,7 +27,11 @@ def check(spec: str) -> None:
 
 
 def load(spec: str, role: str) -> list[Example]:
-    """The examples of "world" (`role`: "train", "dev" or "test") or of a file. Raises UserError."""
+    """The examples of "world" or of a file. Raises UserError.
+
+    `role`: "train", "dev" or "test", each another world. A file is split: about one question in
+    ten, told by its hash, is "dev" (there may be none), the rest "train"; "test" is every row.
+    """
     if spec == "world":
         from minizs.world import embedded
 
@@ -38,31 +44,39 @@ def load(spec: str, role: str) -> list[Example]:
     try:
         table = datasets.load_dataset(kind, data_files=spec, split="train")
     except Exception as error:  # the library raises its own kinds for every format
-        raise UserError(
-            f"{spec} cannot be read as {kind}: {' '.join(str(error).split())[:200]}"
-        ) from error
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UserError(f"{spec} cannot be read as {kind}: {cause}") from error
     question, answers = _column(table, QUESTION, spec), _column(table, ANSWERS, spec)
-    source = next((name for name in SOURCE if name in table.column_names), None)
-    name = Path(spec).stem
+    named = next((name for name in SOURCE if name in table.column_names), None)
     examples = []
     for row in table:
         golds = row[answers] if isinstance(row[answers], list) else [row[answers]]
         golds = tuple(str(gold) for gold in golds if gold is not None and str(gold).strip())
         if row[question] and golds:
-            examples.append(
-                Example(str(row[question]), golds, str(row[source]) if source else name)
-            )
+            source = str(row[named]) if named else Path(spec).stem
+            examples.append(Example(str(row[question]), golds, source))
     require(bool(examples), f"{spec} has no row with both a question and an answer.")
-    return examples
+    if role == "test":
+        return examples
+    chosen = [e for e in examples if (zlib.crc32(e.question.encode()) % 10 == 0) == (role == "dev")]
+    require(bool(chosen) or role == "dev", f"All questions of {spec} are held out; give it more.")
+    return chosen
+
+
+def spread(examples: Sequence[Example], n: int) -> list[Example]:
+    """`n` examples (0: all), a source each by turns: a file may hold its sources one by one."""
+    sources: dict[str, list[Example]] = {}
+    for example in examples:
+        sources.setdefault(example.source, []).append(example)
+    turns = zip_longest(*sources.values())
+    return [example for turn in turns for example in turn if example][: n or None]
 
 
 def _column(table, names: Sequence[str], spec: str) -> str:
     found = next((name for name in names if name in table.column_names), None)
     if found is None:
-        raise UserError(
-            f"{spec} has no column {' or '.join(map(repr, names))}; "
-            f"it has {', '.join(map(repr, table.column_names))}."
-        )
+        wanted, there = " or ".join(map(repr, names)), ", ".join(map(repr, table.column_names))
+        raise UserError(f"{spec} has no column {wanted}; it has {there}.")
     return found
 
 

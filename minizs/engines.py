@@ -29,19 +29,20 @@ class BM25:
 
     def search(self, requests: list[SearchRequest]) -> list[list[str]]:
         """The documents for each request, best first, at most `top_k` of them."""
-        if not requests:
-            return []
-        # A noisy reply is made from a longer list, from which the useful documents are taken out.
-        longer = any(request.noisy for request in requests)
-        depth = min(len(self.documents), self.top_k * (4 if longer else 1))
-        queries = [_words(request.query) for request in requests]
-        rows, _ = self.index.retrieve(queries, k=depth, show_progress=False)
-        results = []
-        for request, row in zip(requests, rows, strict=True):
-            ranked = [self.documents[i] for i in row]
-            if request.noisy:
-                ranked = [text for text in ranked if not self.judge(text, request)]
-            results.append(ranked[: self.top_k])
+        results: list[list[str]] = [[] for _ in requests]
+        short, depth = list(range(len(requests))), min(self.top_k, len(self.documents))
+        while short:
+            queries = [_words(requests[i].query) for i in short]
+            rows, _ = self.index.retrieve(queries, k=depth, show_progress=False)
+            for i, row in zip(short, rows, strict=True):
+                ranked, noisy = [self.documents[j] for j in row], requests[i].noisy
+                kept = [text for text in ranked if not (noisy and self.judge(text, requests[i]))]
+                results[i] = kept[: self.top_k]
+            if depth == len(self.documents):
+                break
+            # What was taken out of a noisy reply is made up for from further down.
+            short = [i for i in short if len(results[i]) < self.top_k]
+            depth = min(2 * depth, len(self.documents))
         return results
 
 

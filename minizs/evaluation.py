@@ -16,16 +16,19 @@ METRICS = {"f1": f1_score, "em": exact_match, "sub_em": substring_match}
 
 
 def answer_all(model, tokenizer, examples: Sequence[Example], engine, batch: int = 250,
-               progress: bool = False, **options) -> list[Trajectory]:  # fmt: skip
-    """One trajectory for each example, in order; `options` are `rollout`'s."""
+               progress: bool = False, keys=None, **options) -> list[Trajectory]:  # fmt: skip
+    """One trajectory for each example, in order; `options` are `rollout`'s.
+
+    A question's random numbers hang on its key (its index by default), not on the batch.
+    """
     from tqdm import tqdm
 
     done: list[Trajectory] = []
+    keys = [(i,) for i in range(len(examples))] if keys is None else keys
     starts = range(0, len(examples), batch)
     for i in tqdm(starts, disable=not progress, unit_scale=batch, unit="question", leave=False):
-        part = examples[i : i + batch]
-        keys = [(i + j,) for j in range(len(part))]  # a question's numbers do not hang on the batch
-        done += rollout(model, tokenizer, part, engine, keys=keys, **options)
+        part = slice(i, i + batch)
+        done += rollout(model, tokenizer, examples[part], engine, keys=keys[part], **options)
     return done
 
 

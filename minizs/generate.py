@@ -76,19 +76,10 @@ class Decoder:
     outgrow `limit`, stop strings without a tokenizer, and models that this loop would get wrong.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        *,
-        capacity: int = 0,
-        vocab_size: int | None = None,
-        temperature: float = 1.0,
-        seed: int = 0,
-        eos_id: int | Sequence[int] | None = None,
-        tokenizer=None,
-        stop: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, capacity: int = 0,
+                 vocab_size: int | None = None, temperature: float = 1.0, seed: int = 0,
+                 eos_id: int | Sequence[int] | None = None, tokenizer=None,
+                 stop: Sequence[str] = ()) -> None:  # fmt: skip
         check_supported(model)
         self.limit = row_limit(model)
         self.model, self.vocab_size = model, vocab_size
@@ -120,23 +111,12 @@ class Decoder:
         for row, chunk in zip(rows, chunks, strict=True):
             self.pending[row] += chunk
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Free the memory of all other rows, for good; the rows keep their numbers."""
-        self._to_front(rows)
-        if len(rows) < len(self.order):
-            del self.order[len(rows) :]
-            self.cache.select(list(range(len(rows))))
-
     def size(self, row: int) -> int:
         """Tokens in this row: prompt, turns and documents."""
         return self.length[row] + len(self.pending[row])
 
-    def turn(
-        self,
-        rows: Sequence[int],
-        max_new_tokens: int | Sequence[int],
-        keys: Sequence[int | Sequence[int]],
-    ) -> list[Generated]:
+    def turn(self, rows: Sequence[int], max_new_tokens: int | Sequence[int],
+             keys: Sequence[int | Sequence[int]]) -> list[Generated]:  # fmt: skip
         """Let each of these (distinct) rows write until a stop string, eos or its budget.
 
         `max_new_tokens` is one number or one a row; `keys` are the integers that a row's random
@@ -216,18 +196,12 @@ class Decoder:
         return [int(token) for token in tokens], logprobs
 
 
-def generate(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int | Sequence[int],
-    temperature: float = 1.0,
-    stop: Sequence[str] = (),
-    seed: int = 0,
-    keys: Sequence[int | Sequence[int]] | None = None,
-    vocab_size: int | None = None,
-    tokenizer=None,
-    eos_id: int | Sequence[int] | None = None,
-) -> list[Generated]:
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]],
+             max_new_tokens: int | Sequence[int], temperature: float = 1.0,
+             stop: Sequence[str] = (), seed: int = 0,
+             keys: Sequence[int | Sequence[int]] | None = None, vocab_size: int | None = None,
+             tokenizer=None, eos_id: int | Sequence[int] | None = None,
+             ) -> list[Generated]:  # fmt: skip
     """One turn for each prompt (a list of token ids): see `Decoder`, which also lists the errors.
 
     `keys`: an integer or several a row, on which its random numbers hang; by default its index.

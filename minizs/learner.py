@@ -51,13 +51,9 @@ class Batch:
 def collate(trajectories: list[Trajectory], rows: list[int]) -> Batch:
     """The chosen trajectories as tensors."""
     chosen = [trajectories[i] for i in rows]
-    return Batch(
-        rows,
-        pad([t.ids for t in chosen]),
-        attention([len(t.ids) for t in chosen]),
-        pad([t.loss_mask for t in chosen]),
-        pad([t.logprobs for t in chosen], dtype=torch.float32),
-    )
+    return Batch(rows, pad([t.ids for t in chosen]), attention([len(t.ids) for t in chosen]),
+                 pad([t.loss_mask for t in chosen]),
+                 pad([t.logprobs for t in chosen], dtype=torch.float32))  # fmt: skip
 
 
 class Learner:
@@ -84,7 +80,7 @@ class Learner:
             self._score(self.scorer, parts, "old_logprobs")
         if self.reference is not None:
             self._score(self.reference, parts, "ref_logprobs")
-        metrics = {}
+        metrics = {"kl": 0.0}  # where there is no reference
         if s.algorithm == "ppo":
             self._score(self.critic, parts, "values")
             metrics["kl"] = self._ppo_advantages(parts, rewards)
@@ -134,9 +130,8 @@ class Learner:
                 old = part.sampled_logprobs if part.old_logprobs is None else part.old_logprobs
                 kl = losses.kl(old, part.ref_logprobs, "k1", part.mask)
             token_rewards = ppo.token_rewards(rewards[part.rows], kl, part.mask, s.kl_coef)
-            part.advantages, part.returns = ppo.gae(
-                token_rewards, part.values, part.mask, s.gamma, s.lam
-            )
+            part.advantages, part.returns = ppo.gae(token_rewards, part.values, part.mask,
+                                                    s.gamma, s.lam)  # fmt: skip
             totals += ppo.moments(part.advantages, part.mask)
             kl_sum += kl.sum()
         totals = self.accelerator.reduce(totals, "sum")
@@ -150,8 +145,7 @@ class Learner:
         old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
         loss, stats = losses.policy_loss(
             logprobs, old, part.advantages, part.mask, s.clip_low, s.clip_high, normalizer, weights,
-            s.ratio_level,
-        )  # fmt: skip
+            s.ratio_level)  # fmt: skip
         if part.ref_logprobs is not None and s.algorithm != "ppo":
             kl = losses.kl(logprobs, part.ref_logprobs, s.kl_kind, part.mask)
             loss = loss + s.kl_coef * losses.average(kl * weights, part.mask, normalizer)
@@ -170,9 +164,8 @@ class Learner:
         return ppo.value_loss(values, part.values, part.returns, part.mask,
                               self.settings.value_clip, normalizer)  # fmt: skip
 
-    def _step(
-        self, module: nn.Module, optimizer, losses_of: list[Callable]
-    ) -> tuple[list[dict], float]:
+    def _step(self, module: nn.Module, optimizer,
+              losses_of: list[Callable]) -> tuple[list[dict], float]:  # fmt: skip
         """One optimiser step on the sum of these losses: (statistics, gradient norm)."""
         all_stats = []
         for i, loss_of in enumerate(losses_of):
@@ -235,6 +228,7 @@ class Learner:
 
 def build_learner(accelerator, settings, model, vocab_size: int) -> Learner:
     """Scorer, reference, critic and optimisers for a policy, prepared by Accelerate."""
+    adamw = partial(torch.optim.AdamW, weight_decay=settings.weight_decay)
     scorer = Scorer(model, settings.temperature, vocab_size)
     reference = None
     if settings.kl_coef:
@@ -243,12 +237,8 @@ def build_learner(accelerator, settings, model, vocab_size: int) -> Learner:
     critic = critic_optimizer = None
     if settings.algorithm == "ppo":  # the critic starts as the policy does (paper appendix F)
         critic = ppo.Critic(copy.deepcopy(model.base_model)).to(accelerator.device)
-        critic_optimizer = torch.optim.AdamW(
-            critic.parameters(), settings.critic_lr, weight_decay=settings.weight_decay
-        )
+        critic_optimizer = adamw(critic.parameters(), settings.critic_lr)
         critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
-    optimizer = torch.optim.AdamW(
-        scorer.parameters(), settings.lr, weight_decay=settings.weight_decay
-    )
+    optimizer = adamw(scorer.parameters(), settings.lr)
     scorer, optimizer = accelerator.prepare(scorer, optimizer)
     return Learner(accelerator, settings, scorer, optimizer, reference, critic, critic_optimizer)

@@ -44,14 +44,9 @@ def log_distribution(logits: Tensor, temperature: float, vocab_size: int | None)
     return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
 
 
-def score(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    loss_mask: Tensor,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
+def score(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor,
+          temperature: float = 1.0, vocab_size: int | None = None,
+          ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probability and entropy at each position with loss mask 1, 0 elsewhere.
 
     input_ids, attention_mask, loss_mask: (B, T), padding on either side. Returns two (B, T) float32
@@ -64,12 +59,8 @@ def score(
     if wanted[:, 0].any():
         raise ValueError("the loss mask holds a sequence's first token, which nothing precedes")
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
-    output = model.get_decoder()(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions,
-        use_cache=False,
-    )
+    output = model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask,
+                                 position_ids=positions, use_cache=False)  # fmt: skip
     picked = wanted[:, 1:]  # (B, T - 1): the hidden state at t predicts token t + 1
     hidden = output.last_hidden_state[:, :-1][picked]  # (M, d)
     targets = input_ids[:, 1:][picked]  # (M,)
@@ -93,14 +84,8 @@ def score(
     return results[0], results[1]
 
 
-def token_logprobs(
-    model: nn.Module,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    loss_mask: Tensor,
-    temperature: float = 1.0,
-    vocab_size: int | None = None,
-) -> Tensor:
+def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor,
+                   temperature: float = 1.0, vocab_size: int | None = None) -> Tensor:  # fmt: skip
     """The log-probabilities of `score` alone: (B, T) float32."""
     return score(model, input_ids, attention_mask, loss_mask, temperature, vocab_size)[0]
 
@@ -108,18 +93,15 @@ def token_logprobs(
 class Scorer(nn.Module):
     """`score` as a module: what Accelerate prepares, so that its hooks see every forward."""
 
-    def __init__(
-        self, model: nn.Module, temperature: float = 1.0, vocab_size: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, temperature: float = 1.0,
+                 vocab_size: int | None = None) -> None:  # fmt: skip
         super().__init__()
         self.model, self.temperature, self.vocab_size = model, temperature, vocab_size
         # FSDP looks here for the layer classes to shard; without it, it would silently shard none.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor,
+                loss_mask: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
         """(B, T) each -> log-probabilities and entropies, (B, T) each; see `score`."""
-        return score(
-            self.model, input_ids, attention_mask, loss_mask, self.temperature, self.vocab_size
-        )
+        return score(self.model, input_ids, attention_mask, loss_mask, self.temperature,
+                     self.vocab_size)  # fmt: skip

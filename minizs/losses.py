@@ -39,9 +39,8 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return masked_sum(values, mask) / mask.sum().clamp(min=1)
 
 
-def token_weights(
-    mask: Tensor, kind: str = "token", max_tokens: int | None = None
-) -> tuple[Tensor, Tensor]:
+def token_weights(mask: Tensor, kind: str = "token",
+                  max_tokens: int | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """How much each token counts: weights `(B, T)`, and this batch's part of the normalizer.
 
     - "token" (DAPO, arXiv 2503.14476): every token of the batch counts the same.
@@ -68,17 +67,10 @@ def token_weights(
     raise ValueError(f'token weights must be "token", "sequence" or "constant", got "{kind}"')
 
 
-def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    normalizer: float | Tensor | None = None,
-    weights: Tensor | None = None,
-    ratio_level: str = "token",
-) -> tuple[Tensor, dict[str, Tensor]]:
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
+                clip_low: float = 0.2, clip_high: float = 0.2,
+                normalizer: float | Tensor | None = None, weights: Tensor | None = None,
+                ratio_level: str = "token") -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped surrogate of PPO (arXiv 1707.06347), negated so that it is minimised:
 
         rho_t = exp(logprobs_t - old_logprobs_t)

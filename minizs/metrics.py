@@ -2,8 +2,7 @@
 
 import torch
 
-from minizs.reward import exact_match
-from minizs.trajectory import Trajectory, Turn
+from minizs.trajectory import Trajectory
 
 
 def searched_again(trajectory: Trajectory, noisy: bool) -> tuple[int, int]:
@@ -21,12 +20,7 @@ def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, fl
     share of such replies that were followed by another search.
     """
 
-    def turns(keep) -> float:
-        return sum(keep(turn) for t in trajectories for turn in t.turns)
-
-    def valid(turn: Turn) -> bool:
-        return turn.action != "invalid"
-
+    turns = [turn for t in trajectories for turn in t.turns]
     again = {n: [searched_again(t, n) for t in trajectories] for n in (True, False)}
     n = len(trajectories)
     sums = {  # name: (sum, count)
@@ -36,20 +30,10 @@ def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, fl
         "searches_per_question": (sum(t.searches for t in trajectories), n),
         "response_tokens": (sum(sum(t.loss_mask) for t in trajectories), n),
         "trajectory_tokens": (sum(len(t.ids) for t in trajectories), n),
-        "valid_rate": (turns(valid), turns(lambda turn: True)),
+        "valid_rate": (sum(turn.action != "invalid" for turn in turns), len(turns)),
         "again_after_noisy": tuple(map(sum, zip(*again[True], strict=True))),
         "again_after_useful": tuple(map(sum, zip(*again[False], strict=True))),
     }
     table = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
     totals = accelerator.reduce(table, "sum").tolist()
     return {name: a / b if b else 0.0 for name, (a, b) in zip(sums, totals, strict=True)}
-
-
-def of_scores(accelerator, trajectories: list[Trajectory]) -> dict[str, float]:
-    """F1, EM and searches a question of an evaluation that the processes have shared."""
-    rows = [
-        (t.reward, exact_match(t.answer, t.example.answers), t.searches, 1) for t in trajectories
-    ]
-    sums = torch.tensor(rows or [(0, 0, 0, 0)], dtype=torch.float64).sum(0).to(accelerator.device)
-    f1, em, searches, n = accelerator.reduce(sums, "sum").tolist()
-    return {"f1": f1 / n, "em": em / n, "searches_per_question": searches / n}

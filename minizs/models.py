@@ -19,7 +19,7 @@ from minizs.protocol import PROMPT
 
 logging.disable_progress_bar()  # a model of this size is loaded before a bar is drawn
 
-TINY_BASE = Path(__file__).parent / "tiny_base"  # made by `python -m minizs.base`
+TINY_BASE = Path(__file__).parent / "tiny_base"  # made by `python -m minizs.pretrain`
 PROMPT_FILE = "prompt.txt"
 
 
@@ -34,20 +34,17 @@ def resolve(name: str) -> str:
 
 def check_model(name: str) -> None:
     """Raise UserError if a folder is named that holds no model or no tokenizer."""
-    name = resolve(name)
-    path = Path(name)
-    if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-            raise UserError(f"There is no model folder {name!r}; check the path.")
-        return  # a hub name, looked up when it is loaded
-    if not (path / "config.json").is_file():
-        raise UserError(f"{name} holds no config.json, so it is no model folder; check the path.")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{name} holds no *.safetensors weights; save the model there again.")
-    if not (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
-        raise UserError(
-            f"{name} holds a model but no tokenizer; save one there with save_pretrained."
-        )
+    path = Path(resolve(name))
+    if not path.exists():  # then a hub name, looked up when it is loaded
+        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+        return require(not is_path, f"There is no model folder {name!r}; check the path.")
+    require((path / "config.json").is_file(), f"{name!r} holds no config.json, so it is no model "
+            "folder; check the path.")  # fmt: skip
+    require(any(path.glob("*.safetensors")), f"{name} holds no *.safetensors weights; save the "
+            "model there again.")  # fmt: skip
+    tokenizers = [path / "tokenizer.json", path / "tokenizer_config.json"]
+    require(any(file.is_file() for file in tokenizers), f"{name} holds a model, but no tokenizer; "
+            "save one there, too.")  # fmt: skip
 
 
 def check_positions(name: str, context: int) -> None:
@@ -66,9 +63,8 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     """(model, tokenizer) of a folder or hub name, the model in eval mode. Raises UserError."""
     tokenizer = load_tokenizer(name)
     with _readable(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve(name), dtype=dtype, use_safetensors=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype,
+                                                     use_safetensors=True)  # fmt: skip
         check_supported(model)
     return model.to(device).eval(), tokenizer
 

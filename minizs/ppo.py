@@ -35,9 +35,8 @@ def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Ten
 
 
 @torch.no_grad()
-def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+        lam: float) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Generalised advantage estimation (arXiv 1506.02438) over the sampled tokens alone:
 
         delta_t = r_t + gamma * V_next - V_t
@@ -86,14 +85,9 @@ def whiten(advantages: Tensor, mask: Tensor, batch_moments: Tensor | None = None
     return keep(whitened, mask).to(advantages.dtype)
 
 
-def value_loss(
-    values: Tensor,
-    old_values: Tensor,
-    returns: Tensor,
-    mask: Tensor,
-    clip: float,
-    normalizer: float | Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float,
+               normalizer: float | Tensor | None = None,
+               ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """Half the squared error, where a value gains nothing by moving more than `clip` at a time:
 
         V_clip = V_old + clip(V - V_old, -clip, clip)

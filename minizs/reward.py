@@ -62,9 +62,8 @@ def _f1(prediction: str, gold: str) -> float:
     return 2 * shared / (len(predicted_words) + len(gold_words))
 
 
-def _best(
-    score: Callable[[str, str], float], prediction: str | None, answers: Iterable[str]
-) -> float:
+def _best(score: Callable[[str, str], float], prediction: str | None,
+          answers: Iterable[str]) -> float:  # fmt: skip
     """The best score over the gold answers; 0 where either side normalises to nothing."""
     if isinstance(answers, str):  # a lone gold answer would be read letter by letter
         answers = [answers]

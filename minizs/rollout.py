@@ -38,27 +38,19 @@ class Limits:
 
 
 @torch.no_grad()
-def rollout(
-    model,
-    tokenizer,
-    examples: Sequence[Example],
-    engine,
-    *,
-    group_size: int = 1,
-    limits: Limits = Limits(),  # noqa: B008 (frozen)
-    noise: float = 0.0,
-    temperature: float = 1.0,
-    seed: int = 0,
-    keys: Sequence[tuple[int, ...]] | None = None,
-    template: str = protocol.PROMPT,
-    reward: Callable[[str | None, Sequence[str]], float] = f1_score,
-) -> list[Trajectory]:
+def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size: int = 1,
+            limits: Limits = Limits(),  # noqa: B008 (frozen)
+            noise: float = 0.0, temperature: float = 1.0, seed: int = 0,
+            keys: Sequence[tuple[int, ...]] | None = None, template: str = protocol.PROMPT,
+            reward: Callable[[str | None, Sequence[str]], float] = f1_score,
+            on_turn: Callable[[Turn], None] | None = None) -> list[Trajectory]:  # fmt: skip
     """`group_size` trajectories for each example, the rows of a group adjacent.
 
     `noise` is the probability that a search asks the engine for noisy documents, drawn once a
     search (paper equation 1). `keys` gives each example the integers on which all its random
     numbers hang (by default its index), so that a trajectory does not depend on what else is in the
-    batch, nor on which process computes it. Raises ValueError where a prompt leaves no room.
+    batch, nor on which process computes it. `on_turn` is shown each turn as soon as its documents
+    are there. Raises ValueError where a prompt leaves no room.
     """
     keys = [(i,) for i in range(len(examples))] if keys is None else keys
     row_keys = [(*key, sample) for key in keys for sample in range(group_size)]
@@ -66,22 +58,14 @@ def rollout(
     texts = [protocol.build_prompt(example.question, template) for example in examples]
     for i, ids in enumerate(tokenizer(texts)["input_ids"]):
         if len(ids) >= limits.context:
-            raise ValueError(
-                f"the prompt of question {examples[i].question[:60]!r} has {len(ids)} tokens, and "
-                f"the context limit is {limits.context}; raise --max_context"
-            )
+            question = examples[i].question[:60]
+            raise ValueError(f"the prompt of question {question!r} has {len(ids)} tokens, and the "
+                             f"context limit is {limits.context}; raise --max_context")  # fmt: skip
         for row in rows[i * group_size : (i + 1) * group_size]:
             row.append(ids)
-    decoder = Decoder(
-        model,
-        [row.ids for row in rows],
-        capacity=min(limits.context, 256),
-        vocab_size=len(tokenizer),
-        temperature=temperature,
-        seed=seed,
-        tokenizer=tokenizer,
-        stop=protocol.STOP,
-    )
+    decoder = Decoder(model, [row.ids for row in rows], capacity=min(limits.context, 256),
+                      vocab_size=len(tokenizer), temperature=temperature, seed=seed,
+                      tokenizer=tokenizer, stop=protocol.STOP)  # fmt: skip
 
     live = list(range(len(rows)))
     for turn in range(limits.turns):
@@ -92,7 +76,8 @@ def rollout(
         for i, out in zip(live, written, strict=True):
             row = rows[i]
             row.append(out.ids, out.logprobs)
-            text = tokenizer.decode(out.ids, skip_special_tokens=True)
+            # A tag may be a special token, and has to be seen.
+            text = tokenizer.decode(out.ids, skip_special_tokens=False)
             action = protocol.parse_action(text)
             row.turns.append(Turn(text, action.kind, action.content))
             if action.kind == "answer":
@@ -116,6 +101,8 @@ def rollout(
             rows[i].turns[-1].documents, rows[i].turns[-1].noisy = documents, request.noisy
             block = protocol.wrap_documents(protocol.number_documents(documents))
             replies.append((i, block))
+        for i in live if on_turn else ():
+            on_turn(rows[i].turns[-1])
 
         live = []
         texts = [text for _, text in replies]

@@ -7,45 +7,63 @@ import json
 import shutil
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 
 import yaml
 
-from minizs.config import UserError
+from minizs.config import require
 from minizs.trajectory import Trajectory
 
 RUNS = Path("runs")
 DONE = Path("policy", "prompt.txt")  # what `models.save` writes last: the policy is whole
 
 
-def output_folder(kind: str, resume: str) -> Path:
-    """The first free `runs/KIND-N`; to resume, a named checkpoint's run or the last that is there.
+# What tells a folder of ours, of either stage, from others.
+MARKS = ("config.yaml", "metrics.jsonl", "settings.yaml", "collected.jsonl")
+
+
+def new_folder(kind: str) -> Path:
+    """The first free `runs/KIND-N`, made at once: two runs started together take two."""
+    for number in count(_last(kind) + 1):
+        folder = RUNS / f"{kind}-{number}"
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+
+
+def to_resume(kind: str, output: str, resume: str) -> Path:
+    """The run to go on with: that of `--output`, of the named checkpoint, or the last there is.
 
     A checkpoint is `RUN/checkpoints/step-N`.
     """
-    if resume not in ("", "latest"):
-        return Path(resume).parent.parent
+    named = Path(resume).parent.parent if resume != "latest" else None
+    return Path(output) if output else named or RUNS / f"{kind}-{max(1, _last(kind))}"
+
+
+def _last(kind: str) -> int:
     numbers = [p.name.rsplit("-", 1)[-1] for p in RUNS.glob(f"{kind}-*")]
-    last = max((int(n) for n in numbers if n.isdigit()), default=0)
-    return RUNS / f"{kind}-{max(1, last) if resume else last + 1}"
+    return max((int(n) for n in numbers if n.isdigit()), default=0)
 
 
-def own_settings(output: str, resume: str) -> list[str]:
+def own_settings(folder: Path) -> list[str]:
     """The flags that give a run that is resumed the settings in its `config.yaml`, if any."""
-    path = (Path(output) if output else output_folder("policy", resume)) / "config.yaml"
+    path = folder / "config.yaml"
     return ["--config", str(path)] if path.is_file() else []
 
 
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise UserError for an output folder in which something would be lost."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file; name a folder.")
-    if folder.exists() and any(folder.iterdir()) and not (resume or overwrite):
-        raise UserError(
-            f"{folder} is not empty; add --resume to go on with it or --overwrite to lose it."
-        )
-    if overwrite and Path.cwd().is_relative_to(folder.resolve()):
-        raise UserError("--overwrite would delete the current folder; choose another --output.")
+    for path in (folder, *folder.parents):
+        require(path.is_dir() or not path.exists(), f"{path} is a file; --output names a folder.")
+    if folder.exists() and any(folder.iterdir()):
+        require(resume or overwrite, f"{folder} is not empty; add --resume to go on with it or "
+                "--overwrite to lose it.")  # fmt: skip
+        ours = any((folder / name).is_file() for name in MARKS)
+        require(ours or not overwrite, f"{folder} holds no run, so --overwrite leaves it alone; "
+                "choose another --output.")  # fmt: skip
+    inside = overwrite and Path.cwd().is_relative_to(folder.resolve())
+    require(not inside, "--overwrite would delete the current folder; choose another --output.")
 
 
 def remove(folder: Path) -> None:
@@ -65,11 +83,12 @@ def finished(folder: Path, steps: int) -> bool:
 
 
 def started_from(policy: Path) -> str | None:
-    """The model that a run's policy was trained from, as its settings say."""
-    settings = policy.parent / "config.yaml"
-    if not settings.is_file():
+    """The model that a run's policy was trained from, None if no settings beside it name one."""
+    try:
+        name = yaml.safe_load((policy.parent / "config.yaml").read_text())["policy"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):  # not a run's file
         return None
-    return (yaml.safe_load(settings.read_text()) or {}).get("policy")
+    return name if isinstance(name, str) else None
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -98,15 +117,24 @@ class RunFolder:
         """Drop the lines after `step`: a resumed run writes them again."""
         for name in ("metrics.jsonl", "trajectories.jsonl"):
             rows = [row for row in read_lines(self.folder / name) if row["step"] <= step]
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (self.folder / name).write_text(text)
+            self._replace(name, rows)
 
     def write_metrics(self, metrics: dict) -> None:
         self._append("metrics.jsonl", metrics)
 
+    def amend_metrics(self, metrics: dict) -> None:
+        """Add to the last line: what is known only once the step has been saved."""
+        rows = read_lines(self.folder / "metrics.jsonl")
+        self._replace("metrics.jsonl", [*rows[:-1], rows[-1] | metrics])
+
     def write_trajectories(self, step: int, trajectories: list[Trajectory]) -> None:
         for trajectory in trajectories:
             self._append("trajectories.jsonl", {"step": step} | asdict(trajectory))
+
+    def _replace(self, name: str, rows: list[dict]) -> None:
+        partial = self.folder / f"{name}.partial"  # a run killed here keeps its log
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.replace(self.folder / name)
 
     def _append(self, name: str, row: dict) -> None:
         with open(self.folder / name, "a") as file:

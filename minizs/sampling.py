@@ -52,9 +52,8 @@ class StopStrings:
         self.seen: dict[int, tuple[bool, bool]] = {}  # token -> (holds a tag, may end one)
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
+        plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return self.tokenizer.decode(ids, **plain)
 
     def complete(self, ids: list[int]) -> bool:
         """`ids` is the turn so far; no tag was complete before its last token."""

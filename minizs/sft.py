@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from minizs.batching import attention, by_budget, pad
 
-Segment = tuple[str, bool]
+Segment = tuple[str, bool]  # some text, and whether the loss is on it
 Tokens = tuple[list[int], list[int]]  # ids and mask, of equal lengths
 
 
@@ -24,8 +24,7 @@ def encode(tokenizer, segments: list[Segment], end: bool = False) -> Tokens:
 
     With `end` the end-of-sequence token follows, marked: a model learns to stop.
     """
-    ids: list[int] = []
-    mask: list[int] = []
+    ids, mask = [], []
     texts = [text for text, _ in segments]
     # Only what opens the text gets the tokenizer's own opening token, as a prompt does in use.
     pieces = [tokenizer(texts[0])["input_ids"]]
@@ -40,9 +39,8 @@ def encode(tokenizer, segments: list[Segment], end: bool = False) -> Tokens:
     return ids, mask
 
 
-def batches(
-    texts: Iterable[Tokens], tokens: int, rng: random.Random, pool: int = 1024
-) -> Iterator[list[Tokens]]:
+def batches(texts: Iterable[Tokens], tokens: int, rng: random.Random,
+            pool: int = 1024) -> Iterator[list[Tokens]]:  # fmt: skip
     """Batches of at most `tokens` positions of texts of similar length, in random order.
 
     A small budget in tokens gives several times the optimiser steps a minute that padded batches of
@@ -56,18 +54,13 @@ def batches(
             yield [buffer[i] for i in group]
 
 
-def collate(
-    rows: list[Tokens], device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, attention_mask, loss_mask), each (B, T)."""
+def collate(rows: list[Tokens], device: torch.device | str = "cpu") -> list[Tensor]:
+    """input_ids, attention_mask and loss_mask, each (B, T)."""
     ids, masks = zip(*rows, strict=True)
-    tensors = pad(list(ids)), attention([len(row) for row in ids]), pad(list(masks))
-    return tuple(t.to(device) for t in tensors)
+    return [t.to(device) for t in (pad(ids), attention(list(map(len, ids))), pad(masks))]
 
 
-def nll(
-    model, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor
-) -> tuple[Tensor, Tensor]:
+def nll(model, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor):
     """Summed negative log-likelihood of the marked tokens, and their number. All inputs (B, T)."""
     marked = loss_mask[:, 1:].bool()  # token t is predicted at t - 1
     hidden = model.get_decoder()(input_ids, attention_mask=attention_mask, use_cache=False)

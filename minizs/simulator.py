@@ -13,7 +13,7 @@ then supports it); and the simulator is used in training only, never to test.
 import re
 from pathlib import Path
 
-from minizs.generate import generate
+from minizs.generate import Generated, generate
 from minizs.protocol import number_documents, split_documents
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
@@ -30,13 +30,9 @@ Query: {query}
 
 def prompt(template: str, request: SearchRequest, top_k: int) -> str:
     """The simulator's whole input for one request; all gold answers are named, not the first."""
-    words = {
-        "query": request.query,
-        "question": request.question,
-        "answers": " or ".join(request.answers),
-        "quality": "noisy" if request.noisy else "useful",
-        "top_k": str(top_k),
-    }
+    words = {"query": request.query, "question": request.question,
+             "answers": " or ".join(request.answers), "top_k": str(top_k),
+             "quality": "noisy" if request.noisy else "useful"}  # fmt: skip
     # In one pass: a query that spells out "{answers}" must not have them filled in.
     return re.sub(r"\{(\w+)\}", lambda name: words.get(name[1], name[0]), template)
 
@@ -57,7 +53,8 @@ class SimulatedSearch:
     """An engine whose documents a model writes. All requests of a turn are one batched generation.
 
     A request's random numbers hang on its `key` and `seed`, so that a reply does not depend on who
-    else is searching.
+    else is searching. `max_new_tokens` is what the numbered documents may take; a document that
+    they do not suffice for is left out, not passed on by halves.
     """
 
     def __init__(self, model, tokenizer, template: str = PROMPT, top_k: int = 3, seed: int = 0,
@@ -72,14 +69,15 @@ class SimulatedSearch:
             return []
         texts = [prompt(self.template, request, self.top_k) for request in requests]
         replies = generate(
-            self.model,
-            self.tokenizer(texts)["input_ids"],
-            self.max_new_tokens,
-            temperature=self.temperature,
-            seed=self.seed,
+            self.model, self.tokenizer(texts)["input_ids"], self.max_new_tokens,
+            temperature=self.temperature, seed=self.seed,
             keys=[request.key for request in requests],
-            vocab_size=len(self.tokenizer),
-            eos_id=self.tokenizer.eos_token_id,
-        )
-        decoded = [self.tokenizer.decode(r.ids, skip_special_tokens=True) for r in replies]
-        return [split_documents(text, self.top_k) for text in decoded]
+            vocab_size=len(self.tokenizer), eos_id=self.tokenizer.eos_token_id,
+        )  # fmt: skip
+        return [self._documents(reply) for reply in replies]
+
+    def _documents(self, reply: Generated) -> list[str]:
+        text = self.tokenizer.decode(reply.ids, skip_special_tokens=True)
+        if reply.reason == "length":  # the last document is unfinished, if only its number is there
+            return split_documents(text + " ...", self.top_k + 1)[:-1]
+        return split_documents(text, self.top_k)

@@ -9,7 +9,7 @@ from pathlib import Path
 from minizs import data, models, runs
 from minizs.config import UserError, require
 from minizs.protocol import build_prompt
-from minizs.trajectory import Example
+from minizs.trajectory import Example, SearchRequest
 
 DEFAULT_SIMULATOR = runs.RUNS / "simulator"
 
@@ -20,32 +20,67 @@ def check_engine(config) -> None:
         models.check_model(config.simulator)
     if config.engine == "bm25" and config.data != "world":
         require(bool(config.corpus), "--engine bm25 on your own --data needs --corpus FILE.")
-        require(
-            Path(config.corpus).is_file(), f"There is no corpus {config.corpus!r}; check the path."
-        )
+    there = not config.corpus or Path(config.corpus).is_file()
+    require(there, f"There is no corpus {config.corpus!r}; check the path.")
 
 
 def check_prompts(policy: str, examples: list[Example], context: int) -> None:
     """Raise UserError for a question whose prompt leaves no room in the context."""
-    tokenizer, template = models.load_tokenizer(policy), models.load_prompt(policy)
-    prompts = [build_prompt(example.question, template) for example in examples]
-    longest = max(map(len, tokenizer(prompts)["input_ids"]))
+    template = models.load_prompt(policy)
+    longest = _longest(policy, [build_prompt(e.question, template) for e in examples])
     require(longest < context, f"--max_context {context} is too small: the longest prompt has "
             f"{longest} tokens.")  # fmt: skip
 
 
+def check_simulator(config, examples: list[Example]) -> None:
+    """Raise UserError for a question on which the simulator could run out of positions."""
+    from transformers import AutoConfig
+
+    from minizs.simulator import load_template, prompt
+
+    made = DEFAULT_SIMULATOR if _is_made() else "tiny"  # what it will be made from
+    folder = models.resolve(config.simulator or str(made))
+    template = load_template(folder)
+    requests = [SearchRequest("", e.question, e.answers) for e in examples]
+    longest = _longest(folder, [prompt(template, r, config.top_k) for r in requests])
+    needed = longest + config.max_turn_tokens + config.max_document_tokens  # query and reply
+    limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", needed)
+    require(needed <= limit, f"The simulator {folder} has {limit} positions and may need {needed}; "
+            "lower --max_document_tokens or --max_turn_tokens.")  # fmt: skip
+
+
+def _longest(model: str, prompts: list[str]) -> int:
+    """Tokens of the longest."""
+    return max(map(len, models.load_tokenizer(model)(prompts)["input_ids"]))
+
+
+def _is_made() -> bool:
+    return (DEFAULT_SIMULATOR / "config.json").is_file()
+
+
 def make_default_simulator() -> Path:
-    """`runs/simulator`, made by `train_sim.py` in a process of its own if it is not there yet."""
-    if not (DEFAULT_SIMULATOR / "config.json").is_file():
+    """`runs/simulator`, made by stage 1 if it is not there yet."""
+    if not _is_made():
         print(f"There is no simulator in {DEFAULT_SIMULATOR} yet: making it (stage 1).", flush=True)
-        script = Path(__file__).parent.parent / "train_sim.py"
-        # It is a run of one process, whatever this one is part of.
-        distributed = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
-        environment = {k: v for k, v in os.environ.items() if k not in distributed}
-        command = [sys.executable, str(script), "--output", str(DEFAULT_SIMULATOR)]
-        if subprocess.run(command, env=environment).returncode:
-            raise UserError("The default simulator could not be made; see the message above.")
+        run_stage("train_sim.py", "--output", str(DEFAULT_SIMULATOR))
     return DEFAULT_SIMULATOR
+
+
+def newest_policy() -> Path:
+    """The policy of the newest finished run, made by stage 2 if there is none yet."""
+    if runs.newest_run() is None:
+        print(f"There is no finished run in {runs.RUNS} yet: making one (stage 2).", flush=True)
+        run_stage("train_policy.py")
+    return runs.newest_run() / "policy"
+
+
+def run_stage(script: str, *flags: str) -> None:
+    """Run a script to its end. Its run has one process, whatever this one is part of."""
+    distributed = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+    environment = {k: v for k, v in os.environ.items() if k not in distributed}
+    command = [sys.executable, str(Path(__file__).parent.parent / script), *flags]
+    done = subprocess.run(command, env=environment).returncode == 0
+    require(done, f"{script}, which this needs, has failed; see the message above.")
 
 
 def simulated_engine(folder: str, config, device):
@@ -53,7 +88,8 @@ def simulated_engine(folder: str, config, device):
     from minizs.simulator import SimulatedSearch, load_template
 
     model, tokenizer = models.load(folder, device)
-    return SimulatedSearch(model, tokenizer, load_template(folder), config.top_k, config.seed,
+    template = load_template(models.resolve(folder))
+    return SimulatedSearch(model, tokenizer, template, config.top_k, config.seed,
                            config.simulator_temperature, config.max_document_tokens)  # fmt: skip
 
 
@@ -64,8 +100,11 @@ def real_engine(config, role: str):
     if config.engine == "none":
         return NoDocuments()
     if config.corpus:
-        lines = [line.strip() for line in Path(config.corpus).read_text().splitlines()]
-        documents = [line for line in lines if line]
+        try:
+            text = Path(config.corpus).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"The corpus {config.corpus} is no text file: {error}.") from error
+        documents = [line.strip() for line in text.splitlines() if line.strip()]
         require(bool(documents), f"The corpus {config.corpus} is empty.")
         return BM25(documents, config.top_k)
     from minizs.world import embedded
@@ -84,37 +123,42 @@ def training_engine(config, accelerator):
 
 
 def agreed_folder(accelerator, config, kind: str) -> Path:
-    """The output folder of these settings, the same one on every process."""
+    """The output folder of these settings, the same one on every process, made if it is new."""
     from accelerate.utils import broadcast_object_list
 
-    chosen = [config.output or str(runs.output_folder(kind, config.resume))]
+    chosen = [config.output]
+    if accelerator.is_main_process and not config.output:
+        chosen = [str(runs.new_folder(kind))]
     broadcast_object_list(chosen)
     return Path(chosen[0])
 
 
-def held_out(config, accelerator, model, tokenizer, template: str, engine) -> Callable[[], dict]:
-    """A function that answers held-out questions greedily and gives f1, em and searches a question.
+def held_out(config, accelerator, model, tokenizer, template: str) -> Callable[[], dict] | None:
+    """A function that answers held-out questions greedily, with BM25: the figures of all processes.
 
-    In the tiny world these are another world's, with BM25 over its documents; questions of a file
-    have no second half here, and are answered with the training engine.
+    In the tiny world these are another world's, with its documents; of a file, the questions that
+    are not trained on, with `--corpus`. None where there are no such questions or no corpus: the
+    simulator, which sees the gold answers, would be no test.
     """
-    from minizs.evaluation import answer_all
+    from accelerate.utils import gather_object
 
-    examples = data.load(config.data, "dev")[: config.eval_questions]
-    if config.data == "world":
-        from minizs.engines import BM25
-        from minizs.world import embedded
+    from minizs.evaluation import answer_all, summary
 
-        world = embedded("dev")
-        engine = BM25(world.documents, config.top_k, world.judge)
-    rank, processes = accelerator.process_index, accelerator.num_processes
+    if not config.eval_every:
+        return None
+    examples = data.spread(data.load(config.data, "dev"), config.eval_questions)
+    if not examples or config.data != "world" and not config.corpus:
+        lacking = "a --corpus" if examples else "held-out questions"
+        accelerator.print(f"No evaluation while it trains: {config.data} lacks {lacking}.")
+        return None
+    engine = real_engine(config, "dev")
+    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
 
     def evaluate() -> dict[str, float]:
-        from minizs import metrics
-
-        rows = answer_all(model, tokenizer, examples[rank::processes], engine, temperature=0.0,
-                          limits=limits(config), template=template)  # fmt: skip
-        return metrics.of_scores(accelerator, rows)
+        rows = answer_all(model, tokenizer, [examples[i] for i in mine], engine,
+                          keys=[(i,) for i in mine], temperature=0.0, limits=limits(config),
+                          template=template)  # fmt: skip
+        return summary(gather_object(rows))
 
     return evaluate
 
@@ -123,6 +167,5 @@ def limits(config):
     """The rollout limits that the settings name."""
     from minizs.rollout import Limits
 
-    return Limits(
-        config.max_turns, config.max_turn_tokens, config.max_document_tokens, config.max_context
-    )
+    return Limits(config.max_turns, config.max_turn_tokens, config.max_document_tokens,
+                  config.max_context)  # fmt: skip

@@ -62,9 +62,7 @@ class Trajectory:
         """Add tokens: the policy's own come with their log-probabilities, all others without."""
         own = logprobs is not None
         if own and len(logprobs) != len(ids):
-            raise ValueError(
-                f"{len(ids)} sampled tokens came with {len(logprobs)} log-probabilities."
-            )
+            raise ValueError(f"{len(ids)} sampled tokens came with {len(logprobs)} logprobs.")
         self.ids += ids
         self.loss_mask += [int(own)] * len(ids)
         self.logprobs += logprobs if own else [0.0] * len(ids)

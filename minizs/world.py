@@ -8,19 +8,18 @@ to a high score is to search, read, hop and answer. Full names of people and com
 between training and testing, so that a test name is a pair of words no model has seen together.
 
 Left out on purpose: objects that are named before their subject, paraphrases without a word in
-common with the query (BM25 could not find them) and symmetric relations (see the README).
+common with the query (BM25 could not find them) and symmetric relations.
 """
 
-import random
 import re
 from dataclasses import dataclass
 from functools import cache
+from random import Random
 
 from minizs.trajectory import Example, SearchRequest
 
-MONTHS = (
-    "January February March April May June July August September October November December".split()
-)
+MONTHS = """January February March April May June
+    July August September October November December""".split()
 COMPANY_KINDS = "Works Press Mills Mining Lines Motors Bank Labs Timber Foods".split()
 
 
@@ -76,23 +75,22 @@ TWO_HOP = (
 
 @cache
 def names() -> dict[str, list[str]]:
-    """The fixed vocabulary: invented words by role, the same in every world and every process."""
-    rng, seen = random.Random("minizs names"), {"work", "works"}
+    """The fixed vocabulary by role, most of it invented: the same in every world and process."""
+    rng, seen = Random("minizs names"), {"work", "works"}
     onsets = "b br c ch d dr f fl g gr h j k kl l m n p pr r s sk st t tr v w z".split()
     vowels, codas = "a e i o u ai ea ou".split(), "l n r s t nd rk lm th ck x".split()
     endings = {"town": "by ton ford wick stead", "country": "ia land mark",
                "given": "a o en is", "family": "er ow ard ley", "company": "co va tex"}  # fmt: skip
     sizes = {"given": 80, "family": 80, "town": 100, "country": 30, "company": 80}
-    out = {}
+    out = {"month": MONTHS, "company_kind": COMPANY_KINDS}
     for role, size in sizes.items():
-        words = []
+        words = out[role] = []
         while len(words) < size:
             word = rng.choice(onsets) + rng.choice(vowels) + rng.choice(codas)
             word += rng.choice(endings[role].split())
             if word not in seen:
                 seen.add(word)
                 words.append(word.capitalize())
-        out[role] = words
     return out
 
 
@@ -109,7 +107,7 @@ class World:
 
     def __init__(self, seed: int, split: str = "train", people: int = 150, towns: int = 60,
                  companies: int = 60, countries: int = 20):  # fmt: skip
-        self.rng = rng = random.Random(f"world {split} {seed}")
+        self.rng = rng = Random(f"world {split} {seed}")
         pool = names()
         self.members = {
             "person": _pairs(pool["given"], pool["family"], split, people, rng),
@@ -128,7 +126,7 @@ class World:
         ]
         self._by_text: dict[str, Question] = {}
 
-    def draw(self, role: str, rng: random.Random | None = None) -> str:
+    def draw(self, role: str, rng: Random | None = None) -> str:
         """A random thing of this kind: a member of the world, or any date."""
         rng = rng or self.rng
         if role == "date":
@@ -158,38 +156,30 @@ class World:
                 bridge = self.facts[s, first]
                 path = ((s, first), (bridge, second))
                 two.append(Question(text.format(s=s), self.facts[bridge, second], "two_hop", path))
-        rng = random.Random(len(one))
+        rng = Random(len(one))
         rng.shuffle(one)
         rng.shuffle(two)
         return [q for pair in zip(one, two, strict=False) for q in pair]
 
 
-def _pairs(
-    first: list[str], second: list[str], split: str, n: int, rng: random.Random
-) -> list[str]:
+def _pairs(first: list[str], second: list[str], split: str, n: int, rng: Random) -> list[str]:
     """`n` two-word names; a fifth of all pairs is kept for the test split."""
-    pairs = [
-        f"{a} {b}"
-        for i, a in enumerate(first)
-        for j, b in enumerate(second)
-        if ((i + j) % 5 == 0) == (split == "test")
-    ]
+    pairs = [f"{a} {b}" for i, a in enumerate(first) for j, b in enumerate(second)
+             if ((i + j) % 5 == 0) == (split == "test")]  # fmt: skip
     return rng.sample(pairs, n)
 
 
+_PATTERNS = [  # the longest wording of a relation first
+    (name, re.compile(re.escape(text).replace(r"\{s\}", "(.+)").replace(r"\{o\}", "(.+)")))
+    for name, relation in RELATIONS.items()
+    for text in sorted(relation.wordings, key=len, reverse=True)
+]
+
+
 @cache
-def _patterns() -> list[tuple[str, re.Pattern]]:
-    compiled = []
-    for name, relation in RELATIONS.items():
-        for wording in sorted(relation.wordings, key=len, reverse=True):
-            pattern = re.escape(wording).replace(r"\{s\}", "(.+)").replace(r"\{o\}", "(.+)")
-            compiled.append((name, re.compile(pattern)))
-    return compiled
-
-
 def read_fact(document: str) -> tuple[str, str, str] | None:
     """The (subject, relation, object) that a document states, whoever wrote it; None if garbled."""
-    for name, pattern in _patterns():
+    for name, pattern in _PATTERNS:
         if match := pattern.fullmatch(document):
             return match[1], name, match[2]
     return None
@@ -211,8 +201,10 @@ def holds_what_is_needed(document: str, query: str, question: Question) -> bool:
 def embedded(role: str) -> World:
     """The worlds that the scripts use: "train" for RL, "dev" while it trains, "test" at the end.
 
-    They are larger than those the base and the simulator learn from, and share no fact with them.
+    They are larger than those that base and simulator learn from. "dev" and "test" share no person
+    or company with any world that is trained on; all worlds draw on the same towns and countries,
+    so that a few towns lie in the same country in two of them, by chance.
     """
-    seed = {"train": 1, "dev": 2, "test": 3}[role]
+    seed = {"train": -1, "dev": -2, "test": -3}[role]
     split = "train" if role == "train" else "test"
-    return World(-seed, split, people=300, towns=100, companies=100, countries=30)
+    return World(seed, split, people=300, towns=100, companies=100, countries=30)

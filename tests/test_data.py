@@ -37,7 +37,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
 def test_every_format_gives_the_same_examples(tmp_path, name):
     """Guards gold answers that are lost but for the first, and sources that are mixed up."""
-    assert data.load(write(tmp_path / name, ROWS), "train") == EXPECTED
+    assert data.load(write(tmp_path / name, ROWS), "test") == EXPECTED
 
 
 def test_odd_rows(tmp_path):
@@ -49,7 +49,7 @@ def test_odd_rows(tmp_path):
         {"question": "q4?", "answer": None},
     ]
     path = write(tmp_path / "mine.jsonl", rows)
-    assert data.load(path, "train") == [Example("q1?", ("abc",), "mine")]
+    assert data.load(path, "test") == [Example("q1?", ("abc",), "mine")]
     with pytest.raises(UserError, match="no row"):
         data.load(write(tmp_path / "none.jsonl", rows[1:]), "train")
 
@@ -72,8 +72,18 @@ def test_wrong_files(tmp_path):
             with pytest.raises(UserError, match=words):
                 function(str(spec))
     (tmp_path / "bad.jsonl").write_text("no json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read as json: .*(?i:invalid|malformed|parse)"):
         data.load(str(tmp_path / "bad.jsonl"), "train")
+
+
+def test_a_file_is_split_by_its_questions(tmp_path):
+    """Guards held-out questions that are trained on, or change with a row's place in the file."""
+    rows = [{"question": f"q{i}?", "answer": "a"} for i in range(200)]
+    path, back = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[::-1])
+    train, dev, test = (data.load(path, role) for role in ("train", "dev", "test"))
+    assert len(test) == 200 and sorted(train + dev, key=test.index) == test
+    assert 8 <= len(dev) <= 35
+    assert {e.question for e in data.load(back, "dev")} == {e.question for e in dev}
 
 
 def test_the_world_is_the_default():

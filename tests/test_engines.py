@@ -42,6 +42,13 @@ def test_noise_takes_the_useful_documents_out():
     assert any("Ann" in text for text in noisy)  # still the best-ranked of the rest
 
 
+def test_noise_goes_as_deep_as_it_takes():
+    """Guards noisy replies that are short, or empty, where the best documents are all useful."""
+    engine = BM25([f"Ann was born in Rome {i}" for i in range(30)] + ["Ann likes cats"], top_k=2)
+    clean, noisy = engine.search([ask("Ann born in Rome"), ask("Ann born in Rome", noisy=True)])
+    assert (len(clean), noisy) == (2, ["Ann likes cats"])
+
+
 def test_the_share_of_noisy_requests_is_what_was_asked_for():
     """Guards noise that is drawn elsewhere than by the request's own mark."""
     engine, p = BM25(DOCUMENTS, top_k=2), 0.3

@@ -4,13 +4,16 @@ import json
 import math
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from scripts import FILE, evaluation, everything, policy, refused, status
 
 import evaluate
 from minizs import evaluation as functions
-from minizs import stages
+from minizs import runs, stages
+from minizs.config import UserError
+from minizs.trajectory import Turn
 
 KEYS = """f1 em sub_em f1_stderr em_stderr sub_em_stderr n searches_per_question""".split()
 
@@ -77,8 +80,8 @@ def test_noise_takes_the_answers_out(work, monkeypatch):
     engine_of = evaluate.engine_of
 
     class Spied:
-        def __init__(self, config):
-            self.engine = engine_of(config)
+        def __init__(self, *args):
+            self.engine = engine_of(*args)
 
         def search(self, requests):
             replies = self.engine.search(requests)
@@ -108,21 +111,79 @@ def test_a_runs_policy_stands_beside_what_it_began_as(work, capsys):
     assert out["before"]["overall"]["n"] == out["overall"]["n"] == 9
     evaluation(*FILE, "--before", "none")  # its own file may be written over
     assert "before" not in figures("runs/mine/evaluation.json")
+    evaluation(*FILE, "--engine_noise", "0.5")
+    evaluation(*FILE, "--engine", "none")  # another kind of test loses no other's figures
+    names = ["evaluation-bm25-noise0.5.json", "evaluation-none.json", "evaluation.json"]
+    assert sorted(p.name for p in (work / "runs" / "mine").glob("*.json")) == names
+
+
+def test_where_figures_go_and_what_a_run_is(work):
+    """Guards a folder that is not there (a hub name's), and any config.yaml taken for a run's."""
+    assert evaluate.default_output(evaluate.EvalConfig(policy="org/name")).name == "evaluation.json"
+    assert evaluate.default_output(evaluate.EvalConfig(policy="org/name")).parent == Path()
+    for text in ("policy: here", "policy: [1]", "model: x", "- x", "a: b: c", ""):
+        (work / "config.yaml").write_text(text)
+        assert runs.started_from(work / "policy") == ("here" if text == "policy: here" else None)
+
+
+def test_without_a_run_one_is_made(work, monkeypatch):
+    """Guards a first command that fails; stage 2 made before the arguments are looked at."""
+    made = []
+
+    def run_stage(*command):
+        made.append(command)
+        shutil.copytree("../base", "runs/policy-1/policy")
+
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    with pytest.raises(UserError):
+        evaluation("--data", "../nowhere.jsonl")
+    assert not made
+    evaluation(*FILE)
+    assert made == [("train_policy.py",)]
+    assert figures("runs/policy-1/evaluation.json")["overall"]["n"] == 9
+
+
+def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
+    """Guards answers that are lost to the other policy's broken weights."""
+    monkeypatch.setattr(stages, "make_default_simulator", lambda: 1 / 0)
+    refused(evaluation, "--policy ../base --before ../bad/garbled --engine simulator",
+            "cannot be loaded", work.parent)  # fmt: skip
+
+
+def test_questions_are_spread_over_the_sources(work):
+    """Guards a benchmark of the first data set alone, where a file holds one after the other."""
+    rows = [{"question": f"q{i}?", "answer": "a", "data_source": "abbbc"[i]} for i in range(5)]
+    (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    evaluation("--policy", "../base", "--data", "q.jsonl", "--engine", "none", "--questions", "4")
+    out = figures("../evaluation-none.json")
+    assert [out[name]["n"] for name in "abc"] == [1, 2, 1]
 
 
 def test_a_question_is_answered_as_it_unfolds(work, capsys, monkeypatch):
-    """Guards --ask that shows the end alone, or compares, or writes a file."""
+    """Guards --ask that shows the end alone, or not what was thought, or writes a file."""
     flags = ["--policy", "../base", *FILE, "--temperature", "1"]
     for seed in range(20):  # until the policy happens to search and answer
         evaluation(*flags, "--ask", "when was Fota Jourer born?", "--seed", str(seed))
-        lines = capsys.readouterr().out.splitlines()
-        kinds = [line.split(" ")[0] for line in lines]
-        if "search" in kinds and kinds[-1] == "answer":
+        text = capsys.readouterr().out
+        if "</search>" in text and "</answer>" in text:
             break
-    assert lines[0] == "question when was Fota Jourer born?"
-    search = kinds.index("search")
-    assert "was born on" in lines[search + 1] and lines[-1].split()[1:]
+    lines = text.splitlines()
+    assert lines[0] == "question when was Fota Jourer born?" and lines[-1].startswith("answer   ")
+    search = next(i for i, line in enumerate(lines) if "</search>" in line)
+    assert "was born on" in lines[search + 1] and lines[search + 1].startswith("    ")
     assert not everything(work)
+
+
+def test_every_kind_of_turn_is_shown(capsys):
+    """Guards thoughts, empty replies and invalid turns that nobody sees."""
+    evaluate.unfold(Turn("<think>a</think> <search>b</search>", "search", "b", ["c"]))
+    evaluate.unfold(Turn("<search>b</search>", "search", "b", []))
+    evaluate.unfold(Turn("hm", "invalid", ""))
+    evaluate.unfold(Turn("<answer></answer>", "answer", ""))
+    assert capsys.readouterr().out.splitlines() == [
+        "<think>a</think> <search>b</search>", "    c", "<search>b</search>", "    nothing found",
+        "hm", "    no valid action", "<answer></answer>",
+    ]  # fmt: skip
 
 
 def test_the_simulator_is_made_when_it_is_needed(work, monkeypatch):
@@ -140,7 +201,6 @@ def test_the_simulator_is_made_when_it_is_needed(work, monkeypatch):
 
 
 REFUSED = [
-    ("", "no finished run"),
     ("--policy ../base --polisy x", "--polisy"),
     ("--policy ../base --questions few", "--questions"),
     ("--policy ../base --questions -1", "--questions"),
@@ -175,7 +235,6 @@ def test_bad_input_is_refused_before_anything_is_made(work, bad, flags, names):
 
 def test_bad_input_is_one_line_in_a_process(work):
     """Guards the exit status that a shell script looks at, and noise around the one sentence."""
-    result = status("evaluate.py")
+    result = status("evaluate.py", "--questions", "-1")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("error: There is no finished run")
-    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr == "error: --questions must be 0 or more.\n"

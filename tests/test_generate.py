@@ -100,26 +100,24 @@ def test_a_batch_of_one_equals_a_batch_of_many():
 
 
 def test_turns_do_not_depend_on_the_other_rows():
-    """Guards against cache rows mixed up by swapping, keeping or growing the cache."""
+    """Guards against cache rows mixed up by swapping or growing the cache."""
     model, prompts = make_model(dtype=torch.float64), make_prompts((9, 2, 17, 4, 6))
 
-    def play(rows, keep):
+    def play(rows):
         decoder = Decoder(model, prompts, seed=5, eos_id=range(20))
         texts = {row: [] for row in rows}
         for turn in range(4):
             active = [row for row in rows if turn < 3 or row % 2 == 0]
-            if keep:
-                decoder.keep(active)
             keys = [(row, turn) for row in active]
             for row, result in zip(active, decoder.turn(active, 12, keys), strict=True):
                 texts[row] += result.ids
             decoder.append(active, [prompts[row] for row in active])
         return texts
 
-    together = play([4, 0, 3, 2, 1], keep=False)
-    assert together == play([0, 1, 2, 3, 4], keep=True)
+    together = play([4, 0, 3, 2, 1])
+    assert together == play([0, 1, 2, 3, 4])
     for row, text in together.items():
-        assert play([row], keep=False)[row] == text
+        assert play([row])[row] == text
 
 
 def test_chunks_in_groups_of_rows(monkeypatch):

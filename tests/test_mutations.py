@@ -154,8 +154,8 @@ DEFECTS = [
            "attention([len(t.ids) for t in chosen])", "pad([t.ids for t in chosen]).ne(0).long()",
            test_learner.test_masks_are_never_guessed_from_ids),
     Defect("D11 padding is attended to", batching.attention,
-           "(torch.arange(width) < torch.tensor(lengths)[:, None]).long()",
-           "torch.ones(len(lengths), width).long()",
+           "(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()",
+           "torch.ones(len(lengths), max(lengths)).long()",
            test_learner.test_masks_are_never_guessed_from_ids),
     Defect("D12 an overlong reply is cut", PLAY,
            "in sorted(zip(replies, chunks, strict=True)):",
@@ -244,7 +244,7 @@ DEFECTS = [
            'is not None and s.algorithm != "ppo"', "is not None",
            test_learner.test_ppo_puts_the_kl_into_the_reward),
     Defect("noisy replies that hold the answer", engines.BM25.search,
-           "if not self.judge(text, request)", "if True",
+           "if not (noisy and self.judge(text, requests[i]))", "if True",
            test_engines.test_noise_takes_the_useful_documents_out),
 ]  # fmt: skip
 

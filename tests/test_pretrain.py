@@ -18,6 +18,8 @@ def test_it_leaves_a_model_with_both_prompts(work):
     assert weights(work / "one") == weights(work / "same") != weights(work / "other")
     assert (work / "one" / "prompt.txt").read_text() == base.PROMPT
     assert (work / "one" / "simulator_prompt.txt").read_text() == base.SIMULATOR_PROMPT
+    pretrain.main([*TINY, "--output", "one", "--seed", "2", "--overwrite"])
+    assert weights(work / "one") == weights(work / "other")
     model = AutoModelForCausalLM.from_pretrained(work / "one")
     tokenizer = AutoTokenizer.from_pretrained(work / "one")
     logits = model(torch.tensor([tokenizer("Question: ?")["input_ids"]])).logits
@@ -33,7 +35,13 @@ def test_the_mixture_never_runs_dry(progress):
 
 @pytest.mark.parametrize(
     "flags, names",
-    [("--stepz 5", "--stepz"), ("--steps 0", "--steps"), ("--hidden 12", "--hidden")],
+    [
+        ("--stepz 5", "--stepz"),
+        ("--steps 0", "--steps"),
+        ("--hidden 12", "--hidden"),
+        ("--batch_tokens 0", "--batch_tokens"),
+        ("--output ../base", "not empty"),
+    ],
 )
 def test_bad_input_is_refused(work, flags, names):
     """Guards a traceback from deep inside a model."""

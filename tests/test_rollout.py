@@ -125,6 +125,23 @@ def test_all_searches_of_a_turn_are_one_call():
     assert [row.searches for row in rows] == [2, 2, 2]
 
 
+def test_turns_are_shown_as_they_unfold():
+    """Guards a turn that is shown late, without its documents, or not at all."""
+    seen = []
+    script = [["<eos>"], "<search>a</search>", "<answer>b</answer>"]
+    play(script, on_turn=lambda turn: seen.append((turn.action, turn.documents)))
+    assert seen == [("invalid", None), ("search", ["a document"]), ("answer", None)]
+
+
+def test_a_tag_may_be_a_special_token():
+    """Guards a model whose own tags are lost as its end-of-sequence token is."""
+    tokenizer = make_tokenizer(("<answer>", "</answer>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
+    with mock.patch(f"{__name__}.TOKENIZER", tokenizer):
+        [row], _ = play([["<answer>", *"gold 0", "</answer>"]], tokenizer=tokenizer)
+    assert (row.answer, row.reward) == ("gold 0", 1.0)
+
+
 def test_each_row_gets_the_documents_of_its_own_query():
     """Guards replies that are handed out in another order than the requests came."""
 

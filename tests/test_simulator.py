@@ -91,7 +91,7 @@ def test_all_requests_of_a_turn_are_one_generation():
         calls.append(options)
         texts = [tokenizer.decode(p) for p in prompts]
         replies = [number_documents([f"on {text[0]}", "x", "", "y", "z"]) for text in texts]
-        return [Generated(tokenizer.encode(reply) + [1]) for reply in replies]
+        return [Generated(tokenizer.encode(reply) + [1], reason="eos") for reply in replies]
 
     engine = SimulatedSearch(None, tokenizer, TEMPLATE, top_k=3, seed=4, temperature=0.8)
     with mock.patch("minizs.simulator.generate", answer):
@@ -101,6 +101,22 @@ def test_all_requests_of_a_turn_are_one_generation():
     assert len(calls) == 1
     assert calls[0]["keys"] == [(1, 2), (3, 4)]
     assert (calls[0]["seed"], calls[0]["temperature"]) == (4, 0.8)
+
+
+def test_a_half_written_document_is_not_passed_on():
+    """Guards sentences that break off: a reader cannot tell what they would have said."""
+    tokenizer = make_tokenizer()
+    cases = {  # a reply that ran out of tokens, and what is whole in it
+        "Doc 1: one\nDoc 2: tw": ["one"],
+        "Doc 1: one\nDoc 2:": ["one"],
+        "Doc 1: on": [],
+        "Doc 1: a\nDoc 2: b\nDoc 3: c": ["a", "b"],
+        "nothing": [],
+    }
+    replies = [Generated(tokenizer.encode(text), reason="length") for text in cases]
+    engine = SimulatedSearch(None, tokenizer, TEMPLATE, top_k=2)
+    with mock.patch("minizs.simulator.generate", lambda *_, **__: replies):
+        assert engine.search([request()] * len(cases)) == list(cases.values())
 
 
 def test_replies_do_not_depend_on_who_else_searches():

@@ -5,6 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,17 +15,20 @@ import yaml
 from scripts import POLICY, ROOT, everything, metrics, policy, refused, status, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minizs import data, runs
+import evaluate
+import train_policy
+from minizs import base, data, evaluation, runs, stages
+from minizs.config import UserError
 
 LOGGED = """step reward noise searches_per_question valid_rate kl entropy seconds grad_norm answered
     response_tokens""".split()
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "reinforce"])
-def test_a_run_leaves_what_it_promises(work, algorithm, capsys):
+def test_a_run_leaves_what_it_promises(work, algorithm, capsys, caplog):
     """Guards a folder of a run from which something is missing, or a line too many or too few."""
     flags = ["--algorithm", algorithm, "--eval_every", "2", "--save_every", "1", "--steps", "3"]
-    policy(*flags, "--minibatches", "2")
+    policy(*flags, "--minibatches", "2", "--log_trajectories", "6")
     run = work / "runs" / "policy-1"
     assert "runs/policy-1/policy" in capsys.readouterr().out
     names = "checkpoints config.yaml metrics.jsonl policy report.html trajectories.jsonl"
@@ -32,12 +38,14 @@ def test_a_run_leaves_what_it_promises(work, algorithm, capsys):
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(set(LOGGED) <= row.keys() for row in lines)
     assert ["held_out_f1" in row for row in rows] == [False, True, True]
+    assert "shared tensor" not in caplog.text  # Accelerate's, amid the progress bar
     assert sum(row["reward"] for row in rows) > 0 and rows[0]["searches_per_question"] > 0
     assert all(0 < row["valid_rate"] <= 1 and row["entropy"] > 0 for row in rows)
     shown = [json.loads(line) for line in (run / "trajectories.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in shown] == [1] * 8 + [2] * 8 + [3] * 8
+    assert [row["step"] for row in shown] == [1] * 6 + [2] * 6 + [3] * 6
+    assert len({row["example"]["question"] for row in shown[:4]}) == 4  # one of each group first
     assert {"ids", "loss_mask", "logprobs", "turns", "reward"} <= shown[0].keys()
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-1", "step-2"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-3"]
     model = AutoModelForCausalLM.from_pretrained(run / "policy")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     assert model(torch.tensor([tokenizer("Question: ?")["input_ids"]])).logits.isfinite().all()
@@ -55,6 +63,95 @@ def test_the_tiny_world_tests_on_facts_that_it_does_not_train_on(work):
     assert not held_out & {json.loads(line)["example"]["question"] for line in shown}
 
 
+def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
+    """Guards held-out figures of training questions, or from an engine that knows the answers."""
+    rows = [{"question": f"when was Fota {i} born?", "answer": "January"} for i in range(40)]
+    (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data", "q.jsonl", "--eval_every", "1", "--batch_questions", "8"]
+    policy(*flags, "--engine", "simulator", "--simulator", "../base")
+    run = work / "runs" / "policy-1"
+    held_out = len(data.load("q.jsonl", "dev"))
+    assert 0 < held_out < 15 and [row["held_out_n"] for row in metrics(run)] == [held_out] * 2
+    policy(*flags, "--engine", "simulator", "--simulator", "../base", "--corpus", "")
+    assert "No evaluation while it trains: q.jsonl lacks a --corpus." in capsys.readouterr().out
+    assert not any("held_out_f1" in row for row in metrics(work / "runs" / "policy-2"))
+
+
+def test_held_out_questions_are_shared_by_place(work, monkeypatch):
+    """Guards random numbers of an evaluation that hang on the number of processes."""
+    seen = []
+
+    def answer_all(model, tokenizer, examples, engine, keys, **_):
+        seen.append((len(examples), keys))
+        return []
+
+    monkeypatch.setattr(evaluation, "answer_all", answer_all)
+    monkeypatch.setattr(evaluation, "summary", len)
+    config = train_policy.PolicyConfig(eval_questions=5)
+    for rank in range(2):
+        accelerator = SimpleNamespace(process_index=rank, num_processes=2)
+        stages.held_out(config, accelerator, None, None, "")()
+    assert seen == [(3, [(0,), (2,), (4,)]), (2, [(1,), (3,)])]
+
+
+def test_a_failing_evaluation_loses_nothing(work, monkeypatch, capsys):
+    """Guards a checkpoint, or a line of the log, that waits for an evaluation; a last step lost."""
+    flags = ["--data", "world", "--corpus", "", "--eval_every", "3", "--save_every", "2"]
+    monkeypatch.setattr(stages, "held_out", lambda *_: lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        policy(*flags, "--steps", "3", "--output", "run")
+    monkeypatch.undo()
+    os.chdir(work)
+    assert [row["step"] for row in metrics(work / "run")] == [1, 2, 3]
+    assert (work / "run" / "checkpoints" / "step-3").is_dir()
+    train_policy.main(["--output", "run", "--resume"])
+    train_policy.main(["--output", "run", "--resume", "--steps", "5", "--eval_questions", "4"])
+    assert capsys.readouterr().out.count("Going on from step 3 of run.") == 2
+    assert [row["step"] for row in metrics(work / "run")] == [1, 2, 3, 4, 5]
+    assert "held_out_f1" in metrics(work / "run")[4]
+
+
+def test_a_named_checkpoint_is_its_own_runs(work):
+    """Guards two runs mixed in a folder, newer checkpoints of a path not taken, a silent no."""
+    policy("--output", "run", "--save_every", "1")
+    shutil.copytree(work / "run", work / "copy")
+    refused(policy, "--output run --resume copy/checkpoints/step-1", "copy/checkpoints/step-1",
+            work.parent)  # fmt: skip
+    policy("--resume", "run/checkpoints/step-1", "--save_every", "0")  # of a complete run
+    assert sorted(p.name for p in (work / "run" / "checkpoints").iterdir()) == ["step-1"]
+    assert metrics(work / "run") == metrics(work / "copy")
+
+
+def test_two_runs_started_together_take_two_folders(work):
+    """Guards two runs that write into one log."""
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(runs.new_folder, ["policy"] * 8))
+    assert sorted(folders) == [runs.RUNS / f"policy-{n}" for n in range(1, 9)]
+
+
+def test_every_number_has_a_range():
+    """Guards a setting that means nothing and fails, or worse does not, hours later."""
+    for script, config in ((train_policy, train_policy.PolicyConfig()),
+                           (evaluate, evaluate.EvalConfig())):  # fmt: skip
+        for name, value in vars(config).items():
+            if type(value) in (int, float) and name != "seed":
+                with pytest.raises(UserError, match=f"--{name} "):
+                    script.check(replace(config, **{name: -1}))
+
+
+def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
+    """Guards minutes of stage 1 before a model turns out to be broken, or too small."""
+    monkeypatch.setattr(stages, "make_default_simulator", lambda: 1 / 0)
+    refused(policy, "--engine simulator --policy ../bad/garbled", "cannot be loaded", work.parent)
+    refused(policy, "--engine simulator --max_document_tokens 1000", "positions", work.parent)
+
+
+def test_the_shipped_model_can_be_named_as_simulator(work):
+    """Guards the wording of `tiny`, which lies in its folder and not in one of that name."""
+    config = train_policy.PolicyConfig(simulator="tiny")
+    assert stages.simulated_engine("tiny", config, "cpu").template == base.SIMULATOR_PROMPT
+
+
 def test_the_seed_decides_everything(work):
     """Guards a run that cannot be repeated, and seeds that change nothing."""
     for seed in "112":
@@ -67,10 +164,9 @@ def test_the_seed_decides_everything(work):
 def test_the_settings_beside_a_run_repeat_it(work):
     """Guards settings that are not those used, and that resume or delete when they are fed back."""
     policy("--output", "one", "--overwrite", "--seed", "5", "--kl_coef", "0")
+    assert all(row["kl"] == 0 for row in metrics(work / "one"))  # there all the same
     settings = yaml.safe_load((work / "one" / "config.yaml").read_text())
     assert settings["seed"] == 5 and settings["lr"] == 0.01 and settings["steps"] == 2
-    import train_policy
-
     train_policy.main(["--config", "one/config.yaml"])
     assert metrics(work / "one") == metrics(work / "runs" / "policy-1")
 
@@ -119,8 +215,6 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(work, algorithm, monkeypa
     os.chdir(work)
     assert not (work / "cut" / "policy").exists()
     shutil.copytree(work / "cut", work / "named")
-    import train_policy
-
     train_policy.main(["--output", "cut", "--resume"])  # with its own settings
     assert "Going on from step 2 of cut." in capsys.readouterr().out
     policy(*flags, "--resume", "named/checkpoints/step-2")
@@ -173,8 +267,10 @@ REFUSED = [
     ("--data ../bad/empty.jsonl", "empty.jsonl"),
     ("--corpus ../nowhere.txt", "../nowhere.txt"),
     ("--corpus ../bad/empty.txt", "empty.txt"),
+    ("--corpus ../base/model.safetensors", "no text file"),
+    ("--engine simulator --data world --corpus ../nowhere.txt", "../nowhere.txt"),
     ("--group_size 1", "--group_size"),
-    ("--minibatches 3", "--minibatches 3"),
+    ("--minibatches 4", "--group_size 2"),  # it divides the batch, but not its groups
     ("--noise_end 1.5", "--noise_end"),
     ("--engine_noise -0.1", "--engine_noise"),
     ("--engine simulator --engine_noise 0.5", "--engine_noise"),
@@ -189,6 +285,8 @@ REFUSED = [
     ("--threads -1", "--threads"),
     ("--output ../base", "../base"),
     ("--output ../corpus.txt", "corpus.txt"),
+    ("--output ../corpus.txt/x", "corpus.txt is a file"),
+    ("--output ../base --overwrite", "holds no run"),
     ("--output .. --overwrite", "--overwrite"),
     ("--output new --resume --overwrite", "--resume"),
     ("--resume runs/policy-1/checkpoints/step-7", "step-7"),

@@ -1,6 +1,7 @@
 """Stage 1 from end to end, through `main(argv)`, on a tiny model."""
 
 import json
+import shutil
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from scripts import everything, refused, simulator, status, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sim
-from minizs import base, models, sft, stages
+from minizs import base, collect, models, sft, stages
 from minizs.config import UserError
 
 COLLECTED = "../collected/collected.jsonl"
@@ -120,6 +121,58 @@ def test_a_killed_run_leaves_no_simulator(work, collected, monkeypatch):
     assert not (work / "runs" / "simulator" / "report.json").exists()  # no world to test it on
 
 
+def test_of_two_processes_the_first_wins(work, collected, monkeypatch, capsys):
+    """Guards a crash, or a simulator that changes under the run that has begun to use it."""
+
+    def overtaken(*arguments):
+        shutil.copytree("../base", "runs/simulator")
+
+    monkeypatch.setattr(train_sim, "train", overtaken)
+    simulator("--data", COLLECTED)
+    assert "Another process" in capsys.readouterr().out
+    assert [p.name for p in (work / "runs").iterdir()] == ["simulator"]
+    assert not (work / "runs" / "simulator" / "settings.yaml").exists()  # theirs
+
+
+def test_nothing_trained_is_lost(work, collected, monkeypatch):
+    """Guards minutes of training thrown away by a failing report or by what is in the way."""
+
+    def blocked(*arguments):
+        Path("out").mkdir()
+        Path("out/notes.txt").write_text("mine")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_sim, "train", blocked)
+        with pytest.raises(UserError, match="stays in .*partial"):
+            simulator("--data", COLLECTED, "--output", "out")
+    [kept] = work.glob("*.partial")
+    models.load(str(kept))
+    assert [p.name for p in (work / "out").iterdir()] == ["notes.txt"]
+    monkeypatch.setattr(collect, "report", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        simulator()
+    models.load("runs/simulator")
+
+
+def test_the_default_simulator_is_made_once(work, capsys):
+    """Guards an error, or a simulator made again, where all is there; and half of one taken."""
+    folder = work / "runs" / "simulator"
+    shutil.copytree("../base", folder)
+    before = everything(work)
+    train_sim.main([])
+    assert len(capsys.readouterr().out.splitlines()) == 1 and everything(work) == before
+    for missing in ("model.safetensors", "simulator_prompt.txt"):
+        (folder / missing).unlink()
+        refused(lambda: train_sim.main([]), "", "runs/simulator", work)
+
+
+def test_collecting_leaves_the_simulators_place_free(work):
+    """Guards a stage 2 that finds examples where it looks for the default simulator."""
+    simulator("--collect")
+    assert [str(p) for p in Path("runs").rglob("*.jsonl")] == ["runs/collected/collected.jsonl"]
+    assert not Path("runs/simulator").exists()
+
+
 REFUSED = [
     ("--stepz 5", "--stepz"),
     ("--lr high", "--lr"),
@@ -137,6 +190,8 @@ REFUSED = [
     ("--data ../bad/empty.jsonl", "empty"),
     ("--data ../base", "../base"),
     ("--template ../nowhere.txt", "../nowhere.txt"),
+    ("--template ../corpus.txt", "{query}"),
+    ("--collect --data ../questions.jsonl", "--collect"),
     ("--output ../base", "../base"),
     ("--output .. --overwrite", "--overwrite"),
     ("--config ../bad/unknown.yaml", "'stepz'"),
@@ -176,5 +231,5 @@ def test_the_default_simulator_is_a_run_of_its_own(work, monkeypatch):
     (work / "runs" / "simulator" / "config.json").unlink()
     failed = subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(stages.subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(UserError, match="could not be made"):
+    with pytest.raises(UserError, match="has failed"):
         stages.make_default_simulator()

@@ -6,8 +6,9 @@
 
 Arms run one by one (or --parallel N at a time, one thread each), each in runs/arms/NAME-SEED; what
 is complete is not run again. Every policy is tested on the same 1,000 questions with BM25: greedy,
-sampled at temperature 1, and greedy with half of the replies noisy. Standard errors are those of
-the mean over seeds; with one seed, of the mean over questions.
+sampled at temperature 1, and greedy with half of the replies noisy; and greedy without documents.
+Standard errors are those of the mean over seeds; with one seed, and for the base model, of the mean
+over questions. Real search has the mean noise of the curriculum (0.1) in all its steps.
 """
 
 import argparse
@@ -57,9 +58,30 @@ def mean(values: list[tuple[float, float]]) -> str:
     scores = [value for value, _ in values]
     n, centre = len(scores), sum(scores) / len(scores)
     error = values[0][1]
-    if n > 1:
+    if len(set(scores)) > 1:
         error = math.sqrt(sum((x - centre) ** 2 for x in scores) / (n - 1) / n)
     return f"{100 * centre:.1f} ± {100 * error:.1f}"
+
+
+def difference(root: Path, one: str, other: str, test: str) -> str:
+    """Overall F1 of one arm minus another's over the seeds that both have, paired by seed."""
+    gaps = []
+    for path in sorted(root.glob(f"{one}-[0-9]*/{test}.json")):
+        seed = path.parent.name.rsplit("-", 1)[1]
+        paths = [path, root / f"{other}-{seed}" / path.name]
+        if paths[1].exists():
+            a, b = (json.loads(path.read_text())["overall"] for path in paths)
+            gaps.append((a["f1"] - b["f1"], math.hypot(a["f1_stderr"], b["f1_stderr"])))
+    return f"{one} minus {other}, {test}: {mean(gaps)} ({len(gaps)} seeds)" if gaps else ""
+
+
+def searches_again(root: Path, arm: str) -> str:
+    """How often a one-hop question was searched again after a noisy and after a useful reply."""
+    files = root.glob(f"{arm}-[0-9]*/noisy.json")
+    rows = [json.loads(path.read_text())["one_hop"] for path in files]
+    names = ("again_after_noisy", "again_after_useful")
+    shares = [sum(row.get(name, 0.0) for row in rows) / len(rows) for name in names]
+    return f"{arm}: {shares[0]:.1%} after a noisy reply, {shares[1]:.1%} after a useful one"
 
 
 def table(root: Path) -> str:
@@ -76,6 +98,10 @@ def table(root: Path) -> str:
             seeds = max(seeds, len(rows))
         if seeds:
             lines.append(f"| {arm} ({seeds}) | " + " | ".join(cells) + " |")
+    for test in ("greedy", "sampled", "noisy"):
+        lines.append("\n" + difference(root, "grpo", "grpo_real_search", test))
+    lines += ["\nSearched again, one-hop questions, half of the replies noisy:\n"]
+    lines += [f"- {searches_again(root, a)}" for a in ARMS if any(root.glob(f"{a}-*/noisy.json"))]
     return "\n".join(lines)
 
 

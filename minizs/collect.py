@@ -72,9 +72,9 @@ def report(engine, queries: int, seed: int) -> tuple[dict[str, float], list[dict
     """
     rows = collect(8, 10**6, seed, engine.top_k, "test", good=1.0)
     figures, shown = {}, []
-    for label, hop in KINDS:
+    for kind, (label, hop) in enumerate(KINDS):
         asked = [row | {"label": label} for row in rows if row["hop"] == hop][:queries]
-        replies = engine.search([request_of(row, (i,)) for i, row in enumerate(asked)])
+        replies = engine.search([request_of(row, (kind, i)) for i, row in enumerate(asked)])
         for row, reply in zip(asked, replies, strict=True):
             row["documents"] = reply
         holds = [any(row["answers"][0] in text for text in row["documents"]) for row in asked]
@@ -94,7 +94,7 @@ def states(query: str, documents: list[str]) -> bool:
 def describe(figures: dict[str, float], shown: list[dict]) -> str:
     """The report as text: what the figures mean, and examples."""
     out = []
-    for label, hop in KINDS:
+    for kind, (label, hop) in enumerate(KINDS):
         holds, on_topic = figures[f"{label}_{hop}"], figures[f"{label}_{hop}_on_topic"]
         out.append(f"{label:>6} documents, {hop:>5} hop: {holds:6.1%} contain the answer, "
                    f"{on_topic:6.1%} state the fact asked for")  # fmt: skip

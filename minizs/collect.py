@@ -94,7 +94,7 @@ def states(query: str, documents: list[str]) -> bool:
 def describe(figures: dict[str, float], shown: list[dict]) -> str:
     """The report as text: what the figures mean, and examples."""
     out = []
-    for kind, (label, hop) in enumerate(KINDS):
+    for label, hop in KINDS:
         holds, on_topic = figures[f"{label}_{hop}"], figures[f"{label}_{hop}_on_topic"]
         out.append(f"{label:>6} documents, {hop:>5} hop: {holds:6.1%} contain the answer, "
                    f"{on_topic:6.1%} state the fact asked for")  # fmt: skip

@@ -36,9 +36,15 @@ def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
     parser = HfArgumentParser(kind, allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file with any of these settings.")
     parser.error = _refuse  # one sentence, not argparse's usage page
+    argv = sys.argv[1:] if argv is None else argv
     known, _ = parser.parse_known_args(argv)
     if known.config:
-        parser.set_defaults(**_read_yaml(Path(known.config), kind))
+        flags = _read_yaml(Path(known.config))
+        try:
+            parser.parse_args(flags)
+        except UserError as error:
+            raise UserError(f"In {known.config}: {error}") from error
+        argv = flags + argv
     values = vars(parser.parse_args(argv))
     values.pop("config")
     return kind(**values)
@@ -48,31 +54,17 @@ def _refuse(message: str) -> None:
     raise UserError(f"{message[0].upper()}{message[1:]}; see --help for the settings there are.")
 
 
-def _read_yaml(path: Path, kind: type) -> dict[str, Any]:
+def _read_yaml(path: Path) -> list[str]:
+    """The settings of a file as flags, so that both are checked in one place."""
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration {path} cannot be read: {_one_line(error)}") from error
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    if not isinstance(values, dict):
-        found = type(values).__name__
-        raise UserError(f"{path} should hold lines such as 'steps: 100', not a {found}.")
+        reason = " ".join(str(error).split())
+        raise UserError(f"The configuration {path} cannot be read: {reason}") from error
+    require(isinstance(values, dict), f"{path} should hold lines such as 'steps: 100'.")
     for name, value in values.items():
-        if name not in fields:
-            raise UserError(f"{path} sets {name!r}, which is no setting; see --help for all.")
-        wanted = type(fields[name].default)
-        if wanted is float and isinstance(value, str | int) and not isinstance(value, bool):
-            try:
-                values[name] = float(value)  # YAML reads 1e-4 as text
-                continue
-            except ValueError:
-                pass
-        if wanted is not type(None) and type(value) is not wanted:
-            raise UserError(f"{path} sets {name} to {value!r}, not of type {wanted.__name__}.")
-        choices = fields[name].metadata.get("choices")
-        if choices and value not in choices:
-            raise UserError(f"{path} sets {name} to {value!r}; choose from {', '.join(choices)}.")
-    return values
+        require(value is not None, f"{path} gives {name} no value; remove the line or give one.")
+    return [f"--{name}={value}" for name, value in values.items()]
 
 
 def save(config: Any, path: Path) -> None:
@@ -116,7 +108,3 @@ def run_script(main: Any, argv: list[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

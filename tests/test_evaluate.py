@@ -222,7 +222,7 @@ REFUSED = [
     ("--policy ../base --max_context 3 --ask why?", "--max_context 3"),
     ("--policy ../base --output ../corpus.txt", "../corpus.txt"),
     ("--policy ../base --output ../nowhere/out.json", "../nowhere"),
-    ("--policy ../base --config ../bad/unknown.yaml", "'stepz'"),
+    ("--policy ../base --config ../bad/unknown.yaml", "stepz"),
 ]
 
 

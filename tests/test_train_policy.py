@@ -291,7 +291,7 @@ REFUSED = [
     ("--output new --resume --overwrite", "--resume"),
     ("--resume runs/policy-1/checkpoints/step-7", "step-7"),
     ("--config ../nowhere.yaml", "nowhere.yaml"),
-    ("--config ../bad/unknown.yaml", "'stepz'"),
+    ("--config ../bad/unknown.yaml", "stepz"),
 ]
 
 

@@ -194,7 +194,7 @@ REFUSED = [
     ("--collect --data ../questions.jsonl", "--collect"),
     ("--output ../base", "../base"),
     ("--output .. --overwrite", "--overwrite"),
-    ("--config ../bad/unknown.yaml", "'stepz'"),
+    ("--config ../bad/unknown.yaml", "stepz"),
 ]
 
 

@@ -32,7 +32,7 @@ class PolicyConfig:
     overwrite: bool = option(False, "Delete what the output folder holds.")
     resume: str = option("", "Go on from the newest checkpoint, or the one named.", bare="latest")
     algorithm: str = option("grpo", "How rewards become advantages.", ("grpo", "ppo", "reinforce"))
-    steps: int = option(60, "Training steps; each is one batch of rollouts.")
+    steps: int = option(100, "Training steps; each is one batch of rollouts.")
     seed: int = option(0, "Decides every random number of the run.")
     batch_questions: int = option(16, "Questions a step, over all processes.")
     group_size: int = option(8, "Trajectories a question.")

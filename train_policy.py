@@ -9,6 +9,7 @@ simulator is, a batch of questions is rolled out, F1 rewards the answers, one up
 What a trajectory, a reward or an update is, the modules in minizs/ say, one idea each.
 """
 
+import json
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -16,45 +17,29 @@ from pathlib import Path
 
 from minizs import runs
 from minizs.config import check_ranges, option, parse, require, run_script, save, set_threads
-
-ENGINES = ("simulator", "bm25")
+from minizs.options import SearchConfig, check_search
 
 
 @dataclass
-class PolicyConfig:
-    policy: str = option("tiny", "The model to train: 'tiny' (shipped), a folder or a hub name.")
-    simulator: str = option("", "Its folder; empty: runs/simulator, made if it is missing.")
-    data: str = option("world", "Questions: 'world' or a .jsonl, .json or .parquet file, of which "
-                       "one in ten is held out.")  # fmt: skip
-    corpus: str = option("", "For BM25 on your own data: a text file with one document a line; "
-                         "without it nothing is evaluated while it trains.")  # fmt: skip
-    output: str = option("", "The run's folder; empty: a new runs/policy-N.")
-    overwrite: bool = option(False, "Delete what the output folder holds.")
+class PolicyConfig(SearchConfig):
     resume: str = option("", "Go on from the newest checkpoint, or the one named.", bare="latest")
     algorithm: str = option("grpo", "How rewards become advantages.", ("grpo", "ppo", "reinforce"))
     steps: int = option(100, "Training steps; each is one batch of rollouts.")
-    seed: int = option(0, "Decides every random number of the run.")
     batch_questions: int = option(16, "Questions a step, over all processes.")
     group_size: int = option(8, "Trajectories a question.")
 
-    engine: str = option("simulator", "What answers the searches in training.", ENGINES)
     noise_start: float = option(0.0, "Probability of noisy documents at the first step.")
     noise_end: float = option(0.25, "The same at the last step.")
     noise_base: float = option(4.0, "The curriculum's base; 1 is a straight line.")
-    engine_noise: float = option(0.0, "How often a real engine's reply lacks what is needed.")
-    top_k: int = option(3, "Documents a search.")
-    simulator_temperature: float = option(0.8, "At which the simulator writes.")
-    max_turns: int = option(6, "Generations a trajectory; there are at most one fewer searches.")
-    max_turn_tokens: int = option(40, "Tokens the policy may write in a turn.")
-    max_document_tokens: int = option(80, "Tokens of an engine's reply, tags included.")
-    max_context: int = option(448, "Tokens of a whole trajectory.")
-    temperature: float = option(1.0, "At which the policy samples, and is scored.")
 
     lr: float = option(1.5e-3, "Peak learning rate of the policy (AdamW).")
     lr_end: float = option(0.1, "Share of the peak that is left at the last step; 1: constant.")
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak.")
     weight_decay: float = option(0.0, "AdamW's.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
+    lora_rank: int = option(0, "Train a LoRA of this rank, not all weights; 0: all.")
+    merge: bool = option(False, "With LoRA: make the final policy a plain model.")
+    gradient_checkpointing: bool = option(False, "Less memory, a third more work in the update.")
     minibatches: int = option(1, "Optimiser steps a batch of rollouts.")
     micro_tokens: int = option(8192, "Positions in a forward pass, padding too: bounds memory.")
     clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.")
@@ -79,22 +64,21 @@ class PolicyConfig:
     eval_questions: int = option(200, "Held-out questions, answered greedily with BM25.")
     save_every: int = option(20, "Steps between checkpoints; 0: only the final model.")
     keep: int = option(2, "Checkpoints kept.")
+    search_price: float = option(9.17, "Dollars for 1,000 queries to a web engine (paper Table 8: "
+                                 "586.7 for 64,000).")  # fmt: skip
+    gpu_price: float = option(1.47, "Dollars for an hour of a GPU (paper Table 8).")
     log_trajectories: int = option(8, "Trajectories a step that are written to trajectories.jsonl.")
-    threads: int = option(0, "CPU threads a process; 0: all cores, shared by the processes.")
 
 
 def check(config: PolicyConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
-    from minizs import data, models, stages
-
     check_ranges(
         config,
-        positive="steps batch_questions group_size top_k max_turns max_turn_tokens temperature lr "
-        "max_document_tokens max_context minibatches micro_tokens max_grad_norm critic_lr keep "
-        "noise_base eval_questions clip_low clip_high value_clip",
+        positive="steps batch_questions group_size temperature lr minibatches micro_tokens keep "
+        "max_grad_norm critic_lr noise_base eval_questions clip_low clip_high value_clip",
         not_negative="kl_coef entropy_coef weight_decay eval_every save_every log_trajectories "
-        "threads simulator_temperature",
-        share="noise_start noise_end engine_noise warmup lr_end gamma lam",
+        "lora_rank search_price gpu_price",
+        share="noise_start noise_end warmup lr_end gamma lam",
     )
     compares = {"grpo": True, "ppo": False, "reinforce": config.baseline != "none"}
     require(config.group_size > 1 or not compares[config.algorithm], "--algorithm "
@@ -107,17 +91,20 @@ def check(config: PolicyConfig) -> None:
             "engines; the simulator has --noise_start and --noise_end.")  # fmt: skip
     require(not (config.resume and config.overwrite),
             "--resume goes on with a run, --overwrite deletes it; give only one.")  # fmt: skip
-    models.check_model(config.policy)
-    models.check_positions(config.policy, config.max_context)
-    data.check(config.data)
-    stages.check_engine(config)
+    require(bool(config.lora_rank) or not config.merge, "--merge is for --lora_rank N.")
+    require(not Path(config.policy, "adapter_config.json").is_file(), f"{config.policy} is a LoRA, "
+            "which cannot be trained further; make it with --merge.")  # fmt: skip
+    check_search(config)
     if config.output:
         runs.check_free(Path(config.output), bool(config.resume), config.overwrite)
 
 
-def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template: str, examples,
+def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, template: str, examples,
           engine, held_out, folder: Path, first: int) -> None:  # fmt: skip
-    """The method. `first` is the step to begin with; `held_out()` evaluates, if there is one."""
+    """The method. `first` is the step to begin with; `held_out()` evaluates, if there is one.
+
+    `writer()` is the model that generates: the trained one, or a fresh copy of it.
+    """
     from tqdm import tqdm
 
     from minizs import checkpoint, data, metrics, report, stages
@@ -137,7 +124,7 @@ def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template
         batch = data.batch(examples, step, config.batch_questions, config.seed)
         places = range(rank, len(batch), world)  # this process's share of it
         trajectories = rollout(
-            model, tokenizer, [examples[batch[place]] for place in places], engine,
+            writer(), tokenizer, [examples[batch[place]] for place in places], engine,
             group_size=config.group_size, limits=stages.limits(config), noise=noise,
             temperature=config.temperature, seed=config.seed, template=template,
             keys=[(step, place) for place in places],
@@ -146,6 +133,8 @@ def train(config: PolicyConfig, accelerator, learner, model, tokenizer, template
         set_learning_rates(config, learner, step)
         figures = {"step": step, "noise": noise}
         figures |= metrics.of_trajectories(accelerator, trajectories) | learner.update(trajectories)
+        count = config.batch_questions * config.group_size
+        figures["queries"] = round(figures["searches_per_question"] * count)
         figures["seconds_rollout"] = rolled_out - started
         figures["seconds_update"] = time.perf_counter() - rolled_out
         figures["seconds"] = time.perf_counter() - started
@@ -189,31 +178,36 @@ def main(argv: list[str] | None = None) -> None:
         config.output = str(folder)
     check(config)
     set_threads(config.threads)
-    from accelerate import Accelerator
+    import torch
 
-    from minizs import checkpoint, data, models, report, stages
+    from minizs import adapters, checkpoint, cost, data, models, report, stages
     from minizs.learner import build_learner
+    from minizs.replica import Writer
 
-    accelerator = Accelerator()
-    main_process = accelerator.is_main_process
-    split = config.batch_questions % accelerator.num_processes == 0
-    require(split, f"--batch_questions {config.batch_questions} does not split over "
-            f"{accelerator.num_processes} processes.")  # fmt: skip
-    examples = data.load(config.data, "train")
+    accelerator = stages.make_accelerator(config)
+    main_process, world = accelerator.is_main_process, accelerator.num_processes
+    require(config.batch_questions % world == 0, f"--batch_questions {config.batch_questions} does "
+            f"not split over {world} processes.")  # fmt: skip
+    examples = data.load(config.data, "train", accelerator.print)
     resumed = None
     if config.resume:
         resumed = checkpoint.find(config.resume, Path(config.output, "checkpoints"))
         if config.resume == "latest" and runs.finished(Path(config.output), config.steps):
             return accelerator.print(f"The run in {config.output} is complete.")
-    stages.check_prompts(config.policy, examples, config.max_context)
+    stages.check_prompts(config, config.policy, examples)
     if config.engine == "simulator":
         stages.check_simulator(config, examples)
-    model, tokenizer = models.load(config.policy, accelerator.device)
+    dtype = stages.compute_dtype(config)
+    weights = dtype if config.lora_rank else torch.float32  # what the optimiser changes: float32
+    model, tokenizer = stages.load(config, config.policy, accelerator.device, weights)
+    if config.lora_rank:
+        adapters.add(model, config.lora_rank, config.seed)
     template = models.load_prompt(config.policy)
-    engine = stages.training_engine(config, accelerator)
-    held_out = stages.held_out(config, accelerator, model, tokenizer, template)
+    engine = stages.build_engine(config, "train", accelerator)
+    writer = Writer(model, dtype, sharded=accelerator.is_fsdp2)
+    held_out = stages.held_out(config, accelerator, writer, tokenizer, template)
 
-    learner = build_learner(accelerator, config, model, len(tokenizer))
+    learner = build_learner(accelerator, config, model, len(tokenizer), dtype)
     folder = stages.agreed_folder(accelerator, config, "policy")
     done = checkpoint.load(accelerator, resumed) if resumed else 0
     if main_process:
@@ -223,11 +217,20 @@ def main(argv: list[str] | None = None) -> None:
         again = replace(config, output="", resume="", overwrite=False)  # fed back: a new run
         save(again, folder / "config.yaml")
     accelerator.wait_for_everyone()
-    train(config, accelerator, learner, model, tokenizer, template, examples, engine, held_out,
+    train(config, accelerator, learner, writer, tokenizer, template, examples, engine, held_out,
           folder, done + 1)  # fmt: skip
+    final = writer()
     if main_process:
-        models.save(model, tokenizer, folder / "policy", prompt=template)
+        if config.merge:
+            models.save(final, tokenizer, folder / "adapter")
+            base, _ = stages.load(config, config.policy, torch.device("cpu"), dtype)
+            final = adapters.merged(base, folder / "adapter")
+        models.save(final, tokenizer, folder / "policy", prompt=template)
         report.write(folder)
+        spent = cost.of_run(runs.read_lines(folder / "metrics.jsonl"), world, config.search_price,
+                            config.gpu_price)  # fmt: skip
+        (folder / "cost.json").write_text(json.dumps(spent, indent=1) + "\n")
+        print(cost.describe(spent))
         print(f"The policy is in {folder / 'policy'} and {folder / 'report.html'} shows the run. "
               f"Test it: python evaluate.py --policy {folder / 'policy'}")  # fmt: skip
 

@@ -3,11 +3,13 @@
     accelerate launch train_sim.py                      # the tiny world's, in runs/simulator
     python train_sim.py --collect                       # only what a real engine returned
     accelerate launch train_sim.py --data runs/collected/collected.jsonl --output runs/mine
+    python train_sim.py --collect --data nq --engine http --engine_url URL --policy MODEL
 
-Collect: scripted searchers put queries to BM25 over many re-drawn worlds, and a judge labels each
-reply useful or noisy for its query and question. Train: the prompt holds query, question, gold
-answer and that label; the loss is on the documents alone; useful and noisy are balanced. Report: on
-worlds that it has not seen, how often useful documents contain the answer, and noisy ones do not.
+Collect: in the tiny world scripted searchers, with other data a policy, put queries to a real
+engine, and a judge labels each reply useful or noisy for its query and question. Train: the prompt
+holds query, question, gold answer and that label; the loss is on the documents alone; useful and
+noisy are balanced. Report: on worlds that it has not seen, how often useful documents contain the
+answer, and noisy ones do not.
 
 One world would not do: a model trained on it learns its facts by heart and ignores the prompt. And
 a reply to the first query of a two-hop question names a bridge that the model invents, since only
@@ -17,26 +19,25 @@ the final answer is in the prompt; that is meant so (in paper section 3.3, too).
 import json
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from tqdm import tqdm
-
-from minizs import collect, models, runs, sft, simulator
+from minizs import runs
 from minizs.config import check_ranges, option, parse, require, run_script, save, set_threads
+from minizs.options import ENGINES, SearchConfig, check_search
 
 DEFAULT = str(runs.RUNS / "simulator")
+PROMPT_FILE = "simulator_prompt.txt"  # what `models.save` writes last: the simulator is whole
 
 
 @dataclass
-class SimConfig:
+class SimConfig(SearchConfig):
     base: str = option("tiny", "The model to start from: 'tiny' (shipped), a folder or a hub name.")
-    data: str = option("world", "'world', or a .jsonl as --collect writes it.")
+    data: str = option("world", "'world', or pairs to learn from: what --collect wrote, "
+                       "instruction and output, or messages. With --collect: questions.")
     collect: bool = option(False, "Only collect examples, into OUTPUT/collected.jsonl.")
+    engine: str = option("bm25", "With --collect: what answers the policy.", ENGINES[:-1])
     output: str = option("", "Empty: runs/simulator, or runs/collected with --collect.")
-    overwrite: bool = option(False, "Delete what the output folder holds.")
     worlds: int = option(200, "Re-drawn worlds to collect from.")
     examples: int = option(12_000, "Examples to collect, useful and noisy in equal number.")
     steps: int = option(400, "Optimiser steps.")
@@ -44,49 +45,62 @@ class SimConfig:
     lr: float = option(4e-3, "Peak learning rate (AdamW); linear warm-up, then linear decay to 0.")
     warmup: float = option(0.05, "Share of the steps in which the learning rate rises.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    seed: int = option(0, "Decides the worlds, the order of examples and the report's samples.")
-    top_k: int = option(3, "Documents a reply.")
     template: str = option("", "A file with the prompt's wording; empty: the base's or paper's.")
     report_queries: int = option(500, "Queries of each kind for the report; 0: none.")
-    threads: int = option(0, "CPU threads a process; 0: all cores, shared by the processes.")
 
 
 def check(config: SimConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
-    positive = "worlds steps batch_tokens lr max_grad_norm top_k"
-    check_ranges(config, positive, "report_queries threads", share="warmup")
+    from minizs import models
+
+    positive = "worlds steps batch_tokens lr max_grad_norm temperature"
+    check_ranges(config, positive, "report_queries", share="warmup")
     require(config.examples > 1, "--examples must be 2 or more, one of each kind.")
-    require(not config.collect or config.data == "world",
-            "--collect makes examples, --data FILE has them; give only one.")  # fmt: skip
-    for path in (config.data if config.data != "world" else "", config.template):
-        require(not path or Path(path).is_file(), f"There is no file {path!r}; check the path.")
+    require(not config.template or Path(config.template).is_file(),
+            f"There is no file {config.template!r}; check the path.")  # fmt: skip
     if config.template:
         text = Path(config.template).read_text()
         require("{query}" in text and "{quality}" in text, f"{config.template} lacks {{query}} or "
                 "{quality}, without which the simulator is not told what to write.")  # fmt: skip
+    require(not config.collect or config.data != "world" or config.engine == "bm25", "--collect "
+            f"asks BM25 in the tiny world; --engine {config.engine} needs --data.")  # fmt: skip
     models.check_model(config.base)
+    require(not Path(config.base, "adapter_config.json").is_file(), f"{config.base} is a LoRA, "
+            "which cannot be trained further; make it with --merge.")  # fmt: skip
+    check_search(config if config.collect else replace(config, engine="none"))
     runs.check_free(Path(config.output), resume=False, overwrite=config.overwrite)
 
 
-def read_rows(path: str) -> list[dict]:
-    """Collected examples of a file. Raises UserError for a line that is not one."""
-    rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            fine = {"query", "question"} <= row.keys() and row["label"] in ("useful", "noisy")
-            fine = fine and all(isinstance(row[key], list) for key in ("answers", "documents"))
-        except (ValueError, AttributeError, TypeError, KeyError):
-            fine = False
-        require(fine, f"Line {number} of {path} is no JSON object with query, question, lists "
-                "of answers and documents, and a label that is 'useful' or 'noisy'.")  # fmt: skip
-        rows.append(row)
-    require(bool(rows), f"{path} is empty.")
-    return rows
+def collect(config: SimConfig) -> None:
+    """Write OUTPUT/collected.jsonl: the tiny world's, or what a policy finds for its questions."""
+    from minizs import collect, data, models, stages
+
+    if config.data == "world":
+        rows = collect.collect(config.worlds, config.examples, config.seed, config.top_k)
+    else:
+        accelerator = stages.make_accelerator(config)
+        require(accelerator.num_processes == 1, "--collect has one process; start it with python.")
+        examples = data.load(config.data, "train", accelerator.print)
+        stages.check_prompts(config, config.policy, examples)
+        engine = stages.build_engine(config, "train", accelerator)
+        policy = stages.load(config, config.policy, models.device(), stages.compute_dtype(config))
+        rows = collect.collect_with_policy(
+            *policy, examples, engine, config.examples, config.seed, limits=stages.limits(config),
+            template=models.load_prompt(config.policy), temperature=config.temperature,
+            noise=config.engine_noise,
+        )  # fmt: skip
+    folder = runs.RunFolder(Path(config.output), config.overwrite).folder
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (folder / "collected.jsonl").write_text("".join(lines))
+    print(f"{len(lines)} examples are in {folder / 'collected.jsonl'}")
 
 
 def train(config: SimConfig, accelerator, model, optimizer, texts) -> float:
     """Supervised steps on encoded texts; returns the mean loss of the last 20."""
+    from tqdm import tqdm
+
+    from minizs import sft
+
     rng = random.Random(f"order {config.seed}")
     processes, rank = accelerator.num_processes, accelerator.process_index
 
@@ -120,32 +134,41 @@ def train(config: SimConfig, accelerator, model, optimizer, texts) -> float:
 def main(argv: list[str] | None = None) -> None:
     config = parse(SimConfig, argv)
     config.output = config.output or (str(runs.RUNS / "collected") if config.collect else DEFAULT)
-    if config == SimConfig(output=DEFAULT) and Path(DEFAULT, simulator.PROMPT_FILE).is_file():
+    if config == SimConfig(output=DEFAULT) and Path(DEFAULT, PROMPT_FILE).is_file():
+        from minizs import models
+
         models.check_model(DEFAULT)
         return print(f"The simulator is in {DEFAULT} already; --overwrite makes it anew.")
     check(config)
     set_threads(config.threads)
-    settings = config.worlds, config.examples, config.seed, config.top_k
     if config.collect:
-        folder = runs.RunFolder(Path(config.output), config.overwrite).folder
-        lines = [json.dumps(row) + "\n" for row in collect.collect(*settings)]
-        (folder / "collected.jsonl").write_text("".join(lines))
-        return print(f"{len(lines)} examples are in {folder / 'collected.jsonl'}")
-    rows = read_rows(config.data) if config.data != "world" else None
-    accelerator = Accelerator()
+        return collect(config)
+    import torch
+
+    from minizs import collect as collecting
+    from minizs import models, sft, simulator, stages
+    from minizs.pairs import pairs
+    from minizs.replica import Writer
+
+    accelerator = stages.make_accelerator(config)
     torch.manual_seed(config.seed)
-    model, tokenizer = models.load(config.base, accelerator.device)
-    template = simulator.load_template(models.resolve(config.base))
-    template = Path(config.template).read_text() if config.template else template
-    rows = collect.collect(*settings) if rows is None else rows
-    texts = [simulator.training_text(template, collect.request_of(row), row["documents"])
-             for row in rows]  # fmt: skip
+    model, tokenizer = stages.load(config, config.base, accelerator.device, torch.float32)
+    template = simulator.load_template(config.template or models.resolve(config.base))
+    if config.data == "world":
+        rows = collecting.collect(config.worlds, config.examples, config.seed, config.top_k)
+        texts = [simulator.training_text(template, collecting.request_of(row), row["documents"])
+                 for row in rows]  # fmt: skip
+    else:
+        texts = pairs(config.data, template, config.seed, accelerator.print)
     encoded = [sft.encode(tokenizer, text, end=True) for text in texts]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
-    prepared, optimizer = accelerator.prepare(sft.Supervised(model), optimizer)
+    packed = model.config._attn_implementation == "flash_attention_2"
+    writer = Writer(model, stages.compute_dtype(config), sharded=accelerator.is_fsdp2)
+    prepared, optimizer = accelerator.prepare(sft.Supervised(model, packed), optimizer)
     train(config, accelerator, prepared, optimizer, encoded)
+    final = writer()
     if accelerator.is_main_process:
-        finish(config, model.eval(), tokenizer, template)
+        finish(config, final.eval(), tokenizer, template)
     accelerator.wait_for_everyone()
 
 
@@ -155,6 +178,8 @@ def finish(config: SimConfig, model, tokenizer, template: str) -> None:
     Of several processes that make it at once, the first to end wins: renaming is one step, and
     fails where the folder is there and holds something.
     """
+    from minizs import collect, models, simulator
+
     output = Path(config.output).resolve()
     partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
     runs.RunFolder(partial, overwrite=True)

@@ -4,28 +4,25 @@ Sorting by length leaves little padding, and a budget in positions rather than r
 whatever the lengths. Nothing is ever inferred from a pad id: lengths make the masks.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from minizs.trajectory import Trajectory
+
 
 def by_budget(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of rows in groups of similar length, of at most `budget` positions with padding.
-
-    A row that is longer than the budget makes a group of its own.
-    """
+    """Indices of rows in groups of similar length: up to `budget` positions, padded, or one row."""
     groups: list[list[int]] = []
-    width = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the longest first
-        if not groups or (len(groups[-1]) + 1) * width > budget:
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
             groups.append([])
-            width = lengths[i]
         groups[-1].append(i)
     return groups
 
 
-def pad(rows: Sequence[list], dtype: torch.dtype = torch.long) -> Tensor:
+def pad(rows: list[list] | tuple[list, ...], dtype: torch.dtype = torch.long) -> Tensor:
     """Lists of numbers to (B, T), zeros on the right up to the longest row."""
     width = max(map(len, rows))
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=dtype)
@@ -34,3 +31,32 @@ def pad(rows: Sequence[list], dtype: torch.dtype = torch.long) -> Tensor:
 def attention(lengths: list[int]) -> Tensor:
     """(B, T) ones on each row's first `length` positions."""
     return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+
+
+@dataclass
+class Batch:
+    """Trajectories as (B, T) tensors, padded on the right."""
+
+    rows: list[int]  # which trajectories these are
+    ids: Tensor
+    attention: Tensor
+    mask: Tensor  # 1 on the policy's own tokens
+    sampled_logprobs: Tensor  # as the rollout computed them
+    old_logprobs: Tensor | None = None  # as the scorer computes them before the first update
+    ref_logprobs: Tensor | None = None
+    values: Tensor | None = None
+    advantages: Tensor | None = None
+    returns: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        for name in ("ids", "attention", "mask", "sampled_logprobs"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+
+def collate(trajectories: list[Trajectory], rows: list[int]) -> Batch:
+    """The chosen trajectories as tensors."""
+    chosen = [trajectories[i] for i in rows]
+    return Batch(rows, pad([t.ids for t in chosen]), attention([len(t.ids) for t in chosen]),
+                 pad([t.loss_mask for t in chosen]),
+                 pad([t.logprobs for t in chosen], dtype=torch.float32))  # fmt: skip

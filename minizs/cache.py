@@ -1,16 +1,16 @@
 """A key-value cache for `transformers` models whose rows each have their own length.
 
-The library's own caches give all rows one length, so that prompts have to be padded on the left,
-and copy everything at each step to append a column. Here memory is taken ahead, each row is
-written at its own end, and attention reads a view of the rows and columns in use. What makes that
-right is an explicit mask and explicit positions; `feed` sets all of it up for one forward pass.
-
+The library's own caches give all rows one length, so that prompts are padded on the left, and copy
+everything at each step to append a column. Here memory is taken ahead, each row is written at its
+own end, and attention reads a view of the part in use, with `feed`'s explicit mask and positions.
 Left out: paged memory, sliding windows (refused beyond the window), quantised keys.
 """
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+
+from minizs.batching import pad
 
 
 class RowCache(Cache):
@@ -21,41 +21,33 @@ class RowCache(Cache):
         self.rows, self.capacity = rows, capacity
         self.stores: list[Tensor] = []  # layer 0's keys, its values, layer 1's keys, ...
 
-    def reserve(self, columns: int) -> None:
-        """Have room for so many columns: at least doubled, so that growing stays rare."""
-        if columns > self.capacity:
-            extra = max(columns, 2 * self.capacity) - self.capacity
+    def aim(self, first: int, positions: Tensor, width: int, needed: int) -> None:
+        """Next: write rows `first`... at `positions` (n, C), all below `needed`, and read their
+        columns up to `width`. A capacity that is too small at least doubles: growing stays rare."""
+        if needed > self.capacity:
+            extra = max(needed, 2 * self.capacity) - self.capacity
             self.capacity += extra
             for i, store in enumerate(self.stores):  # one by one: never the whole cache twice
                 self.stores[i] = nn.functional.pad(store, (0, 0, 0, extra))
-
-    def aim(self, first: int, positions: Tensor, width: int) -> None:
-        """Next: write rows `first`... at `positions` (n, C), read their columns up to `width`."""
         end = first + len(positions)
         self.window, self.width, self.positions = slice(first, end), width, positions
         self.index = torch.arange(first, end, device=positions.device)[:, None]  # (n, 1)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
-        """Called by each attention layer with its new keys and values, (n, H, C, D).
-
-        Stores them and returns all that these rows have, (n, H, width, D): views, not copies.
-        """
-        views = []
-        for place, new in ((2 * layer, keys), (2 * layer + 1, values)):
-            if place == len(self.stores):
-                # Zeros, not empty memory: a masked column's weight is 0, but 0 * NaN is NaN.
-                shape = (self.rows, new.shape[1], self.capacity, new.shape[3])
-                self.stores.append(new.new_zeros(shape))
-            store = self.stores[place]
+        """Attention hands in new keys and values, (n, H, C, D), and gets all, (n, H, width, D)."""
+        if 2 * layer == len(self.stores):
+            # Zeros, not empty memory: a masked column's weight is 0, but 0 * NaN is NaN.
+            self.stores += [new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[3])
+                            for new in (keys, values)]  # fmt: skip
+        stores = self.stores[2 * layer : 2 * layer + 2]
+        for store, new in zip(stores, (keys, values), strict=True):
             store[self.index, :, self.positions] = new.transpose(1, 2)  # (n, C, H, D)
-            views.append(store[self.window, :, : self.width])
-        return views[0], views[1]
+        return tuple(store[self.window, :, : self.width] for store in stores)
 
     def swap(self, a: list[int], b: list[int], width: int) -> None:
         """Exchange rows a[i] and b[i], which hold `width` columns at most."""
         for store in self.stores:
-            used = store[:, :, :width]
-            used[a + b] = used[b + a]
+            store[a + b, :, :width] = store[b + a, :, :width]
 
     def select(self, rows: list[int]) -> None:
         """Keep copies of these rows, in this order; a row may be named several times."""
@@ -65,11 +57,8 @@ class RowCache(Cache):
 
 
 def row_limit(model: nn.Module) -> int:
-    """The most tokens a row of this model may have.
-
-    That is its positions or, where it is shorter, its sliding window: inside it such a layer is an
-    ordinary one. Raises ValueError for layers that keep anything but keys and values.
-    """
+    """The most tokens a row may have: the model's positions, or its sliding window if shorter (such
+    a layer is an ordinary one inside it). Raises ValueError for layers that keep another state."""
     kinds = set(getattr(model.config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"not supported: layers of type {sorted(kinds)}")
@@ -79,29 +68,18 @@ def row_limit(model: nn.Module) -> int:
 
 def feed(model: nn.Module, cache: RowCache, first: int, starts: list[int],
          chunks: list[list[int]]) -> Tensor:  # fmt: skip
-    """Run one chunk of tokens for each of n cache rows, from row `first` on, in one forward pass.
-
-    `starts[i]` is how many tokens row `first + i` has; `chunks[i]` follows them. Chunks may have
-    different lengths: the padding behind a short one is written behind its row's end, where the
-    mask hides it until real tokens overwrite it. Returns each chunk's last hidden state, (n, d).
-    """
-    counts = [len(chunk) for chunk in chunks]
-    longest = max(counts)
-    padded = [chunk + [0] * (longest - len(chunk)) for chunk in chunks]
-    ids = torch.tensor(padded, device=model.device)  # (n, C)
-    steps = torch.arange(longest, device=model.device)
-    positions = torch.tensor(starts, device=model.device)[:, None] + steps  # (n, C)
+    """One forward pass: `chunks[i]` follows the `starts[i]` tokens of the cache's row `first + i`.
+    Returns each chunk's last hidden state, (n, d). Chunks may have different lengths: the padding
+    of a short one goes behind its row's end, where the mask hides it until tokens overwrite it."""
+    device, counts = model.device, [len(chunk) for chunk in chunks]
+    ids = pad(chunks).to(device)  # (n, C)
+    steps = torch.arange(ids.shape[1], device=device)
+    positions = torch.tensor(starts, device=device)[:, None] + steps  # (n, C)
     width = max(start + count for start, count in zip(starts, counts, strict=True))
-    # A query at position p sees the keys at positions up to p: (n, C, width).
-    visible = torch.arange(width, device=model.device) <= positions[..., None]
-    cache.reserve(max(starts) + longest)
-    cache.aim(first, positions, width)
-    output = model.get_decoder()(
-        input_ids=ids,
-        attention_mask=visible[:, None],  # (n, 1, C, width): the same for every head
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    last = torch.tensor(counts, device=model.device) - 1
-    return output.last_hidden_state[torch.arange(len(chunks), device=model.device), last]
+    cache.aim(first, positions, width, needed=max(starts) + len(steps))
+    # A query at position p sees the keys at positions up to p: (n, 1, C, width), for every head.
+    mask = (torch.arange(width, device=device) <= positions[..., None])[:, None]
+    output = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions,
+                                 past_key_values=cache, use_cache=True)  # fmt: skip
+    ends = torch.tensor(counts, device=device)
+    return output.last_hidden_state[torch.arange(len(ends), device=device), ends - 1]

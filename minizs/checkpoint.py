@@ -6,10 +6,10 @@ step number are the whole state: there is no generator or data cursor to save.
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 from minizs.config import require
+from minizs.runs import remove
 
 DONE = "step.json"  # written last: its presence marks a complete checkpoint
 # Tied weights are saved once, as they should be: no line about it amid the progress bar.
@@ -19,25 +19,23 @@ logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 def save(accelerator, folder: Path, step: int, keep: int = 2) -> None:
     """Write all that Accelerate prepared as `folder/step-N`; drop all but the newest `keep`."""
     final, partial = folder / f"step-{step}", folder / f"partial-{step}"
-    if accelerator.is_main_process and partial.exists():
-        shutil.rmtree(partial)
+    if accelerator.is_main_process:
+        remove(partial)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (partial / DONE).write_text(json.dumps({"step": step}))
-        if final.exists():
-            shutil.rmtree(final)
+        remove(final)
         partial.rename(final)
         for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
+            remove(old)
     accelerator.wait_for_everyone()
 
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints in `folder`, oldest first."""
-    found = [p for p in folder.glob("step-*") if (p / DONE).is_file()]
-    return sorted(found, key=step_of)
+    return sorted((mark.parent for mark in folder.glob(f"step-*/{DONE}")), key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -46,9 +44,7 @@ def step_of(path: Path) -> int:
 
 def find(resume: str, folder: Path) -> Path | None:
     """The checkpoint that `--resume` means: a named one, or the newest ("latest"), None if none.
-
-    Raises UserError for one that is not there, or in another run's folder than `folder`.
-    """
+    Raises UserError for one that is not there, or in another run's folder than `folder`."""
     if resume == "latest":
         return next(reversed(complete(folder)), None)
     path = Path(resume)
@@ -63,7 +59,7 @@ def cut(folder: Path, step: int) -> None:
     """Delete the checkpoints after `step`: as with the logs, a resumed run writes them again."""
     for path in complete(folder):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            remove(path)
 
 
 def load(accelerator, path: Path) -> int:

@@ -1,58 +1,108 @@
-"""Stage 1's data: what a real engine returned for scripted queries, labelled useful or noisy.
+"""Stage 1's data: what a real engine returned to a searcher, labelled useful or noisy.
 
 Paper section 3.3: a language model searches with a real engine, and a judge decides of each reply
-whether it suffices for its query. Here scripted searchers put good and sloppy queries to BM25 over
-many tiny worlds, and the judge is exact. A reply is useful if one of its documents is.
+whether it suffices for its query. In the tiny world scripted searchers put good and sloppy queries
+to BM25 over many worlds, and the judge is exact. With any other data a policy searches, and a reply
+is useful if it holds a gold answer; a language model as the judge, as in the paper, is left out.
 """
 
-import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from random import Random
 from statistics import fmean
 
-from minizs.base import sloppy_query
-from minizs.engines import BM25
-from minizs.trajectory import SearchRequest
-from minizs.world import RELATIONS, World, read_fact
+from minizs.config import require
+from minizs.engines import BM25, Judge, holds_answer
+from minizs.rollout import rollout
+from minizs.trajectory import Example, SearchRequest
+from minizs.world import RELATIONS, Question, World, read_fact
 
-KINDS = [(label, hop) for hop in ("final", "first") for label in ("useful", "noisy")]
+LABELS = ("useful", "noisy")
+KINDS = [(label, hop) for hop in ("final", "first") for label in LABELS]
+
+
+def write_query(world: World, goal: tuple[str, str], question: Question, sloppy: bool,
+                rng: Random) -> str:  # fmt: skip
+    """A good one for (subject, relation), or the question, half a name, another fact's query."""
+    subject, form = goal[0], RELATIONS[goal[1]]
+    if not sloppy:
+        return form.query.format(s=subject)
+    same_kind = [other.query for other in RELATIONS.values() if other.subject == form.subject]
+    another = form.query.format(s=world.draw(form.subject, rng))
+    return rng.choice([question.text.removesuffix("?"), subject.split()[0], another,
+                       rng.choice(same_kind).format(s=subject)])  # fmt: skip
 
 
 def collect(worlds: int, examples: int, seed: int, top_k: int = 3, split: str = "train",
             good: float = 0.75) -> list[dict]:  # fmt: skip
     """Rows of query, question, answers, documents, label and hop, as many useful as noisy.
 
-    A share `good` of the queries is good, the others are sloppy. Half of all queries ask BM25 for
-    its best documents without what is needed, so that noise is near misses: the right subject and
-    another relation, or a name that looks alike. A reply that is useless only because its query is
-    about the wrong thing is left out: from it a simulator learns to state, as noise, the very fact
-    that a query asks for, and no reader could tell that from a true one.
-    """
-    rng = random.Random(f"collect {split} {seed}")
-    halves: dict[str, list[dict]] = {"useful": [], "noisy": []}
+    A share `good` of the queries is good. Half of all queries ask BM25 for its best documents
+    without what is needed, so that noise is near misses: the right subject and another relation, or
+    a name that looks alike. A reply that is useless only because its query is about the wrong thing
+    is left out: a simulator would learn to state, as noise, the very fact that was asked for."""
+    rng, rows = Random(f"collect {split} {seed}"), []
     for number in range(worlds):
-        world = World(seed * 100_000 + 50_000 + number, split, people=60, towns=30, companies=30,
-                      countries=12)  # fmt: skip
-        engine, requests, hops = BM25(world.documents, top_k, world.judge), [], []
+        world = World(seed * 100_000 + 50_000 + number, split)
+        requests, hops = [], []
         for question in world.questions()[: 1 + 2 * examples // worlds]:
             step = rng.randrange(len(question.path))
-            goal = question.path[step]
-            query = RELATIONS[goal[1]].query.format(s=goal[0])
-            if rng.random() > good:
-                query = sloppy_query(world, goal, question, rng)
+            sloppy = rng.random() > good
+            query = write_query(world, question.path[step], question, sloppy, rng)
             noisy = rng.random() < 0.5
             requests.append(SearchRequest(query, question.text, (question.answer,), noisy))
             hops.append("final" if step == len(question.path) - 1 else "first")
-        for request, hop, documents in zip(requests, hops, engine.search(requests), strict=True):
-            useful = any(world.judge(text, request) for text in documents)
-            if not useful and states(request.query, documents):
-                continue
-            row = {"query": request.query, "question": request.question,
-                   "answers": list(request.answers), "documents": documents,
-                   "label": "useful" if useful else "noisy", "hop": hop}  # fmt: skip
-            halves[row["label"]].append(row)
-    size = min(examples // 2, *map(len, halves.values()))
-    rows = [row for half in halves.values() for row in rng.sample(half, size)]
-    rng.shuffle(rows)
-    return rows
+        replies = BM25(world.documents, top_k, world.judge).search(requests)
+        for request, hop, documents in zip(requests, hops, replies, strict=True):
+            row = labelled(request, documents, world.judge) | {"hop": hop}
+            if row["label"] == "useful" or not states(request.query, documents):
+                rows.append(row)
+    return [rows[i] for i in balanced(rows, examples, rng)]
+
+
+def collect_with_policy(model, tokenizer, examples: Sequence[Example], engine, size: int,
+                        seed: int = 0, batch: int = 64, say: Callable[[str], None] = print,
+                        **options) -> list[dict]:  # fmt: skip
+    """At most `size` rows, as many useful as noisy, of a policy that searches with a real engine.
+
+    The policy answers `batch` questions at a time until there are rows enough or no more questions;
+    `options` are those of `rollout`. A reply to a first hop seldom holds the final answer, so that
+    most of these count as noisy. Raises UserError where no reply is useful, or none is noisy."""
+    rows, kept = [], []
+    for start in range(0, len(examples), batch):
+        some = examples[start : start + batch]
+        keys = [(start + i,) for i in range(len(some))]
+        for row in rollout(model, tokenizer, some, engine, seed=seed, keys=keys, **options):
+            for turn in row.turns:
+                if turn.documents is not None:  # a search, and it was executed
+                    request = SearchRequest(turn.content, row.example.question, row.example.answers)
+                    rows.append(labelled(request, turn.documents, holds_answer))
+        kept = balanced(rows, size, Random(f"collect with policy {seed}"))
+        if len(kept) >= size - 1:  # of an odd size
+            break
+    counts = Counter(row["label"] for row in rows)
+    found = ", ".join(f"{n} {label}" for label, n in sorted(counts.items())) or "none"
+    say(f"Replies: {found}. Kept, useful and noisy in equal number: {len(kept)}.")
+    require(bool(kept), f"To learn from, both useful and noisy replies are needed; there are "
+            f"{found}: give more questions or another policy.")  # fmt: skip
+    return [rows[i] for i in kept]
+
+
+def labelled(request: SearchRequest, documents: list[str], judge: Judge) -> dict:
+    """A row; its label is "useful" if one of its documents is, else "noisy", or "empty"."""
+    useful = any(judge(text, request) for text in documents)
+    label = "useful" if useful else "noisy" if documents else "empty"
+    return {"query": request.query, "question": request.question, "answers": list(request.answers),
+            "documents": documents, "label": label}  # fmt: skip
+
+
+def balanced(rows: Sequence[dict], size: int, rng: Random) -> list[int]:
+    """Indices of at most `size` rows, as many useful as noisy, drawn and mixed at random."""
+    halves = [[i for i, row in enumerate(rows) if row["label"] == label] for label in LABELS]
+    half = min(size // 2, *map(len, halves))
+    kept = [i for indices in halves for i in rng.sample(indices, half)]
+    rng.shuffle(kept)
+    return kept
 
 
 def request_of(row: dict, key: tuple[int, ...] = ()) -> SearchRequest:
@@ -61,43 +111,36 @@ def request_of(row: dict, key: tuple[int, ...] = ()) -> SearchRequest:
     return SearchRequest(row["query"], row["question"], tuple(row["answers"]), noisy, key)
 
 
+def states(query: str, documents: list[str]) -> bool:
+    """Does a document state the fact (subject and relation) that a good query asks for?"""
+    return any(RELATIONS[fact[1]].query.format(s=fact[0]) == query
+               for fact in map(read_fact, documents) if fact)  # fmt: skip
+
+
 def report(engine, queries: int, seed: int) -> tuple[dict[str, float], list[dict]]:
     """How a simulator does on worlds that nobody trained on: figures, and a few examples.
 
-    `useful_final` and `noisy_final` are how often a reply to a last-hop query contains the gold
-    answer when useful or noisy documents are asked for, `..._first` the same for first hops.
-    `..._on_topic` is how often a reply states the fact that was asked for, whatever its object: a
-    useful first hop should (it invents the bridge), and a noisy reply should not, since no reader
-    could tell its fact from a true one.
-    """
+    `useful_final` is how often a reply to a last-hop query holds the gold answer when useful
+    documents are asked for, and so on; `..._on_topic` how often it states the fact asked for: a
+    useful first hop should (it invents the bridge), a noisy reply should not."""
     rows = collect(8, 10**6, seed, engine.top_k, "test", good=1.0)
     figures, shown = {}, []
     for kind, (label, hop) in enumerate(KINDS):
         asked = [row | {"label": label} for row in rows if row["hop"] == hop][:queries]
         replies = engine.search([request_of(row, (kind, i)) for i, row in enumerate(asked)])
-        for row, reply in zip(asked, replies, strict=True):
-            row["documents"] = reply
-        holds = [any(row["answers"][0] in text for text in row["documents"]) for row in asked]
+        asked = [row | {"documents": reply} for row, reply in zip(asked, replies, strict=True)]
+        holds = [row["answers"][0] in "\n".join(row["documents"]) for row in asked]
         on_topic = [states(row["query"], row["documents"]) for row in asked]
         figures |= {f"{label}_{hop}": fmean(holds), f"{label}_{hop}_on_topic": fmean(on_topic)}
         shown += asked[:2]
     return figures | {"n": len(asked)}, shown
 
 
-def states(query: str, documents: list[str]) -> bool:
-    """Does a document state the fact (subject and relation) that a good query asks for?"""
-    facts = filter(None, map(read_fact, documents))
-    return any(RELATIONS[relation].query.format(s=subject) == query
-               for subject, relation, _ in facts)  # fmt: skip
-
-
 def describe(figures: dict[str, float], shown: list[dict]) -> str:
     """The report as text: what the figures mean, and examples."""
-    out = []
-    for label, hop in KINDS:
-        holds, on_topic = figures[f"{label}_{hop}"], figures[f"{label}_{hop}_on_topic"]
-        out.append(f"{label:>6} documents, {hop:>5} hop: {holds:6.1%} contain the answer, "
-                   f"{on_topic:6.1%} state the fact asked for")  # fmt: skip
+    out = [f"{label:>6} documents, {hop:>5} hop: {figures[f'{label}_{hop}']:6.1%} contain the "
+           f"answer, {figures[f'{label}_{hop}_on_topic']:6.1%} state the fact asked for"
+           for label, hop in KINDS]  # fmt: skip
     out.append(f"({figures['n']} queries of each kind, on worlds that nobody trained on. A first "
                "hop's fact is invented: only the final answer is in the prompt.)")  # fmt: skip
     for row in shown:

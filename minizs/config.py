@@ -21,13 +21,16 @@ class UserError(Exception):
     """Something that the user can mend. Its one sentence says what is wrong and how."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raise UserError with this sentence unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
 def option(default: Any, help: str, choices: tuple[str, ...] = (), bare: str = "") -> Any:
     """A field with its help line; `bare` is what the flag without a value stands for."""
-    metadata: dict[str, Any] = {"help": help}
-    if choices:
-        metadata["choices"] = list(choices)
-    if bare:
-        metadata |= {"nargs": "?", "const": bare}
+    metadata = {"help": help, "choices": choices, "const": bare, "nargs": bare and "?"}
+    metadata = {name: value for name, value in metadata.items() if value}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -37,16 +40,14 @@ def parse(kind: type[Config], argv: list[str] | None = None) -> Config:
     parser.add_argument("--config", help="A YAML file with any of these settings.")
     parser.error = _refuse  # one sentence, not argparse's usage page
     argv = sys.argv[1:] if argv is None else argv
-    known, _ = parser.parse_known_args(argv)
-    if known.config:
-        flags = _read_yaml(Path(known.config))
-        try:
-            parser.parse_args(flags)
-        except UserError as error:
-            raise UserError(f"In {known.config}: {error}") from error
-        argv = flags + argv
-    values = vars(parser.parse_args(argv))
-    values.pop("config")
+    file = parser.parse_known_args(argv)[0].config
+    flags = _read_yaml(file) if file else []
+    try:
+        parser.parse_args(flags)
+    except UserError as error:
+        raise UserError(f"In {file}: {error}") from error
+    values = vars(parser.parse_args([*flags, *argv]))
+    del values["config"]
     return kind(**values)
 
 
@@ -54,10 +55,10 @@ def _refuse(message: str) -> None:
     raise UserError(f"{message[0].upper()}{message[1:]}; see --help for the settings there are.")
 
 
-def _read_yaml(path: Path) -> list[str]:
+def _read_yaml(path: str) -> list[str]:
     """The settings of a file as flags, so that both are checked in one place."""
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(Path(path).read_text()) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"The configuration {path} cannot be read: {reason}") from error
@@ -72,12 +73,6 @@ def save(config: Any, path: Path) -> None:
     path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise UserError with this sentence unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
 def check_ranges(config: Any, positive: str = "", not_negative: str = "", share: str = "") -> None:
     """Raise UserError for a number out of range; each argument names settings, spaces between."""
     for name in positive.split():
@@ -89,10 +84,8 @@ def check_ranges(config: Any, positive: str = "", not_negative: str = "", share:
 
 
 def set_threads(threads: int) -> None:
-    """Share the cores among this machine's processes, unless told how many threads each may have.
-
-    `accelerate launch` sets one thread a process on a CPU, which would leave cores idle.
-    """
+    """Share the cores among this machine's processes, unless told how many threads each may have:
+    `accelerate launch` sets one thread a process on a CPU, which would leave cores idle."""
     import torch
 
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

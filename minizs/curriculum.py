@@ -2,7 +2,6 @@
 
 Early in training most documents are useful, and the policy learns the format and that searching
 pays; later more of them are noisy, and it has to reason about what it was given.
-
 Left out: the paper's comparison with a random curriculum is start = end = 0.5, and needs no code.
 """
 
@@ -17,21 +16,13 @@ def noise_probability(step: int, total_steps: int, start: float, end: float,
 
     with i = `step` counted from 1, m = `total_steps`, p_s = `start`, p_e = `end`, b = `base`.
     b > 1 keeps the noise near `start` for long (b = 4 is 1/3 of the way at half time), b < 1 raises
-    it early, and b = 1 is the limit, a straight line. Steps past the end stay at `end`.
-
-    The draw is made once per search (see `is_noisy`), and all documents of that search share it.
-    Raises ValueError for a probability outside [0, 1], a negative step, no steps, or b <= 0.
+    it early, and b = 1 is the limit, a straight line. Steps past the end stay at `end`. Raises
+    ValueError for a probability outside [0, 1], a negative step, no steps, or b <= 0.
     """
-    for name, probability in (("start", start), ("end", end)):
-        if not 0.0 <= probability <= 1.0:
-            raise ValueError(f"{name} noise must be a probability in [0, 1], got {probability}")
-    if total_steps < 1:
-        raise ValueError(f"total_steps must be at least 1, got {total_steps}")
-    if step < 0:
-        raise ValueError(f"step must not be negative, got {step}")
-    if not 0.0 < base < math.inf:
-        raise ValueError(f"base must be a positive number, got {base}")
-
+    if not (0.0 <= start <= 1.0 and 0.0 <= end <= 1.0):
+        raise ValueError(f"noise must be a probability in [0, 1], got {start} to {end}")
+    if total_steps < 1 or step < 0 or not 0.0 < base < math.inf:
+        raise ValueError(f"{step=}, {total_steps=} and {base=} must be >= 0, >= 1 and > 0")
     if step >= total_steps:
         return end  # exactly, whatever rounding would make of the formula
     progress = step / total_steps
@@ -42,5 +33,5 @@ def noise_probability(step: int, total_steps: int, start: float, end: float,
 
 
 def is_noisy(uniform: float, probability: float) -> bool:
-    """One search's draw from a number in [0, 1): never noisy at 0, always at 1."""
+    """The draw for one search and all its documents, from a number in [0, 1)."""
     return uniform < probability

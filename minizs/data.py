@@ -1,93 +1,140 @@
-"""Questions with their gold answers: the tiny world's, or those of a local file.
+"""Questions with their gold answers: the tiny world's, local files' or the hub's.
 
-Left out for now: hub names and the nested layouts of the published search data sets.
+Which columns hold them is told by their names: ZeroSearch, Search-R1 and FlashRAG (`golden_answers`
+or `reward_model.ground_truth.target`), HotpotQA and NQ-open (`answer`, a text or a list), TriviaQA
+(`answer.value` and `.aliases`), SQuAD (`answers.text`) and plain `question` and `answers`.
 """
 
+import glob
+import re
 import zlib
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
 from minizs.config import UserError, require
 from minizs.randomness import hash64
+from minizs.reward import normalize_answer
 from minizs.trajectory import Example
+from minizs.world import embedded
 
-QUESTION, ANSWERS, SOURCE = ("question",), ("golden_answers", "answers", "answer"), ("data_source",)
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+PAPER = "nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle".split()  # its seven sets
+PAPER_HUB = "RUC-NLPIR/FlashRAG_datasets"  # where each of them is a configuration
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?(?:@([\w./-]+))?")
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+SPLITS = {"train": ["train"], "dev": ["train"], "test": ["test", "validation", "dev", "train"]}
+GOLDS = ("golden_answers", "answers", "answer", "reward_model")
+NESTED = ("value", "aliases", "text", "ground_truth", "target")  # where in a column golds can be
+LONGEST = 2000  # characters; what is longer is a passage in the wrong column, and fills a context
 
 
-def check(spec: str) -> None:
-    """Raise UserError if `load` could not even begin to read this."""
+def check(spec: str) -> list[str]:
+    """The files and hub names of a spec, which has commas between them; ["world"] for the world.
+    Raises UserError if `load` could not even begin to read one. The hub is not asked."""
+    names = [spec] if Path(spec).is_file() else spec.split(",")  # a file's name may have commas
+    parts = [part for name in names for part in (PAPER if name == "paper" else [name])]
+    for part in parts:
+        path = Path(part)
+        if path.suffix in READERS:
+            require(path.is_file(), f"There is no data file {part!r}; check the path.")
+        elif part not in PAPER and spec != "world":
+            named = HUB_NAME.fullmatch(part) and not path.is_file()
+            require(bool(named), f"--data {part!r} is neither 'world' nor a .json, .jsonl or "
+                    ".parquet file nor a hub name such as org/name:config.")  # fmt: skip
+    return parts
+
+
+def load(spec: str, role: str, say: Callable[[str], None] = print) -> list[Example]:
+    """The examples of "world", or of files and hub names with commas between. Raises UserError.
+
+    A hub name is `org/name`, `:config` and `@revision` at will, or one of `PAPER`; "paper" is all
+    of these. `role` is "train", "dev" or "test", each another world. A file, and the hub's "train",
+    is split: about one question in ten, told by its hash, is "dev" (there may be none), the rest
+    "train". "test" is every row, from the hub those of the split that comes nearest to a test.
+    `say` is told how many questions were left out: empty, over-long and repeated ones."""
     if spec == "world":
-        return
-    path = Path(spec)
-    if path.suffix not in READERS:
-        raise UserError(f"--data {spec!r} is neither 'world' nor a .json, .jsonl or .parquet file.")
-    require(path.is_file(), f"There is no data file {spec!r}; check the path.")
-
-
-def load(spec: str, role: str) -> list[Example]:
-    """The examples of "world" or of a file. Raises UserError.
-
-    `role`: "train", "dev" or "test", each another world. A file is split: about one question in
-    ten, told by its hash, is "dev" (there may be none), the rest "train"; "test" is every row.
-    """
-    if spec == "world":
-        from minizs.world import embedded
-
-        return embedded(role).examples()
-    check(spec)
-    import datasets
-
-    datasets.disable_progress_bars()
-    kind = READERS[Path(spec).suffix]
-    try:
-        table = datasets.load_dataset(kind, data_files=spec, split="train")
-    except Exception as error:  # the library raises its own kinds for every format
-        cause = " ".join(str(error.__cause__ or error).split())[:200]
-        raise UserError(f"{spec} cannot be read as {kind}: {cause}") from error
-    question, answers = _column(table, QUESTION, spec), _column(table, ANSWERS, spec)
-    named = next((name for name in SOURCE if name in table.column_names), None)
-    examples = []
-    for row in table:
-        golds = row[answers] if isinstance(row[answers], list) else [row[answers]]
-        golds = tuple(str(gold) for gold in golds if gold is not None and str(gold).strip())
-        if row[question] and golds:
-            source = str(row[named]) if named else Path(spec).stem
-            examples.append(Example(str(row[question]), golds, source))
-    require(bool(examples), f"{spec} has no row with both a question and an answer.")
-    if role == "test":
-        return examples
-    chosen = [e for e in examples if (zlib.crc32(e.question.encode()) % 10 == 0) == (role == "dev")]
+        return [Example(q.text, (q.answer,), q.kind) for q in embedded(role).questions()]
+    kept: dict[tuple[str, str], Example] = {}
+    left_out = Counter()
+    for example in (e for part in check(spec) for e in _examples(part, role, say)):
+        key = normalize_answer(example.question), example.source
+        if not example.question or not example.answers:
+            left_out["without question or answer"] += 1
+        elif len(example.question) > LONGEST:
+            left_out["over-long"] += 1
+        elif kept.setdefault(key, example) is not example:
+            left_out["repeated"] += 1
+    counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    require(bool(kept), f"{spec} has no row with both a question and an answer ({counts}).")
+    if left_out and role != "dev":  # whose rows are those of "train"
+        say(f"{len(kept)} questions of {spec} are kept; left out: {counts}.")
+    chosen = [e for e in kept.values() if role == "test"
+              or (zlib.crc32(e.question.encode()) % 10 == 0) == (role == "dev")]  # fmt: skip
     require(bool(chosen) or role == "dev", f"All questions of {spec} are held out; give it more.")
     return chosen
 
 
+def table(part: str, role: str = "train", say: Callable[[str], None] = print):
+    """One file or hub name as a `datasets.Dataset`. Raises UserError."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if (path := Path(part)).is_file():  # which the library takes for a pattern: [...] and *
+            files = glob.escape(str(path.absolute()))
+            return datasets.load_dataset(READERS[path.suffix], data_files=files, split="train")
+        name = f"{PAPER_HUB}:{part}" if part in PAPER else part
+        name, config, revision = HUB_NAME.fullmatch(name).groups()
+        splits = datasets.load_dataset(name, config, revision=revision)
+    except Exception as error:  # the library raises its own kinds for every format
+        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        raise UserError(f"{part} cannot be read: {cause}") from error
+    found = [split for split in SPLITS[role] if split in splits]
+    require(bool(found), f"{part} has no split {role!r}; it has {', '.join(splits)}.")
+    if role == "test" and found == ["train"]:
+        say(f"{part} has no split to test on; its 'train' is taken.")
+    return splits[found[0]]
+
+
+def _examples(part: str, role: str, say: Callable[[str], None]) -> Iterator[Example]:
+    """Every row of a file or hub name; its golds may be none."""
+    rows, path = table(part, role, say), Path(part)
+    source = path.stem if path.is_file() else part.partition("@")[0].rpartition("/")[2]
+    there = rows.column_names
+    answers = next((name for name in GOLDS if name in there), None)
+    for name, found in (("question", "question" in there), ("' or '".join(GOLDS), answers)):
+        require(bool(found), f"{part} has no column '{name}'; it has {', '.join(map(repr, there))}")
+    wanted = ("question", answers, "data_source")
+    for row in rows.select_columns([name for name in there if name in wanted]):
+        golds = tuple(dict.fromkeys(filter(normalize_answer, _golds(row[answers]))))
+        text = str(row["question"] or "").strip()
+        yield Example(text, golds, str(row.get("data_source") or source))
+
+
+def _golds(value) -> list[str]:
+    """All texts of a gold, whether it is one text, a list, or a mapping (see NESTED) of these."""
+    if isinstance(value, dict):
+        value = [value.get(name) for name in NESTED]
+    if isinstance(value, list):
+        return [gold for one in value for gold in _golds(one)]
+    return [] if value is None else [str(value)]
+
+
 def spread(examples: Sequence[Example], n: int) -> list[Example]:
     """`n` examples (0: all), a source each by turns: a file may hold its sources one by one."""
-    sources: dict[str, list[Example]] = {}
+    sources = defaultdict(list)
     for example in examples:
-        sources.setdefault(example.source, []).append(example)
+        sources[example.source].append(example)
     turns = zip_longest(*sources.values())
     return [example for turn in turns for example in turn if example][: n or None]
 
 
-def _column(table, names: Sequence[str], spec: str) -> str:
-    found = next((name for name in names if name in table.column_names), None)
-    if found is None:
-        wanted, there = " or ".join(map(repr, names)), ", ".join(map(repr, table.column_names))
-        raise UserError(f"{spec} has no column {wanted}; it has {there}.")
-    return found
-
-
 def batch(examples: Sequence[Example], step: int, size: int, seed: int) -> list[int]:
-    """The indices that step `step` (from 1) trains on, as a function of the seed alone.
-
-    Every epoch is a fresh permutation, and batches run across its end, so that each question is
-    seen equally often and a resumed run needs no cursor.
-    """
-    n = len(examples)
-    first = (step - 1) * size
-    epochs = {place // n for place in range(first, first + size)}
-    orders = {e: sorted(range(n), key=lambda i, e=e: hash64(seed, e, i)) for e in epochs}
-    return [orders[place // n][place % n] for place in range(first, first + size)]
+    """The indices that step `step` (from 1) trains on, as a function of the seed alone: a resumed
+    run needs no cursor. Every epoch is a fresh permutation; batches run across its end."""
+    n, first = len(examples), (step - 1) * size
+    places = [divmod(place, n) for place in range(first, first + size)]  # (epoch, place in it)
+    orders = {epoch: sorted(range(n), key=lambda i, epoch=epoch: hash64(seed, epoch, i))
+              for epoch in {epoch for epoch, _ in places}}  # fmt: skip
+    return [orders[epoch][place] for epoch, place in places]

@@ -4,32 +4,77 @@ Every row counts, also one that never answered. Greedy by default (the paper's c
 D5), and EM is equality after normalisation (the paper's code tests for a substring, D4).
 """
 
+import glob
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from minizs.metrics import searched_again
 from minizs.reward import exact_match, f1_score, substring_match
-from minizs.rollout import rollout
-from minizs.trajectory import Example, Trajectory
+from minizs.runs import read_lines
+from minizs.trajectory import Example, Trajectory, Turn
 
 METRICS = {"f1": f1_score, "em": exact_match, "sub_em": substring_match}
+Answer = Callable[..., list[Trajectory]]  # (examples, keys=...) -> one trajectory each
 
 
-def answer_all(model, tokenizer, examples: Sequence[Example], engine, batch: int = 250,
-               progress: bool = False, keys=None, **options) -> list[Trajectory]:  # fmt: skip
-    """One trajectory for each example, in order; `options` are `rollout`'s.
+def answer_all(answer: Answer, examples: Sequence[Example], accelerator, batch: int = 250,
+               log: Path | None = None, name: str = "") -> list[Trajectory] | None:  # fmt: skip
+    """One trajectory for each example, in order, over all processes: None but on the main one.
 
-    A question's random numbers hang on its key (its index by default), not on the batch.
+    Every example is answered exactly once, with its index as its key, so that neither batch nor
+    processes change an answer. With `log` each batch is appended to a file `log.NAME.RANK` when it
+    is done: called again after an interruption, with any number of processes, it goes on from
+    there. In the end the main process writes `log`, an answer a line; those files (`parts`) are
+    the caller's to remove. Of a trajectory the text is kept, not the tokens.
     """
+    from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    done: list[Trajectory] = []
-    keys = [(i,) for i in range(len(examples))] if keys is None else keys
-    starts = range(0, len(examples), batch)
-    for i in tqdm(starts, disable=not progress, unit_scale=batch, unit="question", leave=False):
-        part = slice(i, i + batch)
-        done += rollout(model, tokenizer, examples[part], engine, keys=keys[part], **options)
-    return done
+    rank, world = accelerator.process_index, accelerator.num_processes
+    before = parts(log, name) if log else []
+    done = {row["index"]: row for part in before for row in read_lines(part)}
+    accelerator.wait_for_everyone()  # all have read before one writes
+    todo = [i for i in range(len(examples)) if i not in done][rank::world]
+    mine = []
+    bar = tqdm(total=len(todo), disable=not name or rank > 0, unit="question", leave=False)
+    for start in range(0, len(todo), batch):
+        some = todo[start : start + batch]
+        rows = answer([examples[i] for i in some], keys=[(i,) for i in some])
+        rows = [{"index": i} | as_row(row) for i, row in zip(some, rows, strict=True)]
+        mine += rows
+        if log:
+            with open(f"{log}.{name}.{rank}", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+        bar.update(len(some))
+    done |= {row["index"]: row for row in gather_object(mine)}
+    if rank > 0:
+        return None
+    rows = [done[i] for i in range(len(examples))]
+    if log:
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [from_row(row) for row in rows]
+
+
+def parts(log: Path, name: str) -> list[Path]:
+    """The files in which `answer_all` keeps what is done."""
+    return sorted(log.parent.glob(f"{glob.escape(log.name)}.{name}.*"))
+
+
+def as_row(trajectory: Trajectory) -> dict:
+    """What a log keeps of a trajectory: all but its tokens."""
+    tokens = ("ids", "loss_mask", "logprobs")
+    return {name: value for name, value in asdict(trajectory).items() if name not in tokens}
+
+
+def from_row(row: dict) -> Trajectory:
+    """Undo `as_row`."""
+    example = Example(**row["example"] | {"answers": tuple(row["example"]["answers"])})
+    turns = [Turn(**turn) for turn in row["turns"]]
+    return Trajectory(example, turns=turns, answer=row["answer"], truncated=row["truncated"],
+                      reward=row["reward"])  # fmt: skip
 
 
 def summary(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -62,3 +107,14 @@ def table(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
         errors = [out[s][f"{name}_stderr"] for s in sources]
         average[f"{name}_stderr"] = math.sqrt(sum(e * e for e in errors)) / len(sources)
     return out | {"overall": summary(trajectories), "average": average}
+
+
+def show(tables: dict[str, dict]) -> str:
+    """The tables of several policies as Markdown, in per cent, with standard errors."""
+    lines = ["| | data | n | F1 | EM | contains | searches |", "|---|---|--:|--:|--:|--:|--:|"]
+    for policy, table in tables.items():
+        for name, row in table.items():
+            cells = [policy[-24:], name, str(row["n"])]
+            cells += [f"{100 * row[m]:.1f} ± {100 * row[f'{m}_stderr']:.1f}" for m in METRICS]
+            lines.append(f"| {' | '.join(cells)} | {row['searches_per_question']:.2f} |")
+    return "\n".join(lines)

@@ -5,17 +5,12 @@
     decoder.append(rows, documents)                         # documents join the next forward
     results = decoder.turn(rows, ...)                       # and so on; finished rows just stay out
 
-Three ideas make it fast and exact:
-
 - **No padding between tokens.** Each row of the cache is written at its own length, with its own
   positions and mask, so rows of any lengths share a batch and none sees a pad on its left.
 - **Every token is computed once.** A turn's last token is *pending*: it has been sampled but not
   been through the model, and is fed with whatever follows it. The cache outlives the turn.
 - **Rows that have stopped leave.** Live rows are swapped to the front of the cache, so that the
   decode batch is a view of it, `cache[:n]`, and nothing is computed for the others.
-
-Random numbers hang on (seed, the row's keys, position in the turn), not on the batch's layout.
-
 Left out: beam search, top-k and top-p, paged memory, compiled graphs.
 """
 
@@ -23,6 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +28,7 @@ from minizs.logprobs import check_supported, log_distribution
 from minizs.randomness import hash64
 from minizs.sampling import StopStrings, draw, uniforms
 
+Ints = int | Sequence[int]  # one number or several
 FORWARD_TOKENS = 32768  # most tokens in one forward pass; a larger chunk goes in groups of rows
 
 
@@ -46,50 +43,40 @@ class Generated:
 
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """No gradients, eval mode and SDPA inside; afterwards all is as it was.
-
-    SDPA, whatever the model trains with, because of our boolean mask of four dimensions: flash
-    attention does not take it, eager attention would add its ones to the scores.
-    """
-    attention = model.config._attn_implementation
+    """No gradients, eval mode and SDPA inside; afterwards all is as it was. Only SDPA takes our
+    boolean mask of four dimensions: eager attention would add its ones to the scores."""
+    config, attention = model.config, model.config._attn_implementation
     training = [module for module in model.modules() if module.training]
-    model.config._attn_implementation = "sdpa"
+    config._attn_implementation = "sdpa"
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.config._attn_implementation = attention
+        config._attn_implementation = attention
         for module in training:
             module.training = True
 
 
 class Decoder:
     """Rows (one a prompt, numbered from 0) that grow turn by turn; see the top of this file.
-
     `eos_id`: an id or several; None is the model's own, `()` is none. `capacity`: tokens a row is
     expected to reach (the cache doubles when that was too few); `limit`: the most it may reach.
     `positions` counts the tokens that have been through the model. A prompt's last token is pending
     like any turn's: a shared prompt is computed once but for this token, which each row feeds.
-
     Raises ValueError for an empty prompt, an id that the model does not have, a row that may
-    outgrow `limit`, stop strings without a tokenizer, and models that this loop would get wrong.
-    """
+    outgrow `limit`, stop strings without a tokenizer, and models that this loop would get wrong."""
 
     def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, capacity: int = 0,
                  vocab_size: int | None = None, temperature: float = 1.0, seed: int = 0,
-                 eos_id: int | Sequence[int] | None = None, tokenizer=None,
-                 stop: Sequence[str] = ()) -> None:  # fmt: skip
+                 eos_id: Ints | None = None, tokenizer=None, stop: Sequence[str] = ()):  # fmt: skip
         check_supported(model)
-        self.limit = row_limit(model)
-        self.model, self.vocab_size = model, vocab_size
-        self.temperature, self.seed = temperature, seed
+        self.model, self.limit, self.vocab_size = model, row_limit(model), vocab_size
+        self.temperature, self.seed, self.positions = temperature, seed, 0
         self.stop = StopStrings((stop,) if isinstance(stop, str) else tuple(stop), tokenizer)
-        if eos_id is None:
-            eos_id = getattr(model.generation_config, "eos_token_id", None)
-            eos_id = model.config.eos_token_id if eos_id is None else eos_id
+        for source in (model.generation_config, model.config):
+            eos_id = getattr(source, "eos_token_id", None) if eos_id is None else eos_id
         self.eos = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
-        self.positions = 0
         self._check(prompts)
         heads = [tuple(prompt[:-1]) for prompt in prompts]
         place = {head: i for i, head in enumerate(dict.fromkeys(heads))}
@@ -101,8 +88,7 @@ class Decoder:
             with decoding(model):
                 self._feed(len(place))
         self.cache.select([place[head] for head in heads])  # a group's rows are copies
-        self.order = list(range(len(heads)))
-        self.length = [len(head) for head in heads]
+        self.order, self.length = list(range(len(heads))), [len(head) for head in heads]
         self.pending = [[prompt[-1]] for prompt in prompts]
 
     def append(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
@@ -115,13 +101,11 @@ class Decoder:
         """Tokens in this row: prompt, turns and documents."""
         return self.length[row] + len(self.pending[row])
 
-    def turn(self, rows: Sequence[int], max_new_tokens: int | Sequence[int],
-             keys: Sequence[int | Sequence[int]]) -> list[Generated]:  # fmt: skip
-        """Let each of these (distinct) rows write until a stop string, eos or its budget.
-
-        `max_new_tokens` is one number or one a row; `keys` are the integers that a row's random
-        numbers hang on and must differ from turn to turn. The token that ends a turn is kept.
-        """
+    def turn(self, rows: Sequence[int], max_new_tokens: Ints,
+             keys: Sequence[Ints]) -> list[Generated]:  # fmt: skip
+        """Let these (distinct) rows write until a stop string, eos (both are kept) or the budget of
+        `max_new_tokens`, one number or one a row. Random numbers hang on the seed, the row's
+        `keys`, which must differ from turn to turn, and the position, not on the batch's layout."""
         if isinstance(max_new_tokens, int):
             max_new_tokens = [max_new_tokens] * len(rows)
         budget = dict(zip(rows, max_new_tokens, strict=True))
@@ -131,15 +115,14 @@ class Decoder:
         keys = [(key,) if isinstance(key, int) else key for key in keys]
         states = {row: hash64(self.seed, *key) for row, key in zip(rows, keys, strict=True)}
         results = {row: Generated() for row in rows}
-        live = list(rows)
         with decoding(self.model):
-            for position in range(max(max_new_tokens, default=0)):
-                live = [r for r in live if results[r].reason == "length" and position < budget[r]]
-                if not live:
-                    break
-                live = self._to_front(live)  # the same rows, in the cache's order
-                hidden = self._feed(len(live))  # (n, d)
-                drawn = self._sample(hidden, uniforms([states[r] for r in live], position))
+            for position in count():
+                going = [r for r in rows if results[r].reason == "length" and position < budget[r]]
+                if not going:
+                    return list(results.values())
+                live = self._to_front(going)
+                numbers = uniforms([states[row] for row in live], position)
+                drawn = self._sample(self._feed(len(live)), numbers)
                 for row, token, logprob in zip(live, *drawn, strict=True):
                     self.pending[row], result = [token], results[row]
                     result.ids.append(token)
@@ -148,15 +131,11 @@ class Decoder:
                         result.reason = "eos"
                     elif self.stop.complete(result.ids):
                         result.reason = "stop"
-        return [results[row] for row in rows]
 
     def _check(self, chunks: Sequence[Sequence[int]]) -> None:
         size = self.model.config.vocab_size
-        for chunk in chunks:
-            if not len(chunk):
-                raise ValueError("an empty prompt or chunk: a row needs at least one token")
-            if min(chunk) < 0 or max(chunk) >= size:
-                raise ValueError(f"a token id outside the model's vocabulary of {size}: {chunk}")
+        if not all(len(chunk) and min(chunk) >= 0 and max(chunk) < size for chunk in chunks):
+            raise ValueError(f"an empty chunk, or an id outside the model's vocabulary of {size}")
 
     def _to_front(self, rows: Sequence[int]) -> list[int]:
         """Make these rows the first in the cache; returns them in the order they then have."""
@@ -196,16 +175,12 @@ class Decoder:
         return [int(token) for token in tokens], logprobs
 
 
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]],
-             max_new_tokens: int | Sequence[int], temperature: float = 1.0,
-             stop: Sequence[str] = (), seed: int = 0,
-             keys: Sequence[int | Sequence[int]] | None = None, vocab_size: int | None = None,
-             tokenizer=None, eos_id: int | Sequence[int] | None = None,
-             ) -> list[Generated]:  # fmt: skip
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: Ints,
+             temperature: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
+             keys: Sequence[Ints] | None = None, vocab_size: int | None = None,
+             tokenizer=None, eos_id: Ints | None = None) -> list[Generated]:  # fmt: skip
     """One turn for each prompt (a list of token ids): see `Decoder`, which also lists the errors.
-
-    `keys`: an integer or several a row, on which its random numbers hang; by default its index.
-    """
+    `keys`: an integer or several a row, on which its random numbers hang; by default its index."""
     if not prompts:
         return []
     decoder = Decoder(model, prompts, vocab_size=vocab_size, temperature=temperature, seed=seed,

@@ -17,57 +17,30 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from minizs import grpo, losses, ppo, reinforce
-from minizs.batching import attention, by_budget, pad
+from minizs import adapters, grpo, losses, ppo, reinforce
+from minizs.batching import Batch, by_budget, collate
 from minizs.logprobs import Scorer
+from minizs.models import cast_weights, checkpoint_layers
 from minizs.trajectory import Trajectory
 
 
 @dataclass
-class Batch:
-    """Trajectories as (B, T) tensors, padded on the right. Masks are never guessed from ids."""
-
-    rows: list[int]  # which trajectories these are
-    ids: Tensor
-    attention: Tensor
-    mask: Tensor  # 1 on the policy's own tokens
-    sampled_logprobs: Tensor  # as the rollout computed them
-    old_logprobs: Tensor | None = None  # as the scorer computes them before the first update
-    ref_logprobs: Tensor | None = None
-    values: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        for name in ("ids", "attention", "mask", "sampled_logprobs"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
-
-
-def collate(trajectories: list[Trajectory], rows: list[int]) -> Batch:
-    """The chosen trajectories as tensors."""
-    chosen = [trajectories[i] for i in rows]
-    return Batch(rows, pad([t.ids for t in chosen]), attention([len(t.ids) for t in chosen]),
-                 pad([t.loss_mask for t in chosen]),
-                 pad([t.logprobs for t in chosen], dtype=torch.float32))  # fmt: skip
-
-
 class Learner:
-    """Owns what an update needs: the prepared scorer, its optimiser, reference and critic.
+    """What an update needs; modules and optimisers are those that Accelerate prepared."""
 
-    `settings` are train_policy's. `reference` is a frozen scorer, or None where no KL is asked for;
-    `critic` (and its optimiser) is for PPO alone. Modules are those that Accelerate prepared.
-    """
-
-    def __init__(self, accelerator, settings, scorer: nn.Module, optimizer, reference=None,
-                 critic=None, critic_optimizer=None) -> None:  # fmt: skip
-        self.accelerator, self.settings = accelerator, settings
-        self.scorer, self.optimizer, self.reference = scorer, optimizer, reference
-        self.critic, self.critic_optimizer = critic, critic_optimizer
+    accelerator: Accelerator
+    settings: Any  # train_policy's
+    scorer: nn.Module
+    optimizer: Any
+    reference: Callable | None = None  # a frozen scorer; None where no KL is asked for
+    critic: nn.Module | None = None  # for PPO
+    critic_optimizer: Any = None
 
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
         """Learn from this process's trajectories, the rows of a group adjacent. Returns metrics."""
@@ -226,19 +199,37 @@ class Learner:
         return {name: value.item() for name, value in losses.merge_stats(everyone).items()}
 
 
-def build_learner(accelerator, settings, model, vocab_size: int) -> Learner:
-    """Scorer, reference, critic and optimisers for a policy, prepared by Accelerate."""
-    adamw = partial(torch.optim.AdamW, weight_decay=settings.weight_decay)
-    scorer = Scorer(model, settings.temperature, vocab_size)
+def build_learner(accelerator, settings, model, vocab_size: int,
+                  dtype: torch.dtype = torch.float32) -> Learner:  # fmt: skip
+    """Scorer, reference, critic and optimisers for a policy, prepared by Accelerate.
+
+    The reference never changes: it is kept whole, in the type that the run computes in (`dtype`),
+    or is the policy with its LoRA switched off.
+    """
+    packed = model.config._attn_implementation == "flash_attention_2"
+    if settings.gradient_checkpointing:
+        checkpoint_layers(model)
+    make_scorer = partial(Scorer, temperature=settings.temperature, vocab_size=vocab_size,
+                          packed=packed)  # fmt: skip
     reference = None
-    if settings.kl_coef:
-        reference = Scorer(copy.deepcopy(model), settings.temperature, vocab_size)
-        reference = reference.requires_grad_(False).to(accelerator.device)
+    if settings.kl_coef and not settings.lora_rank:
+        reference = make_scorer(cast_weights(copy.deepcopy(model), dtype)).requires_grad_(False)
+        reference = reference.to(accelerator.device)
+
+    def prepare(module: nn.Module, lr: float):
+        learned = [weight for weight in module.parameters() if weight.requires_grad]
+        optimizer = torch.optim.AdamW(learned, lr, weight_decay=settings.weight_decay)
+        return accelerator.prepare(module, optimizer)
+
     critic = critic_optimizer = None
     if settings.algorithm == "ppo":  # the critic starts as the policy does (paper appendix F)
-        critic = ppo.Critic(copy.deepcopy(model.base_model)).to(accelerator.device)
-        critic_optimizer = adamw(critic.parameters(), settings.critic_lr)
-        critic, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
-    optimizer = adamw(scorer.parameters(), settings.lr)
-    scorer, optimizer = accelerator.prepare(scorer, optimizer)
+        critic = ppo.Critic(copy.deepcopy(model.base_model), packed).to(accelerator.device)
+        critic, critic_optimizer = prepare(critic, settings.critic_lr)
+    scorer, optimizer = prepare(make_scorer(model), settings.lr)
+    if settings.kl_coef and settings.lora_rank:
+
+        def reference(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            with adapters.switched_off(model):
+                return scorer(*inputs)
+
     return Learner(accelerator, settings, scorer, optimizer, reference, critic, critic_optimizer)

@@ -1,16 +1,11 @@
 """Log-probabilities (and entropies) of given tokens, computed only where they are needed.
 
 A language model's logits over a whole batch are its largest tensor by far: 64 sequences of 2,000
-tokens with a vocabulary of 150,000 are 77 GB in float32. In a searching trajectory most positions
+tokens with a vocabulary of 150,000 are 77 GB in float32. Most positions of a searching trajectory
 are prompt or documents, which no loss ever looks at. So the backbone runs over everything, but the
-head only where the *next* token has loss mask 1, a chunk at a time, and each chunk is computed
-anew in the backward pass (checkpointing) instead of being kept.
-
-The distribution is the one the tokens were sampled from: same temperature, same vocabulary cut
-(`log_distribution` is shared with generate.py). Modules are called, never their weights used by
-hand, so an adapted or replaced head works.
-
-Left out: fused kernels, sequence packing, models that change their logits after the head.
+head only where the *next* token has loss mask 1, in chunks that the backward pass computes anew
+(checkpointing). Modules are called, never their weights used by hand: an adapted head works.
+Left out: fused kernels, models that change their logits after the head.
 """
 
 import torch
@@ -18,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024  # positions that go through the head at once: 0.6 GB of float32 logits at 150,000 ids
-
 # Configuration entries with which a family changes its logits after the head (Gemma, Cohere, ...).
 AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -26,44 +20,51 @@ AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 def check_supported(model: nn.Module) -> None:
     """Raise ValueError where backbone-then-head would silently differ from the model's logits."""
     for name in AFTER_THE_HEAD:
-        value = getattr(model.config, name, None)
-        if value not in (None, 1):
-            kind = type(model).__name__
-            raise ValueError(f"{kind} is not supported: it changes its logits ({name}={value})")
+        if (value := getattr(model.config, name, None)) not in (None, 1):
+            raise ValueError(f"a model that changes its logits is not supported: {name} = {value}")
 
 
 def log_distribution(logits: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
-    """(..., V) logits -> (..., vocab_size) log-probabilities in float32 at least.
-
-    Ids from `vocab_size` on (rows that only pad the embedding) are cut off before the softmax.
-    Temperature 0 stands for greedy decoding, whose log-probabilities are those of temperature 1.
-    """
-    logits = logits[..., :vocab_size]
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    """(..., V) logits -> (..., vocab_size) log-probabilities in float32 at least, to sample and to
+    score with. Ids from `vocab_size` on (rows that only pad the embedding) are cut off before the
+    softmax. At temperature 0, greedy decoding, they are those of temperature 1."""
+    logits = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
 
 
-def score(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor,
-          temperature: float = 1.0, vocab_size: int | None = None,
-          ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Log-probability and entropy at each position with loss mask 1, 0 elsewhere.
+def predictable(attention_mask: Tensor) -> Tensor:
+    """(B, T) bool: the real tokens that have a real one before them, on whichever side one pads."""
+    return attention_mask.bool() & (attention_mask.cumsum(-1) > 1)
 
-    input_ids, attention_mask, loss_mask: (B, T), padding on either side. Returns two (B, T) float32
-    tensors; at [b, t] stand the log-probability of `input_ids[b, t]` given what precedes it, and
-    the entropy of the distribution it was drawn from. Gradients flow through both. Raises
-    ValueError for a loss mask on column 0, which has nothing before it, and by `check_supported`.
-    """
+
+def states_before(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor,
+                  packed: bool = False) -> Tensor:  # fmt: skip
+    """The decoder's last hidden states just before each of the M wanted tokens: (M, d), row by row.
+    input_ids, attention_mask, wanted (bool): (B, T). `packed` spends nothing on padding: all real
+    tokens are one row, where positions restart with each sequence. By them `transformers`, given no
+    mask, keeps sequences apart: flash attention with its variable-length kernel, SDPA with a
+    block-diagonal causal mask. Raises ValueError where padding or a first token is wanted."""
+    if (wanted & ~predictable(attention_mask)).any():
+        raise ValueError("the loss mask holds padding, or a first token, which nothing precedes")
+    real = attention_mask.bool()
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
+    if packed:
+        input_ids, positions = input_ids[real][None], positions[real][None]  # (1, R)
+    hidden = decoder(input_ids=input_ids, attention_mask=None if packed else attention_mask,
+                     position_ids=positions, use_cache=False).last_hidden_state  # fmt: skip
+    hidden = hidden[0] if packed else hidden[real]  # (R, d): all real tokens, row after row
+    return hidden[:-1][wanted[real][1:]]
+
+
+def score(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor,
+          temperature: float = 1.0, vocab_size: int | None = None, packed: bool = False,
+          ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(B, T) each -> (B, T) float32, differentiable, 0 where the loss mask is 0: log-probability of
+    `input_ids[b, t]` given what precedes it, and entropy of the distribution it was drawn from.
+    `packed` changes the speed alone. Raises ValueError by `check_supported` and `states_before`."""
     check_supported(model)
     wanted = loss_mask.bool()  # (B, T)
-    if wanted[:, 0].any():
-        raise ValueError("the loss mask holds a sequence's first token, which nothing precedes")
-    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
-    output = model.get_decoder()(input_ids=input_ids, attention_mask=attention_mask,
-                                 position_ids=positions, use_cache=False)  # fmt: skip
-    picked = wanted[:, 1:]  # (B, T - 1): the hidden state at t predicts token t + 1
-    hidden = output.last_hidden_state[:, :-1][picked]  # (M, d)
-    targets = input_ids[:, 1:][picked]  # (M,)
+    hidden = states_before(model.get_decoder(), input_ids, attention_mask, wanted, packed)  # (M, d)
 
     def through_head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.get_output_embeddings()(hidden)  # (chunk, V)
@@ -73,15 +74,11 @@ def score(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask
 
     # With nothing to score there is one empty chunk, and every parameter's gradient is zero, not
     # missing: under DDP, the other processes would wait for it for ever.
-    chunks = [
-        checkpoint(through_head, *chunk, use_reentrant=False)
-        for chunk in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
-    ]
-    results = []
-    for values in zip(*chunks, strict=True):
-        full = torch.zeros(input_ids.shape, device=input_ids.device)  # (B, T)
-        results.append(full.masked_scatter(wanted, torch.cat(values)))
-    return results[0], results[1]
+    pieces = zip(hidden.split(CHUNK), input_ids[wanted].split(CHUNK), strict=True)
+    chunks = [checkpoint(through_head, *piece, use_reentrant=False) for piece in pieces]
+    logprobs, entropy = map(torch.cat, zip(*chunks, strict=True))  # (M,) each
+    blank = torch.zeros(input_ids.shape, device=input_ids.device)  # (B, T)
+    return blank.masked_scatter(wanted, logprobs), blank.masked_scatter(wanted, entropy)
 
 
 def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor,
@@ -93,15 +90,13 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
 class Scorer(nn.Module):
     """`score` as a module: what Accelerate prepares, so that its hooks see every forward."""
 
-    def __init__(self, model: nn.Module, temperature: float = 1.0,
-                 vocab_size: int | None = None) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, temperature: float = 1.0, vocab_size: int | None = None,
+                 packed: bool = False) -> None:  # fmt: skip
         super().__init__()
-        self.model, self.temperature, self.vocab_size = model, temperature, vocab_size
+        self.model, self.packed = model, packed
+        self.temperature, self.vocab_size = temperature, vocab_size
         # FSDP looks here for the layer classes to shard; without it, it would silently shard none.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor,
-                loss_mask: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """(B, T) each -> log-probabilities and entropies, (B, T) each; see `score`."""
-        return score(self.model, input_ids, attention_mask, loss_mask, self.temperature,
-                     self.vocab_size)  # fmt: skip
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return score(self.model, *inputs, self.temperature, self.vocab_size, self.packed)

@@ -13,16 +13,10 @@ def searched_again(trajectory: Trajectory, noisy: bool) -> tuple[int, int]:
 
 
 def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, float]:
-    """Means over trajectories or turns of all processes.
-
-    Per trajectory: reward (F1), answered, truncated, searches and sampled tokens. `valid_rate` is
-    the share of turns that searched or answered; `again_after_noisy` and `again_after_useful` the
-    share of such replies that were followed by another search.
-    """
-
-    turns = [turn for t in trajectories for turn in t.turns]
-    again = {n: [searched_again(t, n) for t in trajectories] for n in (True, False)}
-    n = len(trajectories)
+    """Means of all processes: of reward (F1), searches, tokens and so on per trajectory; the share
+    of turns that were valid, and that of noisy or useful replies that another search followed."""
+    turns, n = [turn for t in trajectories for turn in t.turns], len(trajectories)
+    again = {kind: [searched_again(t, kind) for t in trajectories] for kind in (True, False)}
     sums = {  # name: (sum, count)
         "reward": (sum(t.reward for t in trajectories), n),
         "answered": (sum(t.answer is not None for t in trajectories), n),

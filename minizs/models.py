@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_flash_attn_2_available, logging
 
 from minizs.config import UserError, require
 from minizs.logprobs import check_supported
@@ -19,7 +20,7 @@ from minizs.protocol import PROMPT
 
 logging.disable_progress_bar()  # a model of this size is loaded before a bar is drawn
 
-TINY_BASE = Path(__file__).parent / "tiny_base"  # made by `python -m minizs.pretrain`
+TINY_BASE = Path(__file__).parent / "tiny_base"  # made by benchmarks/tiny_base.py
 PROMPT_FILE = "prompt.txt"
 
 
@@ -38,42 +39,89 @@ def check_model(name: str) -> None:
     if not path.exists():  # then a hub name, looked up when it is loaded
         is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
         return require(not is_path, f"There is no model folder {name!r}; check the path.")
-    require((path / "config.json").is_file(), f"{name!r} holds no config.json, so it is no model "
-            "folder; check the path.")  # fmt: skip
+    configs = [path / "config.json", path / "adapter_config.json"]  # a whole model, or a LoRA
+    require(any(file.is_file() for file in configs), f"{name!r} holds no config.json, so it is no "
+            "model folder; check the path.")  # fmt: skip
     require(any(path.glob("*.safetensors")), f"{name} holds no *.safetensors weights; save the "
             "model there again.")  # fmt: skip
-    tokenizers = [path / "tokenizer.json", path / "tokenizer_config.json"]
-    require(any(file.is_file() for file in tokenizers), f"{name} holds a model, but no tokenizer; "
-            "save one there, too.")  # fmt: skip
+    require(any(path.glob("tokenizer*.json")), f"{name} holds a model, but no tokenizer; save one "
+            "there, too.")  # fmt: skip
 
 
 def check_positions(name: str, context: int) -> None:
     """Raise UserError if a local model has no positions for a context of this many tokens."""
     path = Path(resolve(name)) / "config.json"
     if path.is_file():
-        try:
+        with _readable(name):
             limit = json.loads(path.read_text()).get("max_position_embeddings")
-        except ValueError as error:
-            raise UserError(f"{path} is not JSON: {error}; save the model there again.") from error
         require(limit is None or context <= limit, f"--max_context {context} is more than the "
                 f"{limit} positions of {name}; lower it.")  # fmt: skip
 
 
-def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) of a folder or hub name, the model in eval mode. Raises UserError."""
-    tokenizer = load_tokenizer(name)
+def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *,
+         revision: str | None = None, chat_template: str = "auto",
+         attention: str = "sdpa"):  # fmt: skip
+    """(model, tokenizer) of a folder or hub name (its branch, tag or commit: `revision`), the model
+    in eval mode. `attention` is `choose_attention`'s. Raises UserError."""
+    tokenizer = load_tokenizer(name, chat_template, revision)
     with _readable(name):
-        model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=dtype,
-                                                     use_safetensors=True)  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(name), dtype=dtype, use_safetensors=True, attn_implementation=attention,
+            revision=revision or "main", trust_remote_code=False)  # fmt: skip
         check_supported(model)
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer(name: str):
-    """The tokenizer of a folder or hub name. Raises UserError."""
+def load_tokenizer(name: str, chat_template: str = "auto", revision: str | None = None):
+    """The tokenizer of a folder or hub name, with "none" without its chat template: what is trained
+    and saved without one is used without one later. Raises UserError."""
     check_model(name)
     with _readable(name):
-        return AutoTokenizer.from_pretrained(resolve(name))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), revision=revision or "main",
+                                                  trust_remote_code=False)  # fmt: skip
+    if chat_template == "none":
+        tokenizer.chat_template = None
+    return tokenizer
+
+
+def compute_dtype(setting: str, device: torch.device | str) -> torch.dtype:
+    """What "auto" means: bfloat16 on CUDA, float32 elsewhere; the other names are torch's own."""
+    if setting == "auto":
+        setting = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return getattr(torch, setting)
+
+
+def choose_attention(setting: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """What "auto" means: "flash_attention_2" where it can run, else PyTorch's own "sdpa". Raises
+    UserError, which says what is missing, where flash attention is asked for and cannot run."""
+    needs = {"a CUDA device": torch.device(device).type == "cuda",
+             "bfloat16 or float16": dtype in (torch.bfloat16, torch.float16),
+             "the flash-attn package": is_flash_attn_2_available()}  # fmt: skip
+    missing = " and ".join(need for need, there in needs.items() if not there)
+    if setting == "auto":
+        return "sdpa" if missing else "flash_attention_2"
+    require(setting == "sdpa" or not missing, f"--attention {setting} lacks {missing}; "
+            "use --attention auto.")  # fmt: skip
+    return setting
+
+
+def cast_weights(model, dtype: torch.dtype):
+    """`model.to(dtype)` for weights alone: rotary frequencies in bfloat16 misplace far tokens."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
+def checkpoint_layers(model) -> None:
+    """From now on the forward keeps each layer's input alone; backward computes the rest anew.
+
+    `transformers` does so for layers in train mode. They alone are put into it, not what is inside
+    them, so that no dropout comes between old and new log-probabilities.
+    """
+    model.activation_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 @contextmanager

@@ -2,15 +2,13 @@
 
 Paper section 3.6 and Table 1. A turn of the policy is `<think> ... </think>` followed by either
 `<search> query </search>` or `<answer> answer </answer>`; the engine's reply stands between
-`<information>` and `</information>`. A model folder may hold its own wording of the prompt in
-`prompt.txt` (the tiny world's does, because its vocabulary is small).
+`<information>` and `</information>`. A model folder's `prompt.txt` may word the prompt otherwise.
 """
 
 import re
 from dataclasses import dataclass
 
 STOP = ("</search>", "</answer>")  # a turn ends at the first of these
-
 PROMPT = """Answer the question below. Think inside <think> and </think> first, and again whenever \
 you are given new information. If you lack some knowledge, ask a search engine with <search> query \
 </search>; its best results come back between <information> and </information>. Search as often as \
@@ -18,9 +16,7 @@ you like. When you need nothing more, give the answer alone inside <answer> and 
 an explanation, for example <answer> Beijing </answer>.
 Question: {question}
 """
-
 INVALID_ACTION = "\n\nThat action is not valid. Let me try again.\n\n"
-
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 _DOCUMENT = re.compile(r"Doc \d+:")
 
@@ -32,22 +28,25 @@ class Action:
 
 
 def parse_action(text: str) -> Action:
-    """What one policy turn asks for: the first closed pair of tags decides.
-
-    `text` is the decoded text of that turn alone, never the prompt or a document, so that nobody
-    else's words can search or answer (upstream defect D3). A blank query is invalid.
-    """
+    """What one policy turn asks for: the first closed pair of its text; a blank query is invalid.
+    Its text alone is given: no prompt or document can search or answer (upstream defect D3)."""
     match = _ACTION.search(text)
-    if match is None:
-        return Action("invalid")
-    kind, content = match[1], match[2].strip()
+    kind, content = (match[1], match[2].strip()) if match else ("invalid", "")
     return Action("invalid") if kind == "search" and not content else Action(kind, content)
 
 
 def build_prompt(question: str, template: str = PROMPT) -> str:
     """The text that a rollout starts from; a missing question mark is added."""
-    question = question.strip()
-    return template.replace("{question}", question if question.endswith("?") else question + "?")
+    return template.replace("{question}", question.strip().removesuffix("?") + "?")
+
+
+def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids that a model starts from, for each text, in training and in use alike: with a chat
+    template a user's message and the reply's opening, else the text behind any opening token."""
+    if not tokenizer.chat_template:
+        return tokenizer(texts)["input_ids"]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
 
 
 def number_documents(documents: list[str]) -> str:

@@ -4,11 +4,8 @@
 
 is always the same number in [0, 1) for the same integers, whoever asks for it and in whatever
 order. A rollout then does not depend on how its batch is laid out, on how many processes share the
-work, or on a run having been stopped and resumed, and there is no generator state to save.
-
-The mixing step is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014). All of it is
-arithmetic modulo 2^64, so a tensor version can give the same bits (`generate.py` has one).
-
+work, or on a run having been stopped and resumed, and there is no generator state to save. All
+arithmetic is modulo 2^64, so that sampling.py's version for arrays gives the same bits.
 Left out: cryptographic strength. These numbers decide which token is drawn, nothing else.
 """
 
@@ -17,21 +14,16 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: keeps runs of small keys (an
 
 
 def mix64(x: int) -> int:
-    """One-to-one scrambling of 64 bits; `x` in [0, 2^64), shifts bring in zeros."""
+    """One-to-one scrambling of 64 bits: SplitMix64's (Steele, Lea and Flood, OOPSLA 2014)."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK64
     return x ^ (x >> 31)
 
 
 def hash64(*keys: int) -> int:
-    """Fold integers into one hash in [0, 2^64):
-
-        h_0 = 0,    h_k = mix64((h_{k-1} XOR key_k) + GOLDEN  mod 2^64)
-
-    The order of the keys counts, and so does their number. A negative key is taken modulo 2^64
-    (its two's complement). Because it is a fold, the hash of shared leading keys can be computed
-    once and continued.
-    """
+    """Fold keys into one number, in [0, 2^64): h_0 = 0, h_k = mix64((h_{k-1} XOR key_k) + GOLDEN).
+    Their order and number count; a negative one is taken modulo 2^64 (its two's complement). The
+    hash of shared leading keys can be computed once and continued."""
     state = 0
     for key in keys:
         state = mix64(((state ^ (key & MASK64)) + GOLDEN) & MASK64)
@@ -39,8 +31,5 @@ def hash64(*keys: int) -> int:
 
 
 def uniform(*keys: int) -> float:
-    """The number in [0, 1) that belongs to these keys: the hash's upper 53 bits over 2^53.
-
-    53 bits are what a float64 holds exactly, so the result is never rounded up to 1.
-    """
+    """The hash's upper 53 bits over 2^53: a float64 holds them exactly, so it never rounds to 1."""
     return (hash64(*keys) >> 11) / 2**53

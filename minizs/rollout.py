@@ -23,8 +23,7 @@ from minizs.randomness import uniform
 from minizs.reward import f1_score
 from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
 
-# What a random number is for is part of its key, so that no two uses ever share one.
-TOKENS, NOISE, ENGINE = 0, 1, 2
+TOKENS, NOISE, ENGINE = 0, 1, 2  # a random number's use is part of its key: no two uses share one
 
 
 @dataclass(frozen=True)
@@ -45,71 +44,61 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
             reward: Callable[[str | None, Sequence[str]], float] = f1_score,
             on_turn: Callable[[Turn], None] | None = None) -> list[Trajectory]:  # fmt: skip
     """`group_size` trajectories for each example, the rows of a group adjacent.
-
     `noise` is the probability that a search asks the engine for noisy documents, drawn once a
-    search (paper equation 1). `keys` gives each example the integers on which all its random
-    numbers hang (by default its index), so that a trajectory does not depend on what else is in the
-    batch, nor on which process computes it. `on_turn` is shown each turn as soon as its documents
-    are there. Raises ValueError where a prompt leaves no room.
-    """
+    search (paper equation 1). `keys` gives each example the integers that its random numbers hang
+    on (by default its index), whatever the batch and the process. `on_turn` is shown each turn as
+    soon as its documents are there. Raises ValueError where a prompt leaves no room."""
     keys = [(i,) for i in range(len(examples))] if keys is None else keys
     row_keys = [(*key, sample) for key in keys for sample in range(group_size)]
     rows = [Trajectory(example) for example in examples for _ in range(group_size)]
     texts = [protocol.build_prompt(example.question, template) for example in examples]
-    for i, ids in enumerate(tokenizer(texts)["input_ids"]):
-        if len(ids) >= limits.context:
-            question = examples[i].question[:60]
-            raise ValueError(f"the prompt of question {question!r} has {len(ids)} tokens, and the "
-                             f"context limit is {limits.context}; raise --max_context")  # fmt: skip
-        for row in rows[i * group_size : (i + 1) * group_size]:
-            row.append(ids)
+    prompts = protocol.prompt_ids(tokenizer, texts)
+    longest = max(map(len, prompts), default=0)
+    if longest >= limits.context:
+        raise ValueError(f"a prompt has {longest} tokens; raise --max_context ({limits.context})")
+    for i, row in enumerate(rows):
+        row.append(prompts[i // group_size])
     decoder = Decoder(model, [row.ids for row in rows], capacity=min(limits.context, 256),
                       vocab_size=len(tokenizer), temperature=temperature, seed=seed,
                       tokenizer=tokenizer, stop=protocol.STOP)  # fmt: skip
-
     live = list(range(len(rows)))
     for turn in range(limits.turns):
         room = [min(limits.turn_tokens, limits.context - len(rows[i].ids)) for i in live]
         written = decoder.turn(live, room, [(TOKENS, *row_keys[i], turn) for i in live])
-        searching: list[tuple[int, SearchRequest]] = []
-        replies: list[tuple[int, str]] = []  # what is appended to a row that goes on
+        requests: dict[int, SearchRequest] = {}
+        replies: dict[int, str] = {}  # what is appended to a row that goes on
         for i, out in zip(live, written, strict=True):
             row = rows[i]
             row.append(out.ids, out.logprobs)
-            # A tag may be a special token, and has to be seen.
-            text = tokenizer.decode(out.ids, skip_special_tokens=False)
+            text = tokenizer.decode(out.ids, skip_special_tokens=False)  # a tag may be one
             action = protocol.parse_action(text)
             row.turns.append(Turn(text, action.kind, action.content))
             if action.kind == "answer":
                 row.answer = action.content
             elif out.reason == "length":
-                full = len(row.ids) >= limits.context
-                row.truncated = "context" if full else "turn_tokens"
+                row.truncated = "context" if len(row.ids) >= limits.context else "turn_tokens"
             elif turn == limits.turns - 1:
                 row.truncated = "turns"
             elif action.kind == "search":
                 draw = uniform(seed, NOISE, *row_keys[i], turn)
                 example, key = row.example, (ENGINE, *row_keys[i], turn)
-                request = SearchRequest(action.content, example.question, example.answers,
-                                        is_noisy(draw, noise), key)  # fmt: skip
-                searching.append((i, request))
+                requests[i] = SearchRequest(action.content, example.question, example.answers,
+                                            is_noisy(draw, noise), key)  # fmt: skip
             else:
-                replies.append((i, protocol.INVALID_ACTION))
+                replies[i] = protocol.INVALID_ACTION
 
-        found = engine.search([request for _, request in searching])
-        for (i, request), documents in zip(searching, found, strict=True):
+        found = engine.search(list(requests.values()))
+        for (i, request), documents in zip(requests.items(), found, strict=True):
             rows[i].turns[-1].documents, rows[i].turns[-1].noisy = documents, request.noisy
-            block = protocol.wrap_documents(protocol.number_documents(documents))
-            replies.append((i, block))
+            replies[i] = protocol.wrap_documents(protocol.number_documents(documents))
         for i in live if on_turn else ():
             on_turn(rows[i].turns[-1])
 
         live = []
-        texts = [text for _, text in replies]
         # A document that spells out "<|im_end|>" gets its letters, not the token that ends a turn.
         plain = {"add_special_tokens": False, "split_special_tokens": True}
-        chunks = tokenizer(texts, **plain)["input_ids"] if texts else []
-        for (i, _), ids in sorted(zip(replies, chunks, strict=True)):
+        chunks = tokenizer(list(replies.values()), **plain)["input_ids"] if replies else []
+        for i, ids in sorted(zip(replies, chunks, strict=True)):
             if rows[i].turns[-1].action == "search" and len(ids) > limits.document_tokens:
                 rows[i].truncated = "document_tokens"
             elif len(rows[i].ids) + len(ids) >= limits.context:
@@ -120,7 +109,6 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
                 live.append(i)
         if not live:
             break
-
     for row in rows:
         row.reward = reward(row.answer, row.example.answers)
     return rows

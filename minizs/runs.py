@@ -17,10 +17,12 @@ from minizs.trajectory import Trajectory
 
 RUNS = Path("runs")
 DONE = Path("policy", "prompt.txt")  # what `models.save` writes last: the policy is whole
+MARKS = ("config.yaml", "metrics.jsonl", "settings.yaml", "collected.jsonl")  # one is in each run's
 
 
-# What tells a folder of ours, of either stage, from others.
-MARKS = ("config.yaml", "metrics.jsonl", "settings.yaml", "collected.jsonl")
+def _last(kind: str) -> int:
+    numbers = [p.name.rsplit("-", 1)[-1] for p in RUNS.glob(f"{kind}-*")]
+    return max((int(n) for n in numbers if n.isdigit()), default=0)
 
 
 def new_folder(kind: str) -> Path:
@@ -33,17 +35,9 @@ def new_folder(kind: str) -> Path:
 
 
 def to_resume(kind: str, output: str, resume: str) -> Path:
-    """The run to go on with: that of `--output`, of the named checkpoint, or the last there is.
-
-    A checkpoint is `RUN/checkpoints/step-N`.
-    """
+    """The run to go on with: `--output`, that of `RUN/checkpoints/step-N`, or the last there is."""
     named = Path(resume).parent.parent if resume != "latest" else None
     return Path(output) if output else named or RUNS / f"{kind}-{max(1, _last(kind))}"
-
-
-def _last(kind: str) -> int:
-    numbers = [p.name.rsplit("-", 1)[-1] for p in RUNS.glob(f"{kind}-*")]
-    return max((int(n) for n in numbers if n.isdigit()), default=0)
 
 
 def own_settings(folder: Path) -> list[str]:
@@ -73,13 +67,14 @@ def remove(folder: Path) -> None:
 
 def newest_run() -> Path | None:
     """The run that ended last, told by its finished `policy/` folder."""
-    done = [p for p in RUNS.glob("*") if (p / DONE).is_file()]
-    return max(done, key=lambda p: (p / DONE).stat().st_mtime, default=None)
+    done = max(RUNS.glob(f"*/{DONE}"), key=lambda path: path.stat().st_mtime, default=None)
+    return done and done.parent.parent
 
 
 def finished(folder: Path, steps: int) -> bool:
     """Whether this run has done all its steps and saved its policy."""
-    return (folder / DONE).is_file() and RunFolder(folder).last_step() >= steps
+    logged = [row["step"] for row in read_lines(folder / "metrics.jsonl")]
+    return (folder / DONE).is_file() and max(logged, default=0) >= steps
 
 
 def started_from(policy: Path) -> str | None:
@@ -101,41 +96,35 @@ def read_lines(path: Path) -> list[dict]:
 
 
 class RunFolder:
-    """Appends to a run's two logs: one line a training step, one line a trajectory shown."""
+    """A run's two logs: one line a training step, one line a trajectory shown."""
 
     def __init__(self, folder: Path, overwrite: bool = False) -> None:
-        self.folder = folder
         if overwrite:
             remove(folder)
         folder.mkdir(parents=True, exist_ok=True)
-
-    def last_step(self) -> int:
-        """The last step that was logged, 0 where there is none."""
-        return max((row["step"] for row in read_lines(self.folder / "metrics.jsonl")), default=0)
+        self.folder = folder
 
     def cut(self, step: int) -> None:
         """Drop the lines after `step`: a resumed run writes them again."""
-        for name in ("metrics.jsonl", "trajectories.jsonl"):
-            rows = [row for row in read_lines(self.folder / name) if row["step"] <= step]
-            self._replace(name, rows)
+        for name in ("metrics", "trajectories"):
+            rows = read_lines(self.folder / f"{name}.jsonl")
+            self._write(name, [row for row in rows if row["step"] <= step], anew=True)
 
     def write_metrics(self, metrics: dict) -> None:
-        self._append("metrics.jsonl", metrics)
+        self._write("metrics", [metrics])
 
     def amend_metrics(self, metrics: dict) -> None:
         """Add to the last line: what is known only once the step has been saved."""
-        rows = read_lines(self.folder / "metrics.jsonl")
-        self._replace("metrics.jsonl", [*rows[:-1], rows[-1] | metrics])
+        *rows, last = read_lines(self.folder / "metrics.jsonl")
+        self._write("metrics", [*rows, last | metrics], anew=True)
 
     def write_trajectories(self, step: int, trajectories: list[Trajectory]) -> None:
-        for trajectory in trajectories:
-            self._append("trajectories.jsonl", {"step": step} | asdict(trajectory))
+        self._write("trajectories", [{"step": step} | asdict(t) for t in trajectories])
 
-    def _replace(self, name: str, rows: list[dict]) -> None:
-        partial = self.folder / f"{name}.partial"  # a run killed here keeps its log
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(self.folder / name)
-
-    def _append(self, name: str, row: dict) -> None:
-        with open(self.folder / name, "a") as file:
-            file.write(json.dumps(row) + "\n")
+    def _write(self, name: str, rows: list[dict], anew: bool = False) -> None:
+        """Append rows to a log, or write it anew, in one go: a run killed here keeps its log."""
+        path = self.folder / f"{name}.jsonl"
+        with open(path.with_suffix(".partial") if anew else path, "w" if anew else "a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        if anew:
+            Path(file.name).replace(path)

@@ -2,11 +2,8 @@
 
 A token is drawn by inverting the cumulative distribution at a number that is a hash of where the
 token stands (randomness.py). A turn ends where its text completes a stop string.
-
 Left out: top-k and top-p. The distribution that is sampled must be the one that is scored.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +12,7 @@ from torch import Tensor
 from minizs.randomness import GOLDEN, mix64
 
 
-def uniforms(states: Sequence[int], position: int) -> Tensor:
+def uniforms(states: list[int], position: int) -> Tensor:
     """`uniform(*keys, position)` of many rows, from each row's `hash64(*keys)`: (n,) float64."""
     folded = np.array(states, np.uint64) ^ np.uint64(position)
     hashed = mix64(folded + np.uint64(GOLDEN))  # NumPy's uint64 wraps by itself
@@ -36,14 +33,12 @@ def draw(logp: Tensor, uniform: Tensor) -> Tensor:
 
 
 class StopStrings:
-    """Whether the token a turn has just sampled completes one of the stop strings.
+    """Whether the token a turn has just sampled completes one of the stop strings. A tag can be
+    several tokens, and its last one can hold what follows (`>\\n`), so text decides: the turn's
+    tail. It is decoded only where the token's own text (looked up once) holds the last character of
+    a tag, but no whole tag."""
 
-    A tag can be several tokens, and its last one can hold what follows (`>\\n`), so text decides:
-    the decoded tail of the turn. Most tokens need no decoding, because their own text (looked up
-    once) does not hold any stop string's last character; one that holds a whole tag needs none.
-    """
-
-    def __init__(self, stop: Sequence[str], tokenizer) -> None:
+    def __init__(self, stop: tuple[str, ...], tokenizer) -> None:
         if stop and (tokenizer is None or not all(stop)):
             raise ValueError("stop strings need a tokenizer and must not be empty")
         self.stop, self.tokenizer = stop, tokenizer
@@ -51,9 +46,11 @@ class StopStrings:
         self.reach = 1 + max((len(s.encode()) for s in stop), default=0)
         self.seen: dict[int, tuple[bool, bool]] = {}  # token -> (holds a tag, may end one)
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int]) -> tuple[str, bool]:
+        """The text of these tokens, and whether it holds a stop string."""
         plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        return self.tokenizer.decode(ids, **plain)
+        text = self.tokenizer.decode(ids, **plain)
+        return text, any(s in text for s in self.stop)
 
     def complete(self, ids: list[int]) -> bool:
         """`ids` is the turn so far; no tag was complete before its last token."""
@@ -61,12 +58,8 @@ class StopStrings:
             return False
         token = ids[-1]
         if token not in self.seen:
-            text = self._decode([token])
+            text, whole = self._decode([token])
             # U+FFFD: the token ends within a character, possibly a tag's last one.
-            ends = any(s[-1] in text for s in self.stop) or "\ufffd" in text
-            self.seen[token] = any(s in text for s in self.stop), ends
+            self.seen[token] = whole, "\ufffd" in text or any(s[-1] in text for s in self.stop)
         whole, ends = self.seen[token]
-        if whole or not ends:
-            return whole
-        tail = self._decode(ids[-self.reach :])
-        return any(s in tail for s in self.stop)
+        return whole or (ends and self._decode(ids[-self.reach :])[1])

@@ -7,45 +7,38 @@ rollout appends them, so that training and use see the same ids.
 
 import random
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from minizs.batching import attention, by_budget, pad
+from minizs.logprobs import Scorer, predictable, states_before
+from minizs.protocol import prompt_ids
 
 Segment = tuple[str, bool]  # some text, and whether the loss is on it
 Tokens = tuple[list[int], list[int]]  # ids and mask, of equal lengths
 
 
 def encode(tokenizer, segments: list[Segment], end: bool = False) -> Tokens:
-    """Token ids of the whole text, and a mask that is 1 on the marked segments.
-
-    With `end` the end-of-sequence token follows, marked: a model learns to stop.
-    """
-    ids, mask = [], []
-    texts = [text for text, _ in segments]
-    # Only what opens the text gets the tokenizer's own opening token, as a prompt does in use.
-    pieces = [tokenizer(texts[0])["input_ids"]]
+    """Token ids of the whole text, and a mask that is 1 on the marked segments and, with `end`, on
+    the end-of-sequence token that then follows: a model learns to stop."""
+    texts, marks = map(list, zip(*segments, strict=True))
+    # Only what opens the text gets an opening token or a chat template, as a prompt does in use.
+    pieces = prompt_ids(tokenizer, texts[:1])
     if texts[1:]:
         pieces += tokenizer(texts[1:], add_special_tokens=False)["input_ids"]
-    for piece, (_, marked) in zip(pieces, segments, strict=True):
-        ids += piece
-        mask += [int(marked)] * len(piece)
     if end:
-        ids.append(tokenizer.eos_token_id)
-        mask.append(1)
-    return ids, mask
+        pieces, marks = [*pieces, [tokenizer.eos_token_id]], [*marks, True]
+    masks = [[int(marked)] * len(piece) for piece, marked in zip(pieces, marks, strict=True)]
+    return list(chain(*pieces)), list(chain(*masks))
 
 
 def batches(texts: Iterable[Tokens], tokens: int, rng: random.Random,
             pool: int = 1024) -> Iterator[list[Tokens]]:  # fmt: skip
-    """Batches of at most `tokens` positions of texts of similar length, in random order.
-
-    A small budget in tokens gives several times the optimiser steps a minute that padded batches of
-    a fixed number of rows give.
-    """
+    """Batches of at most `tokens` positions of texts of similar length, in random order: several
+    times the optimiser steps a minute that padded batches of a fixed number of rows give."""
     texts = iter(texts)
     while buffer := list(islice(texts, pool)):
         groups = by_budget([len(ids) for ids, _ in buffer], tokens)
@@ -60,21 +53,20 @@ def collate(rows: list[Tokens], device: torch.device | str = "cpu") -> list[Tens
     return [t.to(device) for t in (pad(ids), attention(list(map(len, ids))), pad(masks))]
 
 
-def nll(model, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor):
-    """Summed negative log-likelihood of the marked tokens, and their number. All inputs (B, T)."""
-    marked = loss_mask[:, 1:].bool()  # token t is predicted at t - 1
-    hidden = model.get_decoder()(input_ids, attention_mask=attention_mask, use_cache=False)
-    logits = model.get_output_embeddings()(hidden.last_hidden_state[:, :-1][marked]).float()
-    return F.cross_entropy(logits, input_ids[:, 1:][marked], reduction="sum"), marked.sum()
+def nll(model, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, packed: bool = False):
+    """Summed negative log-likelihood of the marked tokens, and their number. All inputs (B, T). A
+    text's first token, which nothing precedes, does not count. `packed`: see `states_before`."""
+    marked = loss_mask.bool() & predictable(attention_mask)
+    hidden = states_before(model.get_decoder(), input_ids, attention_mask, marked, packed)
+    logits = model.get_output_embeddings()(hidden).float()
+    return F.cross_entropy(logits, input_ids[marked], reduction="sum"), marked.sum()
 
 
-class Supervised(torch.nn.Module):
-    """`nll` as a module: what Accelerate prepares, so that its hooks see every forward."""
+class Supervised(Scorer):
+    """`nll` as a module, as `Scorer` is `score`."""
 
-    def __init__(self, model) -> None:
-        super().__init__()
-        self.model = model
-        self._no_split_modules = getattr(model, "_no_split_modules", None)
+    def __init__(self, model, packed: bool = False) -> None:
+        super().__init__(model, packed=packed)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor):
-        return nll(self.model, input_ids, attention_mask, loss_mask)
+    def forward(self, *inputs: Tensor):
+        return nll(self.model, *inputs, self.packed)

@@ -3,6 +3,8 @@
 Paper section 3.3 and Table 2. The prompt carries the query, the question and its gold answer, and
 one word that is either "useful" or "noisy". Fine-tuned (train_sim.py) on what a real engine
 returned, the model imitates that engine's style, and the word decides whether the answer is there.
+An untuned model is shown an example of each kind; unlike the paper's, our prompt for that names the
+gold answer for noisy documents, too.
 
 The wording lives in one file beside the model's weights (`simulator_prompt.txt`), so that training
 and use cannot drift apart. Two facts about it that surprise: a reply to the first query of a
@@ -13,19 +15,16 @@ then supports it); and the simulator is used in training only, never to test.
 import re
 from pathlib import Path
 
-from minizs.generate import Generated, generate
-from minizs.protocol import number_documents, split_documents
+from minizs.client import Client
+from minizs.config import require
+from minizs.generate import generate
+from minizs.protocol import number_documents, prompt_ids, split_documents
+from minizs.randomness import hash64
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
 
 PROMPT_FILE = "simulator_prompt.txt"
-
-PROMPT = """You are a search engine. Given a query, write {top_k} {quality} documents for it.
-The user is trying to answer the question "{question}", whose answer is {answers}.
-Each document is about 30 words long and holds {quality} information.
-Query: {query}
-{quality} output:
-"""
+SHIPPED = {"tuned": "simulator.txt", "untuned": "simulator_untuned.txt"}  # in prompts/
 
 
 def prompt(template: str, request: SearchRequest, top_k: int) -> str:
@@ -43,41 +42,80 @@ def training_text(template: str, request: SearchRequest, documents: list[str]) -
     return [(text, False), (number_documents(documents), True)]
 
 
-def load_template(folder: str | Path) -> str:
-    """The wording that a simulator's folder holds, or the default one."""
-    path = Path(folder) / PROMPT_FILE
-    return path.read_text() if path.exists() else PROMPT
+def load_template(spec: str | Path) -> str:
+    """The wording in a file, the shipped one ("tuned" or "untuned"), or the one that a simulator's
+    folder holds, if it holds one. Raises UserError for a file that is none."""
+    own, shipped = Path(spec, PROMPT_FILE), Path(__file__).parent / "prompts"
+    paths = [shipped / SHIPPED.get(spec, ""), Path(spec), own, shipped / SHIPPED["tuned"]]
+    path = next(path for path in paths if path.is_file())
+    text = path.read_text(encoding="utf-8")
+    require("{query}" in text, f"{path} is no simulator's prompt: it lacks the word {{query}}.")
+    return text
+
+
+def read_reply(text: str, unfinished: bool, top_k: int) -> list[str]:
+    """At most `top_k` documents, none where the model wrote no `Doc n:`. The last one of an
+    unfinished reply is left out, if only its number is there."""
+    if unfinished:
+        return split_documents(text + " ...", top_k + 1)[:-1]
+    return split_documents(text, top_k)
 
 
 class SimulatedSearch:
     """An engine whose documents a model writes. All requests of a turn are one batched generation.
 
     A request's random numbers hang on its `key` and `seed`, so that a reply does not depend on who
-    else is searching. `max_new_tokens` is what the numbered documents may take; a document that
-    they do not suffice for is left out, not passed on by halves.
+    else is searching. `max_new_tokens` is what the numbered documents may take.
     """
 
-    def __init__(self, model, tokenizer, template: str = PROMPT, top_k: int = 3, seed: int = 0,
+    def __init__(self, model, tokenizer, template: str, top_k: int = 3, seed: int = 0,
                  temperature: float = 0.8, max_new_tokens: int = 600):  # fmt: skip
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.top_k, self.seed = top_k, seed
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
 
     def search(self, requests: list[SearchRequest]) -> list[list[str]]:
-        """At most `top_k` documents for each request; none where the model wrote no `Doc n:`."""
+        """At most `top_k` documents for each request."""
         if not requests:
             return []
         texts = [prompt(self.template, request, self.top_k) for request in requests]
         replies = generate(
-            self.model, self.tokenizer(texts)["input_ids"], self.max_new_tokens,
-            temperature=self.temperature, seed=self.seed,
-            keys=[request.key for request in requests],
-            vocab_size=len(self.tokenizer), eos_id=self.tokenizer.eos_token_id,
-        )  # fmt: skip
-        return [self._documents(reply) for reply in replies]
+            self.model, prompt_ids(self.tokenizer, texts), self.max_new_tokens,
+            temperature=self.temperature, seed=self.seed, keys=[r.key for r in requests],
+            vocab_size=len(self.tokenizer), eos_id=self.tokenizer.eos_token_id)  # fmt: skip
+        return [read_reply(self.tokenizer.decode(reply.ids, skip_special_tokens=True),
+                           reply.reason == "length", self.top_k) for reply in replies]  # fmt: skip
 
-    def _documents(self, reply: Generated) -> list[str]:
-        text = self.tokenizer.decode(reply.ids, skip_special_tokens=True)
-        if reply.reason == "length":  # the last document is unfinished, if only its number is there
-            return split_documents(text + " ...", self.top_k + 1)[:-1]
-        return split_documents(text, self.top_k)
+
+class ServedSearch:
+    """The same with the model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp or
+    `transformers serve` (which has one seed for all, so that only greedy replies are repeatable).
+
+    `model_name`: empty for the server's first. `api`: "completions", or "chat" for an instruct
+    model. Of the server's own sampling settings top_p alone is overridden.
+    """
+
+    def __init__(self, client: Client, model_name: str, template: str, top_k: int = 3,
+                 seed: int = 0, temperature: float = 0.8, max_new_tokens: int = 600,
+                 api: str = "completions"):  # fmt: skip
+        self.client, self.template, self.top_k, self.seed = client, template, top_k, seed
+        self.chat = api == "chat"
+        name = model_name or client.get("/v1/models", lambda answer: answer["data"][0]["id"])
+        limits = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": 1.0}
+        self.settings = {"model": name, **limits}
+
+    def search(self, requests: list[SearchRequest]) -> list[list[str]]:
+        """At most `top_k` documents for each request. Raises ServiceError."""
+        return self.client.map(self._ask, requests)
+
+    def _ask(self, request: SearchRequest) -> list[str]:
+        text = prompt(self.template, request, self.top_k)
+        said = {"messages": [{"role": "user", "content": text}]} if self.chat else {"prompt": text}
+        payload = self.settings | said | {"seed": hash64(self.seed, *request.key) % 2**31}
+        path = "/v1/chat/completions" if self.chat else "/v1/completions"
+        return self.client.post(path, payload, self._read)
+
+    def _read(self, answer: dict) -> list[str]:
+        choice = answer["choices"][0]
+        text = choice["message"]["content"] if self.chat else choice["text"]
+        return read_reply(text, choice["finish_reason"] == "length", self.top_k)

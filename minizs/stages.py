@@ -1,57 +1,78 @@
-"""What the scripts share: which engine a setting means, the default simulator, held-out tests."""
+"""What the scripts share: loading, which engine a setting means, the default simulator, tests."""
 
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from minizs import data, models, runs
-from minizs.config import UserError, require
-from minizs.protocol import build_prompt
+import torch
+
+from minizs import data, engines, models, remote, runs, simulator
+from minizs.client import Client
+from minizs.config import require
+from minizs.options import SearchConfig, is_url
+from minizs.protocol import build_prompt, prompt_ids
+from minizs.rollout import Limits, rollout
 from minizs.trajectory import Example, SearchRequest
 
 DEFAULT_SIMULATOR = runs.RUNS / "simulator"
 
 
-def check_engine(config) -> None:
-    """Raise UserError where the engine that the settings name cannot be had."""
-    if config.engine == "simulator" and config.simulator:
-        models.check_model(config.simulator)
-    if config.engine == "bm25" and config.data != "world":
-        require(bool(config.corpus), "--engine bm25 on your own --data needs --corpus FILE.")
-    there = not config.corpus or Path(config.corpus).is_file()
-    require(there, f"There is no corpus {config.corpus!r}; check the path.")
+def load(config: SearchConfig, name: str, device: torch.device, dtype: torch.dtype):
+    """(model, tokenizer) of a policy as the settings want them; `dtype` is the weights'."""
+    attention = models.choose_attention(config.attention, device, compute_dtype(config))
+    return models.load(name, device, dtype, revision=revision(config, name), attention=attention,
+                       chat_template=config.chat_template)  # fmt: skip
 
 
-def check_prompts(policy: str, examples: list[Example], context: int) -> None:
+def revision(config: SearchConfig, name: str) -> str | None:
+    """`--revision`, but not of the model that a policy is compared with."""
+    return None if name == getattr(config, "before", None) else config.revision or None
+
+
+def compute_dtype(config: SearchConfig) -> torch.dtype:
+    """What generation and forward passes compute in."""
+    return models.compute_dtype(config.dtype, models.device())
+
+
+def limits(config: SearchConfig) -> Limits:
+    return Limits(config.max_turns, config.max_turn_tokens, config.max_document_tokens,
+                  config.max_context)  # fmt: skip
+
+
+def check_prompts(config: SearchConfig, policy: str, examples: list[Example]) -> None:
     """Raise UserError for a question whose prompt leaves no room in the context."""
+    tokenizer = models.load_tokenizer(policy, config.chat_template, revision(config, policy))
     template = models.load_prompt(policy)
-    longest = _longest(policy, [build_prompt(e.question, template) for e in examples])
-    require(longest < context, f"--max_context {context} is too small: the longest prompt has "
-            f"{longest} tokens.")  # fmt: skip
+    longest = _longest(tokenizer, [build_prompt(e.question, template) for e in examples])
+    require(longest < config.max_context, f"--max_context {config.max_context} is too small: the "
+            f"longest prompt has {longest} tokens.")  # fmt: skip
 
 
-def check_simulator(config, examples: list[Example]) -> None:
-    """Raise UserError for a question on which the simulator could run out of positions."""
+def check_simulator(config: SearchConfig, examples: list[Example]) -> None:
+    """Raise UserError for a question on which a local simulator could run out of positions."""
     from transformers import AutoConfig
 
-    from minizs.simulator import load_template, prompt
-
+    if is_url(config.simulator):
+        return
     made = DEFAULT_SIMULATOR if _is_made() else "tiny"  # what it will be made from
     folder = models.resolve(config.simulator or str(made))
-    template = load_template(folder)
+    template = simulator.load_template(config.simulator_template or folder)
     requests = [SearchRequest("", e.question, e.answers) for e in examples]
-    longest = _longest(folder, [prompt(template, r, config.top_k) for r in requests])
+    longest = _longest(models.load_tokenizer(folder),
+                       [simulator.prompt(template, r, config.top_k) for r in requests])  # fmt: skip
     needed = longest + config.max_turn_tokens + config.max_document_tokens  # query and reply
     limit = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", needed)
     require(needed <= limit, f"The simulator {folder} has {limit} positions and may need {needed}; "
             "lower --max_document_tokens or --max_turn_tokens.")  # fmt: skip
 
 
-def _longest(model: str, prompts: list[str]) -> int:
+def _longest(tokenizer, prompts: list[str]) -> int:
     """Tokens of the longest."""
-    return max(map(len, models.load_tokenizer(model)(prompts)["input_ids"]))
+    return max(map(len, prompt_ids(tokenizer, prompts)))
 
 
 def _is_made() -> bool:
@@ -83,46 +104,59 @@ def run_stage(script: str, *flags: str) -> None:
     require(done, f"{script}, which this needs, has failed; see the message above.")
 
 
-def simulated_engine(folder: str, config, device):
-    """The simulator of this folder. It writes no more than a policy may be shown."""
-    from minizs.simulator import SimulatedSearch, load_template
-
-    model, tokenizer = models.load(folder, device)
-    template = load_template(models.resolve(folder))
-    return SimulatedSearch(model, tokenizer, template, config.top_k, config.seed,
-                           config.simulator_temperature, config.max_document_tokens)  # fmt: skip
-
-
-def real_engine(config, role: str):
-    """BM25 over the tiny world's documents of this role, or over the lines of `--corpus`."""
-    from minizs.engines import BM25, NoDocuments
-
+def build_engine(config: SearchConfig, role: str, accelerator):
+    """The engine that the settings name. In the tiny world a role is train, dev or test."""
     if config.engine == "none":
-        return NoDocuments()
+        return engines.NoDocuments()
+    if config.engine == "bm25":
+        return bm25(config, role)
+    if config.engine == "simulator":
+        return simulated(config, accelerator)
+    if config.engine == "http":
+        engine = remote.HttpSearch(client(config, config.engine_url), config.top_k,
+                                   wiki=config.engine_api == "zerosearch")  # fmt: skip
+    else:
+        engine = remote.WebSearch(config.web, config.top_k, timeout=config.timeout,
+                                  retries=config.retries)  # fmt: skip
+    name = config.engine_url or config.web
+    return remote.Cached(engine, config.cache, name) if config.cache else engine
+
+
+def bm25(config: SearchConfig, role: str):
+    """BM25 over `--corpus`, or over the tiny world's documents of this role."""
     if config.corpus:
-        try:
-            text = Path(config.corpus).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"The corpus {config.corpus} is no text file: {error}.") from error
-        documents = [line.strip() for line in text.splitlines() if line.strip()]
-        require(bool(documents), f"The corpus {config.corpus} is empty.")
-        return BM25(documents, config.top_k)
+        return engines.BM25.of_corpus(config.corpus, config.top_k)
     from minizs.world import embedded
 
     world = embedded(role)
-    return BM25(world.documents, config.top_k, world.judge)
+    return engines.BM25(world.documents, config.top_k, world.judge)
 
 
-def training_engine(config, accelerator):
-    """What answers the searches in training. One process makes the simulator if there is none."""
-    if config.engine != "simulator":
-        return real_engine(config, "train")
+def client(config: SearchConfig, urls: str) -> Client:
+    key = os.environ.get("SIMULATOR_API_KEY")  # for a server that asks for one
+    headers = {"Authorization": f"Bearer {key}"} if key and urls == config.simulator else None
+    return Client(urls, timeout=config.timeout, retries=config.retries, headers=headers)
+
+
+def simulated(config: SearchConfig, accelerator):
+    """The simulator: a server's, or a model here. It writes no more than a policy may be shown.
+
+    One process makes the default one where there is none.
+    """
+    writes = (config.top_k, config.seed, config.simulator_temperature, config.max_document_tokens)
+    if is_url(config.simulator):
+        template = simulator.load_template(config.simulator_template or "tuned")
+        return simulator.ServedSearch(client(config, config.simulator), config.simulator_model,
+                                      template, *writes, api=config.simulator_api)  # fmt: skip
     with accelerator.main_process_first():
-        folder = config.simulator or str(make_default_simulator())
-    return simulated_engine(folder, config, accelerator.device)
+        folder = models.resolve(config.simulator or str(make_default_simulator()))
+    place = torch.device(config.simulator_device or accelerator.device)
+    model, tokenizer = models.load(folder, place, models.compute_dtype(config.dtype, place))
+    template = simulator.load_template(config.simulator_template or folder)
+    return simulator.SimulatedSearch(model, tokenizer, template, *writes)
 
 
-def agreed_folder(accelerator, config, kind: str) -> Path:
+def agreed_folder(accelerator, config: SearchConfig, kind: str) -> Path:
     """The output folder of these settings, the same one on every process, made if it is new."""
     from accelerate.utils import broadcast_object_list
 
@@ -133,15 +167,13 @@ def agreed_folder(accelerator, config, kind: str) -> Path:
     return Path(chosen[0])
 
 
-def held_out(config, accelerator, model, tokenizer, template: str) -> Callable[[], dict] | None:
+def held_out(config, accelerator, writer, tokenizer, template: str) -> Callable[[], dict] | None:
     """A function that answers held-out questions greedily, with BM25: the figures of all processes.
 
     In the tiny world these are another world's, with its documents; of a file, the questions that
     are not trained on, with `--corpus`. None where there are no such questions or no corpus: the
-    simulator, which sees the gold answers, would be no test.
+    simulator, which sees the gold answers, would be no test. `writer()` is the model.
     """
-    from accelerate.utils import gather_object
-
     from minizs.evaluation import answer_all, summary
 
     if not config.eval_every:
@@ -151,21 +183,34 @@ def held_out(config, accelerator, model, tokenizer, template: str) -> Callable[[
         lacking = "a --corpus" if examples else "held-out questions"
         accelerator.print(f"No evaluation while it trains: {config.data} lacks {lacking}.")
         return None
-    engine = real_engine(config, "dev")
-    mine = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    engine = bm25(config, "dev")
 
     def evaluate() -> dict[str, float]:
-        rows = answer_all(model, tokenizer, [examples[i] for i in mine], engine,
-                          keys=[(i,) for i in mine], temperature=0.0, limits=limits(config),
-                          template=template)  # fmt: skip
-        return summary(gather_object(rows))
+        rows = answer_all(searcher(config, writer(), tokenizer, template, engine, 0.0), examples,
+                          accelerator)  # fmt: skip
+        return summary(rows) if rows else {}
 
     return evaluate
 
 
-def limits(config):
-    """The rollout limits that the settings name."""
-    from minizs.rollout import Limits
+def searcher(config, model, tokenizer, template: str, engine, temperature: float, **options):
+    """`rollout` with the limits of the settings: a function of examples and their keys."""
+    return partial(rollout, model, tokenizer, engine=engine, limits=limits(config),
+                   temperature=temperature, template=template, **options)  # fmt: skip
 
-    return Limits(config.max_turns, config.max_turn_tokens, config.max_document_tokens,
-                  config.max_context)  # fmt: skip
+
+def make_accelerator(config: SearchConfig):
+    """Accelerate, computing in the settings' type. Raises UserError for what it cannot shard."""
+    from accelerate import Accelerator, DistributedType
+
+    half = compute_dtype(config) == torch.bfloat16
+    accelerator = Accelerator(mixed_precision="bf16" if half else "no")
+    kind = accelerator.distributed_type
+    require(kind != DistributedType.DEEPSPEED and (kind != DistributedType.FSDP or
+            accelerator.is_fsdp2), "To shard a model use FSDP2: fsdp_version: 2 in Accelerate's "
+            "configuration (see configs/).")  # fmt: skip
+    if kind == DistributedType.FSDP and half:
+        # Else the scorer's float32 log-probabilities would be rounded on their way out.
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+    return accelerator

@@ -14,19 +14,15 @@ class Example:
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """All that an engine may need to answer one query.
-
-    The question and its gold answers travel with the query, so that nothing has to be matched up
-    by position: upstream indexed the full batch with the rows that were still searching, and most
-    simulated documents were written for another row's question (defect D1). `key` names the
-    request for the engine's random numbers.
-    """
+    """All that an engine may need to answer one query, so that nothing is matched up by position:
+    upstream indexed the full batch with the rows that were still searching, and most simulated
+    documents were written for another row's question (defect D1)."""
 
     query: str
     question: str = ""
     answers: tuple[str, ...] = ()
     noisy: bool = False
-    key: tuple[int, ...] = ()
+    key: tuple[int, ...] = ()  # names the request for the engine's random numbers
 
 
 @dataclass
@@ -42,17 +38,13 @@ class Turn:
 
 @dataclass
 class Trajectory:
-    """The token ids exactly as the model saw and sampled them. It only ever grows at its end.
-
-    `loss_mask` is 1 on the tokens that the policy sampled, 0 on prompt, documents and messages;
-    `logprobs` holds the sampling log-probability where the mask is 1 and 0.0 elsewhere. The three
-    lists always have equal lengths, because `append` is the only way to extend them.
-    """
+    """The token ids exactly as the model saw and sampled them. It only ever grows at its end, by
+    `append` alone, so that `ids`, `loss_mask` and `logprobs` always have equal lengths."""
 
     example: Example
     ids: list[int] = field(default_factory=list)
-    loss_mask: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)  # 1 on what the policy sampled, else 0
+    logprobs: list[float] = field(default_factory=list)  # of sampling; 0.0 where the mask is 0
     turns: list[Turn] = field(default_factory=list)
     answer: str | None = None
     truncated: str = ""  # why it ended without an answer: see rollout.py

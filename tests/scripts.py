@@ -11,15 +11,21 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import evaluate
 import train_policy
 import train_sim
-from minizs import base, models, pretrain, protocol, sft
+from benchmarks import tiny_base as base
+from minizs import models, protocol, sft
 from minizs.config import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -55,11 +61,16 @@ def written(name: str, rng: random.Random) -> list[sft.Segment]:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Path:
+def home(tmp_path_factory) -> Iterator[Path]:
     """A folder with `base` (a policy and simulator), `questions.jsonl` and `corpus.txt`."""
     folder, rng = tmp_path_factory.mktemp("scripts"), random.Random(0)
+    # Where `datasets` keeps a copy of what it reads: not in the user's home.
+    cache = tmp_path_factory.mktemp("cache")
+    patch = pytest.MonkeyPatch()
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    patch.setenv("HF_DATASETS_CACHE", str(cache))  # of other processes
     tokenizer = base.make_tokenizer()
-    model = pretrain.make_model(tokenizer, hidden=32, layers=2, seed=0)
+    model = base.make_model(tokenizer, hidden=32, layers=2, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     texts = [sft.encode(tokenizer, kind(rng.choice(NAMES), rng), end=kind is written)
              for kind in (born, written, born) * 500]  # fmt: skip
@@ -75,20 +86,22 @@ def home(tmp_path_factory) -> Path:
     (folder / "questions.jsonl").write_text("\n".join(lines))
     documents = [f"{name} was born on {MONTHS[i % 2]}" for i, name in enumerate(NAMES)]
     (folder / "corpus.txt").write_text("\n".join(documents + ["Fota Labs was founded by Holo"]))
-    return folder
+    yield folder
+    patch.undo()
 
 
 @pytest.fixture(scope="session")
 def bad(home) -> Path:
     """A folder of things that a script has to refuse."""
     folder = home / "bad"
-    for name in ("untokenized", "weightless", "garbled"):
+    for name in ("untokenized", "weightless", "garbled", "lora"):
         shutil.copytree(home / "base", folder / name)
     (folder / "empty").mkdir()
     for path in (folder / "untokenized").glob("tokenizer*"):
         path.unlink()
     (folder / "weightless" / "model.safetensors").unlink()
     (folder / "garbled" / "model.safetensors").write_text("no tensors")
+    (folder / "lora" / "config.json").rename(folder / "lora" / "adapter_config.json")
     (folder / "columns.jsonl").write_text('{"text": "a"}')
     (folder / "row.jsonl").write_text('{"query": "a", "label": "useful"}')
     letters = {"query": "a", "question": "b", "answers": "c", "documents": [], "label": "useful"}
@@ -100,14 +113,15 @@ def bad(home) -> Path:
 
 
 @pytest.fixture
-def work(home, monkeypatch, request):
+def work(home, monkeypatch, request) -> Iterator[Path]:
     """The current folder of a test: empty, beside `base` and the data."""
     # `datasets` takes a path for a pattern, in which brackets mean something else.
     name = re.sub(r"\W+", "-", request.node.name)[:60]
     folder = home / f"{name}-{len(list(home.iterdir()))}"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    return folder
+    yield folder
+    AcceleratorState._reset_state(reset_partial_state=True)  # the next may compute in another type
 
 
 def policy(*flags: str) -> None:
@@ -152,3 +166,44 @@ def status(script: str, *flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / script), *flags]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def two_processes(script: str, *flags: str) -> str:
+    """What the script prints, run by two processes on the CPU."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, "-m", *launch, str(ROOT / script), *flags]
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True,
+                          timeout=200)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def on_each(processes: int, call: Callable, monkeypatch) -> list:
+    """What `call(accelerator)` gives on each of some processes, which threads play."""
+    barrier, rank_of, gathered = threading.Barrier(processes, timeout=20), threading.local(), {}
+
+    def gather_object(rows):
+        gathered[rank_of.value] = rows
+        barrier.wait()
+        everyone = [row for rank in range(processes) for row in gathered[rank]]
+        barrier.wait()
+        return everyone
+
+    def play(rank):
+        rank_of.value = rank
+        accelerator = SimpleNamespace(process_index=rank, num_processes=processes, print=print,
+                                      wait_for_everyone=barrier.wait)  # fmt: skip
+        try:
+            return call(accelerator)
+        except Exception:
+            barrier.abort()
+            raise
+
+    with monkeypatch.context() as patch, ThreadPoolExecutor(processes) as pool:
+        patch.setattr("accelerate.utils.gather_object", gather_object)
+        played = [pool.submit(play, rank) for rank in range(processes)]
+    errors = [error for future in played if (error := future.exception())]
+    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+        raise error  # that of one, not of those who waited for it
+    return [future.result() for future in played]

@@ -8,12 +8,13 @@ import pytest
 from minizs import data
 from minizs.config import UserError
 from minizs.trajectory import Example
+from minizs.world import embedded
 
 ROWS = [
-    {"question": "q1?", "golden_answers": ["a", "b"], "data_source": "nq"},
+    {"question": "q1?", "golden_answers": ["x", "y"], "data_source": "nq"},
     {"question": "q2?", "golden_answers": ["c"], "data_source": "hotpot"},
 ]
-EXPECTED = [Example("q1?", ("a", "b"), "nq"), Example("q2?", ("c",), "hotpot")]
+EXPECTED = [Example("q1?", ("x", "y"), "nq"), Example("q2?", ("c",), "hotpot")]
 
 
 def write(path, rows):
@@ -67,18 +68,177 @@ def test_a_missing_column_is_named_with_those_found(tmp_path, row, missing):
 
 def test_wrong_files(tmp_path):
     """Guards wrong paths and formats that are noticed only after minutes of work."""
-    for spec, words in ((tmp_path / "no.jsonl", "check the path"), ("some/dataset", "neither")):
+    (tmp_path / "file.csv").write_text("question,answer")
+    for spec, words in (
+        (tmp_path / "no.jsonl", "check the path"),
+        ("no/such.parquet", "check the path"),
+        (tmp_path / "file.csv", "neither"),
+        (tmp_path, "neither"),
+        ("dataset", "neither"),
+        ("some/data/set", "neither"),
+        ("nq,world", "neither"),
+        ("nq,,hotpotqa", "neither"),
+    ):
         for function in (data.check, lambda spec: data.load(spec, "train")):
             with pytest.raises(UserError, match=words):
                 function(str(spec))
     (tmp_path / "bad.jsonl").write_text("no json")
-    with pytest.raises(UserError, match="cannot be read as json: .*(?i:invalid|malformed|parse)"):
+    with pytest.raises(UserError, match="cannot be read: .*(?i:invalid|malformed|parse)"):
         data.load(str(tmp_path / "bad.jsonl"), "train")
+
+
+LAYOUTS = {
+    "ZeroSearch": {"question": "q?", "golden_answers": ["x", "y"], "data_source": "nq",
+                   "prompt": [{"role": "user", "content": "p"}],
+                   "reward_model": {"style": "rule", "ground_truth": {"target": ["x", "y"]}}},
+    "Search-R1": {"question": "q?", "data_source": "nq",
+                  "reward_model": {"style": "rule", "ground_truth": {"target": ["x", "y"]}}},
+    "FlashRAG": {"id": "dev_0", "question": "q?", "golden_answers": ["x", "y"],
+                 "metadata": {"type": "bridge"}},
+    "HotpotQA": {"id": "5a7a", "question": "q?", "answer": "x", "type": "bridge"},
+    "NQ-open": {"question": "q?", "answer": ["x", "y"]},
+    "TriviaQA": {"question": "q?", "question_id": "tc_1",
+                 "answer": {"aliases": ["x", "y"], "type": "WikipediaEntity", "value": "x",
+                            "normalized_value": "z"}},
+    "SQuAD": {"question": "q?", "answers": {"text": ["x", "y"], "answer_start": [3, 9]}},
+    "SQuAD, a mapping each": {"question": "q?", "answers": [{"text": "x"}, {"text": "y"}]},
+    "plain": {"question": "q?", "answers": ["x", "y"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_recognised(tmp_path, layout, suffix):
+    """Guards golds that are lost, or taken from a column that is about something else."""
+    path = write(tmp_path / f"mine.{suffix}", [LAYOUTS[layout]])
+    golds = ("x",) if layout == "HotpotQA" else ("x", "y")
+    source = LAYOUTS[layout].get("data_source", "mine")
+    assert data.load(path, "test") == [Example("q?", golds, source)]
+
+
+def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
+    """Guards rows that never score, questions seen twice, and silence about them."""
+    rows = [
+        {"question": "Who is it?", "answer": "x", "data_source": "nq"},
+        {"question": " who is it ", "answer": "y", "data_source": "nq"},  # the same
+        {"question": "Who is it?", "answer": "x", "data_source": "hotpot"},  # another set's
+        {"question": "q2?", "answer": "The!", "data_source": "nq"},  # normalises to nothing
+        {"question": "q3?", "answer": None, "data_source": "nq"},
+        {"question": "q" * data.LONGEST, "answer": "x", "data_source": "nq"},
+        {"question": "q" * data.LONGEST + "?", "answer": "x", "data_source": "nq"},
+    ]
+    path = write(tmp_path / "mine.jsonl", rows)
+    said = []
+    kept = data.load(path, "test", say=said.append)
+    assert [(e.question[:10], e.source) for e in kept] == [
+        ("Who is it?", "nq"), ("Who is it?", "hotpot"), ("qqqqqqqqqq", "nq")
+    ]  # fmt: skip
+    [sentence] = said
+    counts = "1 repeated, 2 without question or answer, 1 over-long."
+    assert sentence.startswith("3 questions of ") and counts in sentence
+    data.load(path, "dev")
+    data.load(write(tmp_path / "fine.jsonl", rows[:1]), "test")
+    assert capsys.readouterr().out == ""  # said once, and only where there is something to say
+
+
+def test_several_files_with_any_name(tmp_path, monkeypatch):
+    """Guards brackets that the library takes for a pattern, and commas for two files."""
+    folder = tmp_path / "run [1]*"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    for name in ("a.jsonl", "b{c}?.parquet", "d,e.json"):
+        write(folder / name, [{"question": f"{name}?", "answer": "x"}])
+    examples = data.load("a.jsonl,b{c}?.parquet", "test")
+    assert [(e.question, e.source) for e in examples] == [
+        ("a.jsonl?", "a"), ("b{c}?.parquet?", "b{c}?")
+    ]  # fmt: skip
+    assert data.load("d,e.json", "test") == [Example("d,e.json?", ("x",), "d,e")]
+    assert data.load(str(folder / "a.jsonl"), "test") == examples[:1]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """In the hub's place: a table for each name, config and revision, and what was asked for."""
+    import datasets
+
+    tables, asked = {}, []
+    local = datasets.load_dataset
+
+    def load_dataset(path, name=None, *, revision=None, data_files=None, split=None):
+        if data_files:
+            return local(path, data_files=data_files, split=split)
+        asked.append((path, name, revision))
+        if (path, name, revision) not in tables:
+            raise datasets.exceptions.DatasetNotFoundError(f"No dataset {path}\nthere")
+        splits = tables[path, name, revision]
+        return datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in splits.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return tables, asked
+
+
+def rows(split, n=1):
+    return [{"question": f"{split}{i}?", "golden_answers": ["x"]} for i in range(n)]
+
+
+def test_hub_names(tmp_path, hub):
+    """Guards a test on what was trained on, and a configuration or revision that is lost."""
+    tables, asked = hub
+    splits = {name: rows(name, 40) for name in ("train", "dev", "test")}
+    tables["org/name", None, None] = splits
+    tables["org/name", "config", "v1/x"] = {"validation": rows("validation"), "train": rows("t")}
+    test = data.load("org/name", "test")
+    assert {e.question[:4] for e in test} == {"test"} and test[0].source == "name"
+    train, dev = (data.load("org/name", role) for role in ("train", "dev"))
+    assert len(train) + len(dev) == 40 and train and dev
+    assert {e.question[:5] for e in train + dev} == {"train"}
+    path = write(tmp_path / "mine.jsonl", ROWS)
+    both = data.load(f"{path},org/name:config@v1/x", "test")
+    assert both == [*EXPECTED, Example("validation0?", ("x",), "name:config")]
+    assert asked == [("org/name", None, None)] * 3 + [("org/name", "config", "v1/x")]
+
+
+def test_the_papers_sets_have_short_names(hub):
+    """Guards another split than FlashRAG's repository has, and sets that are not told apart."""
+    tables, asked = hub
+    there = {"nq": "train dev test", "triviaqa": "train dev test", "popqa": "test",
+             "hotpotqa": "train dev", "2wikimultihopqa": "train dev", "musique": "train dev",
+             "bamboogle": "test"}  # fmt: skip
+    for name, splits in there.items():
+        key = ("RUC-NLPIR/FlashRAG_datasets", name, None)
+        tables[key] = {split: rows(split) for split in splits.split()}
+    examples = data.load("paper", "test")
+    assert [e.source for e in examples] == list(there)
+    expected = ["dev0?" if "test" not in splits else "test0?" for splits in there.values()]
+    assert [e.question for e in examples] == expected
+    assert data.load("nq,hotpotqa", "test") == [examples[0], examples[3]]
+    assert {e.question for e in data.load("nq,hotpotqa", "train")} == {"train0?"}
+    with pytest.raises(UserError, match="popqa has no split 'train'; it has test"):
+        data.load("nq,popqa", "train")
+    assert {name for _, name, _ in asked} == {*there}
+
+
+def test_a_hub_without_a_test(hub, capsys):
+    """Guards a silent test on the training questions, and a library's error in pieces."""
+    tables, _ = hub
+    tables["org/name", None, None] = {"train": rows("train")}
+    assert data.load("org/name", "test")[0].question == "train0?"
+    assert "no split to test on" in capsys.readouterr().out
+    with pytest.raises(UserError, match="org/other cannot be read: No dataset org/other there"):
+        data.load("org/other", "test")
+
+
+def test_a_local_file_wins(tmp_path, hub, monkeypatch):
+    """Guards a question to the hub about what lies here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    write(tmp_path / "org" / "name.json", ROWS)
+    assert data.load("org/name.json", "test") == EXPECTED and hub[1] == []
 
 
 def test_a_file_is_split_by_its_questions(tmp_path):
     """Guards held-out questions that are trained on, or change with a row's place in the file."""
-    rows = [{"question": f"q{i}?", "answer": "a"} for i in range(200)]
+    rows = [{"question": f"q{i}?", "answer": "x"} for i in range(200)]
     path, back = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[::-1])
     train, dev, test = (data.load(path, role) for role in ("train", "dev", "test"))
     assert len(test) == 200 and sorted(train + dev, key=test.index) == test
@@ -90,6 +250,8 @@ def test_the_world_is_the_default():
     """Guards roles that share a world: what is trained on must not be tested."""
     data.check("world")
     train, test = (data.load("world", role) for role in ("train", "test"))
+    questions = [(q.text, (q.answer,), q.kind) for q in embedded("train").questions()]
+    assert [(e.question, e.answers, e.source) for e in train] == questions
     assert {e.source for e in train} == {e.source for e in test} == {"one_hop", "two_hop"}
     assert len({*train} & {*test}) < 0.01 * len(test)
 

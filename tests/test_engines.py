@@ -1,8 +1,18 @@
 """The real search engines."""
 
+import json
+import os
+import re
+from shutil import rmtree
+from unittest import mock
+
+import datasets
+import numpy as np
 import pytest
 
-from minizs.engines import BM25, NoDocuments, holds_answer
+from minizs import engines
+from minizs.config import UserError
+from minizs.engines import BM25, NoDocuments, holds_answer, load_corpus
 from minizs.randomness import uniform
 from minizs.trajectory import SearchRequest
 
@@ -67,3 +77,107 @@ def test_holds_answer():
 def test_no_documents():
     """Guards the score from memory alone: one empty reply a request."""
     assert NoDocuments().search([ask("a"), ask("b")]) == [[], []]
+
+
+# ---- corpora ------------------------------------------------------------------------------------
+
+ROWS = [{"title": "Ann", "text": "born in Rome ,\n1950"}, {"title": None, "text": "Acme hires"},
+        {"title": "Oslo", "text": "a town"}]  # fmt: skip
+CONTENTS = ['"Ann"\nborn in Rome ,\n1950', "Acme hires", '"Oslo"\na town']
+
+
+def write(path, rows):
+    if path.suffix == ".txt":
+        path.write_text("\n\n".join(" ".join(row.split()) for row in rows) + "\n \n")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    return path
+
+
+@pytest.mark.parametrize("name, rows", [
+    ("a.jsonl", [{"id": str(i), "contents": text} for i, text in enumerate(CONTENTS)]),
+    ("a.parquet", [{"contents": text, "title": "no", "text": "no"} for text in CONTENTS]),
+    ("a.jsonl", ROWS),
+    ("a.json", ROWS),
+    ("a.parquet", [{"text": text} for text in CONTENTS]),
+    ("a.txt", CONTENTS),
+])  # fmt: skip
+def test_corpora_in_their_usual_layouts(tmp_path, name, rows):
+    """Guards layouts that are read otherwise than their publishers meant, and blank documents."""
+    engine = BM25.of_corpus(write(tmp_path / name, rows), top_k=3)
+    found = engine.search([ask("hires"), ask("rome 1950"), ask("oslo town")])
+    texts = [" ".join(text.split()) for text in CONTENTS]
+    assert [documents[0] for documents in found] == [texts[1], texts[0], texts[2]]
+    assert sorted(found[0]) == sorted(texts)
+    if name != "a.txt":
+        assert list(load_corpus(tmp_path / name)) == CONTENTS  # as they stand
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("nowhere.txt", None, "There is no corpus"),
+    ("a.txt", "", "a.txt"),
+    ("a.txt", "\n \n", "a.txt is empty"),
+    ("a.txt", b"\xff\xfe\x00", "cannot be read"),
+    ("a.jsonl", "{", "cannot be read"),
+    ("a.jsonl", '{"body": "x", "id": 1}\n', "'contents' or 'text'; it has ['body', 'id']"),
+    ("a.csv", "x", "is none of .json, .jsonl, .parquet, .txt"),
+])  # fmt: skip
+def test_files_that_are_no_corpus(tmp_path, name, content, said):
+    """Guards tracebacks from three libraries down for a wrong file."""
+    if content is not None:
+        content = content if isinstance(content, bytes) else content.encode()
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_corpus(tmp_path / name)
+
+
+def test_an_index_is_made_once_and_again_when_the_corpus_changes(tmp_path, monkeypatch):
+    """Guards hours spent on an index that is there, and an index of another corpus."""
+    path, made = write(tmp_path / "a.txt", DOCUMENTS), []
+    make = engines.make_index
+    monkeypatch.setattr(engines, "make_index", lambda texts: made.append(1) or make(texts))
+    requests = [ask("Ann born in", noisy) for noisy in (False, True)]
+    expected = BM25(DOCUMENTS, 3).search(requests)
+    made.clear()
+    for _ in range(2):
+        engine = BM25.of_corpus(path, 3)
+        assert engine.search(requests) == expected
+    assert len(made) == 1 and isinstance(engine.index.scores["data"], np.memmap)
+    write(path, ["Cid likes cats", *DOCUMENTS])
+    assert BM25.of_corpus(path, 1).search([ask("Cid cats")]) == [["Cid likes cats"]]
+    os.utime(path, (1, 1))
+    BM25.of_corpus(path, 1)
+    assert len(made) == 3 and len(list((tmp_path / "a.txt.bm25").iterdir())) == 1
+
+
+def test_an_index_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Guards half an index, left by a run that was killed, that is then loaded."""
+    path, folder = write(tmp_path / "a.txt", DOCUMENTS), tmp_path / "a.txt.bm25"
+    with monkeypatch.context() as broken:
+        broken.setattr(np, "save", mock.Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            BM25.of_corpus(path)
+    assert list(folder.iterdir()) == []
+    assert BM25.of_corpus(path).search([ask("Oslo lies")])[0][0] == DOCUMENTS[8]
+    rmtree(folder)
+    folder.write_text("in the way")
+    with pytest.raises(UserError, match="cannot be saved beside it"):
+        BM25.of_corpus(path)
+
+
+def test_processes_that_make_the_same_index_share_it(tmp_path, monkeypatch):
+    """Guards a crash of the process that comes second."""
+    path, make = write(tmp_path / "a.txt", DOCUMENTS), engines.make_index
+
+    def slowly(texts):
+        monkeypatch.setattr(engines, "make_index", make)
+        BM25.of_corpus(path)  # another process, from beginning to end
+        return make(texts)
+
+    monkeypatch.setattr(engines, "make_index", slowly)
+    assert BM25.of_corpus(path, 1).search([ask("Oslo lies")]) == [[DOCUMENTS[8]]]
+    assert len(list((tmp_path / "a.txt.bm25").iterdir())) == 1

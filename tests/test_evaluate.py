@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from scripts import FILE, evaluation, everything, policy, refused, status
+from scripts import EVAL, FILE, evaluation, everything, policy, refused, status, two_processes
 
 import evaluate
 from minizs import evaluation as functions
@@ -77,18 +77,18 @@ def test_every_engine_answers(work, engine, capsys, monkeypatch):
 def test_noise_takes_the_answers_out(work, monkeypatch):
     """Guards --engine_noise that reaches no engine."""
     seen = []
-    engine_of = evaluate.engine_of
+    build_engine = stages.build_engine
 
     class Spied:
         def __init__(self, *args):
-            self.engine = engine_of(*args)
+            self.engine = build_engine(*args)
 
         def search(self, requests):
             replies = self.engine.search(requests)
             seen.extend(zip(requests, replies, strict=True))
             return replies
 
-    monkeypatch.setattr(evaluate, "engine_of", Spied)
+    monkeypatch.setattr(stages, "build_engine", Spied)
     evaluation("--policy", "../base", *FILE, "--output", "out.json", "--engine_noise", "1",
                "--temperature", "1")  # fmt: skip
     assert seen and all(request.noisy for request, _ in seen)
@@ -114,7 +114,107 @@ def test_a_runs_policy_stands_beside_what_it_began_as(work, capsys):
     evaluation(*FILE, "--engine_noise", "0.5")
     evaluation(*FILE, "--engine", "none")  # another kind of test loses no other's figures
     names = ["evaluation-bm25-noise0.5.json", "evaluation-none.json", "evaluation.json"]
-    assert sorted(p.name for p in (work / "runs" / "mine").glob("*.json")) == names
+    assert sorted(p.name for p in (work / "runs" / "mine").glob("eval*.json")) == names
+
+
+def test_markdown_and_every_answer_lie_beside_the_figures(work, capsys):
+    """Guards a table that only the terminal shows, and figures that nobody can look into."""
+    evaluation("--policy", "../base", *FILE, "--before", "tiny", "--output", "out.json")
+    names = ["out.before.jsonl", "out.json", "out.jsonl", "out.md"]
+    assert sorted(everything(work)) == names
+    table = Path("out.md").read_text()
+    assert table in capsys.readouterr().out and table.count("\n| tiny |") == 4
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [row["index"] for row in rows] == list(range(9))
+    em = [row["answer"] in row["example"]["answers"] for row in rows]
+    assert figures()["overall"]["em"] == pytest.approx(sum(em) / 9)
+    evaluation("--policy", "../base", *FILE, "--before", "../base", "--output", "self.json")
+    assert figures("self.json")["before"]["overall"] == figures("self.json")["overall"]
+
+
+ANSWERED = ["--policy", "mine", "--before", "../base", *FILE, "--temperature", "1", "--batch", "2"]
+
+
+@pytest.fixture
+def asked(work, monkeypatch) -> list:
+    """Every question that is put to a model, here of a copy of `base` in `mine`."""
+    seen, stopped, rollout = [], [], stages.rollout
+
+    def spied(model, tokenizer, examples, **named):
+        if len(seen) == 17 and not stopped:
+            stopped.append(1)
+            raise KeyboardInterrupt
+        seen.extend(named["keys"])
+        return rollout(model, tokenizer, examples, **named)
+
+    shutil.copytree("../base", "mine")
+    monkeypatch.setattr(stages, "rollout", spied)
+    return seen
+
+
+def test_a_killed_evaluation_goes_on(work, asked):
+    """Guards an engine that is paid twice, and figures that hang on an interruption."""
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(*ANSWERED, "--output", "out.json")  # amid the second of two models
+    assert not Path("out.json").exists()
+    evaluation(*ANSWERED, "--output", "out.json", "--batch", "9")
+    assert asked == [(i,) for _ in range(2) for i in range(9)]  # none of them twice
+    evaluation(*ANSWERED, "--output", "whole.json")
+    killed, whole = figures(), figures("whole.json")
+    assert killed.pop("settings") != whole.pop("settings") and killed == whole
+    ends = ("before.jsonl", "json", "jsonl", "md")
+    names = [f"{name}.{end}" for name in ("out", "whole") for end in ends]
+    assert sorted(path.name for path in work.iterdir()) == ["mine", *names]
+
+
+@pytest.mark.parametrize("other", ["--seed 1", "--max_turns 2", "--engine_noise 1", "again", ""])
+def test_answers_of_another_test_are_not_taken(work, asked, other):
+    """Guards figures that are put together from two settings, or from two trainings' policies."""
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(*ANSWERED, "--output", "out.json")
+    flags = other.split()
+    if other == "again":  # the policy has been trained and saved once more
+        os.utime("mine/model.safetensors", (1, 1))
+        flags = []
+    evaluation(*ANSWERED, "--output", "out.json", *flags)
+    twice = {"": 0, "again": 8}.get(other, 17)  # of no model, of the policy alone, of both
+    assert len(asked) == 18 + twice
+
+
+@pytest.mark.parametrize("method", ["direct", "cot", "rag"])
+def test_baselines(work, method, capsys, monkeypatch):
+    """Guards a baseline that searches by itself, asks the engine often, or writes over others."""
+    shutil.copytree("../base", "mine")
+    searched, build_engine = [], stages.build_engine
+
+    def spied(*arguments):
+        engine = build_engine(*arguments)
+        search = engine.search
+        engine.search = lambda requests: searched.append(len(requests)) or search(requests)
+        return engine
+
+    monkeypatch.setattr(stages, "build_engine", spied)
+    evaluation("--policy", "mine", *FILE, "--method", method)
+    assert searched == ([9] if method == "rag" else [])
+    out = figures(f"evaluation-{method}.json")
+    assert out["overall"]["n"] == 9 and out["settings"]["method"] == method
+    assert out["overall"]["searches_per_question"] == (method == "rag")
+    capsys.readouterr()
+    evaluation("--policy", "mine", *FILE, "--method", method, "--ask", "when was Fota Jourer born?")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "question when was Fota Jourer born?" and lines[-1].startswith("answer   ")
+    assert ("was born on" in "".join(lines[2:])) == (method == "rag")
+
+
+def test_two_processes_find_what_one_finds(work):
+    """Guards rows that are lost, counted twice or answered otherwise by a second process."""
+    flags = ["--policy", "../base", *FILE, "--temperature", "1", "--batch", "3"]
+    text = two_processes("evaluate.py", *EVAL, *flags, "--output", "two.json")
+    evaluation(*flags, "--output", "one.json")
+    assert text.count("The figures are in two.json") == 1
+    assert Path("two.jsonl").read_text() == Path("one.jsonl").read_text()
+    one, two = figures("one.json"), figures("two.json")
+    assert one.pop("settings") != two.pop("settings") and one == two
 
 
 def test_where_figures_go_and_what_a_run_is(work):
@@ -152,7 +252,7 @@ def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
 
 def test_questions_are_spread_over_the_sources(work):
     """Guards a benchmark of the first data set alone, where a file holds one after the other."""
-    rows = [{"question": f"q{i}?", "answer": "a", "data_source": "abbbc"[i]} for i in range(5)]
+    rows = [{"question": f"q{i}?", "answer": "x", "data_source": "abbbc"[i]} for i in range(5)]
     (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation("--policy", "../base", "--data", "q.jsonl", "--engine", "none", "--questions", "4")
     out = figures("../evaluation-none.json")
@@ -222,6 +322,12 @@ REFUSED = [
     ("--policy ../base --max_context 3 --ask why?", "--max_context 3"),
     ("--policy ../base --output ../corpus.txt", "../corpus.txt"),
     ("--policy ../base --output ../nowhere/out.json", "../nowhere"),
+    ("--policy ../base --output out.md", ".json"),
+    ("--policy ../base --method oracle", "oracle"),
+    ("--policy ../base --method rag --engine_noise 0.5", "--engine_noise"),
+    ("--policy ../base --engine web", "SERPER_API_KEY"),
+    ("--policy ../base --engine web --web serpapi", "SERPAPI_API_KEY"),
+    ("--policy ../base --batch 0", "--batch"),
     ("--policy ../base --config ../bad/unknown.yaml", "stepz"),
 ]
 

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from conftest import EOS, VOCAB, make_model
 
 from minizs import losses, ppo
-from minizs.batching import attention, pad
-from minizs.learner import Learner, build_learner, collate
+from minizs.batching import attention, collate, pad
+from minizs.learner import Learner, build_learner
 from minizs.logprobs import Scorer, score, token_logprobs
 from minizs.trajectory import Example, Trajectory
 
@@ -22,7 +22,7 @@ SETTINGS = {
     "loss_average": "token", "ratio_level": "token", "clip_low": 0.2, "clip_high": 0.2,
     "advantage_scale": "group", "baseline": "leave_one_out", "kl_coef": 0.0, "kl_kind": "k3",
     "entropy_coef": 0.0, "gamma": 1.0, "lam": 1.0, "value_clip": 0.5, "max_grad_norm": 1e9,
-    "max_turns": 3, "max_turn_tokens": 5,
+    "max_turns": 3, "max_turn_tokens": 5, "lora_rank": 0, "gradient_checkpointing": False,
 }  # fmt: skip
 REWARDS = (1.0, 0.0, 0.2, 0.7, 0.5, 0.4)
 TOGETHER = 1e-5  # what rounding may change
@@ -171,7 +171,7 @@ def test_a_longer_batch_of_padding_changes_nothing():
     def wide_attention(lengths):
         return torch.nn.functional.pad(attention(lengths), (0, 7))
 
-    with mock.patch.multiple("minizs.learner", pad=wide, attention=wide_attention):
+    with mock.patch.multiple("minizs.batching", pad=wide, attention=wide_attention):
         torch.testing.assert_close(update(rows)[1], expected, atol=TOGETHER, rtol=0)
 
 

@@ -1,8 +1,12 @@
 """Loading and saving models."""
 
+import json
+
+import huggingface_hub.constants
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
+from peft import LoraConfig
 
 from minizs import models
 from minizs.config import UserError
@@ -71,7 +75,7 @@ def test_broken_and_unsupported_models_are_refused(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded"):
         models.load(str(folder))
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         models.check_positions(str(folder), 5)
 
 
@@ -88,3 +92,99 @@ def test_too_long_a_context_is_refused(folder):
     models.check_positions(str(folder), 256)
     with pytest.raises(UserError, match="256 positions"):
         models.check_positions(str(folder), 257)
+
+
+def test_sharded_weights_are_loaded(tmp_path):
+    """Guards the many files that any model of some size comes in, and one of them that is lost."""
+    model, tokenizer = make_model(), make_tokenizer()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    tokenizer.save_pretrained(tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    loaded, _ = models.load(str(tmp_path))
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+    shards[0].unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        models.load(str(tmp_path))
+
+
+def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
+    """Guards LoRA folders, which hold no model, refused or loaded without their addition."""
+    model, tokenizer = models.load(str(folder))
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    models.save(model, tokenizer, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    models.check_positions(str(tmp_path / "adapter"), 5)
+    loaded, _ = models.load(str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        plain = models.load(str(folder))[0](ids).logits
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert not torch.allclose(loaded(ids).logits, plain)
+
+
+@pytest.mark.parametrize("kind", ["llama", "unheard_of"])
+def test_code_that_comes_with_a_model_never_runs(folder, kind, monkeypatch):
+    """Guards a model of strangers that does what it likes, or asks on the terminal whether it may.
+
+    A family that `transformers` knows is loaded without the code, any other is refused.
+    """
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    ran = folder / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nConfig = Model = Tokens = object\n"
+    (folder / "theirs.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": kind, "auto_map": {
+        "AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"}}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "tokenizer_config.json"
+    tokens = {"auto_map": {"AutoTokenizer": ["theirs.Tokens", "theirs.Tokens"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens))
+    if kind == "llama":
+        assert type(models.load(str(folder))[0]).__name__ == "LlamaForCausalLM"
+    else:
+        with pytest.raises(UserError, match="cannot be loaded"):
+            models.load(str(folder))
+    assert not ran.exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    """Guards a traceback of forty lines for a wrong name or a missing network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'org/no-model' cannot be loaded: .*connect") as error:
+        models.load("org/no-model", revision="v1")
+    assert "\n" not in str(error.value)
+
+
+def test_the_type_to_compute_in():
+    """Guards half precision on a CPU, and full precision on a GPU that nobody asked for."""
+    assert models.compute_dtype("auto", "cpu") == torch.float32
+    assert models.compute_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
+    assert models.compute_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert models.compute_dtype("float32", "cuda") == torch.float32
+
+
+def test_attention_is_chosen_by_what_there_is(monkeypatch):
+    """Guards a crash in the first forward, and a fast kernel that is left unused."""
+    choose, half = models.choose_attention, torch.bfloat16
+    monkeypatch.setattr(models, "is_flash_attn_2_available", lambda: True)
+    assert choose("auto", torch.device("cuda"), half) == "flash_attention_2"
+    assert choose("flash_attention_2", "cuda", torch.float16) == "flash_attention_2"
+    assert choose("sdpa", "cuda", half) == "sdpa"
+    assert choose("auto", "cuda", torch.float32) == choose("auto", "cpu", half) == "sdpa"
+    with pytest.raises(UserError, match="lacks a CUDA device and bfloat16 or float16; use"):
+        choose("flash_attention_2", "cpu", torch.float32)
+    monkeypatch.setattr(models, "is_flash_attn_2_available", lambda: False)
+    assert choose("auto", "cuda", half) == choose("sdpa", "cpu", torch.float32) == "sdpa"
+    with pytest.raises(UserError, match="lacks the flash-attn package;"):
+        choose("flash_attention_2", "cuda", half)
+
+
+def test_attention_of_a_loaded_model_is_the_chosen_one(folder):
+    """Guards a choice that is logged and not made."""
+    assert models.load(str(folder))[0].config._attn_implementation == "sdpa"
+    assert models.load(str(folder), attention="eager")[0].config._attn_implementation == "eager"

@@ -22,10 +22,12 @@ from functools import partial
 import pytest
 import test_config
 import test_engines
+import test_families
 import test_generate
 import test_grpo
 import test_learner
 import test_losses
+import test_packed
 import test_ppo
 import test_protocol
 import test_reinforce
@@ -79,7 +81,7 @@ GRPO, PPO = test_learner.OPTIONS[0], test_learner.OPTIONS[3]
 
 DEFECTS = [
     Defect("D1 another row's question", PLAY,
-           "example, key = row.example,", "example, key = rows[len(searching)].example,",
+           "example, key = row.example,", "example, key = rows[len(requests)].example,",
            test_rollout.test_a_request_carries_its_own_question),
     Defect("D2 KL with the wrong sign", LEARN._policy_loss,
            "loss + s.kl_coef *", "loss - s.kl_coef *",
@@ -138,8 +140,8 @@ DEFECTS = [
     Defect("D9 no stop strings", PLAY, "stop=protocol.STOP", "stop=()",
            test_rollout.test_a_turn_ends_at_its_first_closing_tag),
     Defect("D9 one search call a query", PLAY,
-           "engine.search([request for _, request in searching])",
-           "[engine.search([request])[0] for _, request in searching]",
+           "engine.search(list(requests.values()))",
+           "[engine.search([request])[0] for request in requests.values()]",
            test_rollout.test_all_searches_of_a_turn_are_one_call),
     Defect("D10 sampled ids are decoded and encoded", PLAY,
            "row.append(out.ids, out.logprobs)",
@@ -150,7 +152,7 @@ DEFECTS = [
            "row.append(out.ids, out.logprobs)",
            "n = len(out.ids) - (out.reason == 'eos'); row.append(out.ids[:n], out.logprobs[:n])",
            test_rollout.test_only_what_the_policy_sampled_is_trained_on),
-    Defect("D11 attention guessed from ids", learner.collate,
+    Defect("D11 attention guessed from ids", batching.collate,
            "attention([len(t.ids) for t in chosen])", "pad([t.ids for t in chosen]).ne(0).long()",
            test_learner.test_masks_are_never_guessed_from_ids),
     Defect("D11 padding is attended to", batching.attention,
@@ -191,13 +193,13 @@ DEFECTS = [
     Defect("D16 the whole batch is one group", LEARN._outcome_advantages,
            "everyone, s.group_size,", "everyone, len(everyone),",
            partial(test_learner.test_equal_rewards_change_nothing, "grpo")),
-    Defect("D16 a group of one has advantage r", grpo.group_advantages,
-           "if group_size < 2:", "if group_size < 1:", test_grpo.test_wrong_groups_are_refused),
+    Defect("D16 a group of one has advantage r", grpo.center,
+           "groups.shape[1] < 2:", "False:", test_grpo.test_wrong_groups_are_refused),
     Defect("D16 no baseline at all", reinforce.advantages,
            'if baseline == "none":', "if True:",
            partial(test_reinforce.test_equal_rewards_are_exactly_zero, "mean")),
     Defect("D17 unknown flags are dropped", config.parse,
-           "parser.parse_args(argv)", "parser.parse_known_args(argv)[0]",
+           "parser.parse_args([*flags, *argv])", "parser.parse_known_args([*flags, *argv])[0]",
            test_config.test_an_unknown_flag_is_refused),
     Defect("D18 metrics of the last micro-batch", LEARN._gather,
            "losses.merge_stats(stats)", "stats[-1]",
@@ -207,7 +209,7 @@ DEFECTS = [
            test_rollout.test_only_the_prompt_gets_a_bos),
     # ---- of others, and what could go wrong here ----
     Defect("noise drawn by place in the batch", PLAY,
-           "uniform(seed, NOISE, *row_keys[i], turn)", "uniform(seed, NOISE, len(searching), turn)",
+           "uniform(seed, NOISE, *row_keys[i], turn)", "uniform(seed, NOISE, len(requests), turn)",
            test_rollout.test_noise_is_drawn_once_a_search),
     Defect("noise drawn once a trajectory", PLAY,
            "uniform(seed, NOISE, *row_keys[i], turn)", "uniform(seed, NOISE, *row_keys[i])",
@@ -229,21 +231,27 @@ DEFECTS = [
     Defect("trained on prompts of the simulator", simulator.training_text,
            "(text, False)", "(text, True)",
            test_simulator.test_the_loss_is_on_the_documents_and_eos_alone),
-    Defect("no eos to learn", sft.encode, "mask.append(1)", "mask.append(0)",
+    Defect("no eos to learn", sft.encode, "[*marks, True]", "[*marks, False]",
            test_simulator.test_the_loss_is_on_the_documents_and_eos_alone),
     Defect("a text tokenised as one piece", sft.encode,
            'add_special_tokens=False)["input_ids"]', 'add_special_tokens=True)["input_ids"]',
            test_sft.test_only_the_opening_piece_gets_a_bos),
     Defect("loss of the next but one token", sft.nll,
-           "input_ids[:, 1:][marked]", "input_ids[:, :-1][marked]",
+           "input_ids[marked]", "input_ids.roll(-1, 1)[marked]",
            test_sft.test_nll_against_loops),
+    Defect("packed sequences whose positions run on", logprobs.states_before,
+           "positions[real][None]", "torch.arange(int(real.sum()))[None]",
+           partial(test_packed.test_a_sequence_cannot_see_its_neighbours, "llama")),
+    Defect("a chat template around the simulator's prompt in use alone", sft.encode,
+           "prompt_ids(tokenizer, texts[:1])", 'tokenizer(texts[:1])["input_ids"]',
+           test_families.test_training_and_use_open_alike),
     Defect("documents are trained on", PLAY,
            "rows[i].append(ids)", "rows[i].append(ids, [0.0] * len(ids))",
            test_rollout.test_only_what_the_policy_sampled_is_trained_on),
     Defect("PPO's KL in the reward and in the loss", LEARN._policy_loss,
            'is not None and s.algorithm != "ppo"', "is not None",
            test_learner.test_ppo_puts_the_kl_into_the_reward),
-    Defect("noisy replies that hold the answer", engines.BM25.search,
+    Defect("noisy replies that hold the answer", engines.Ranking.search,
            "if not (noisy and self.judge(text, requests[i]))", "if True",
            test_engines.test_noise_takes_the_useful_documents_out),
 ]  # fmt: skip

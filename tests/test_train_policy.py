@@ -3,22 +3,33 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from scripts import POLICY, ROOT, everything, metrics, policy, refused, status, weights
+from scripts import (
+    POLICY,
+    everything,
+    metrics,
+    on_each,
+    policy,
+    refused,
+    status,
+    two_processes,
+    weights,
+)
+from test_client import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate
 import train_policy
-from minizs import base, data, evaluation, runs, stages
+from benchmarks import tiny_base as base
+from minizs import data, models, runs, simulator, stages
+from minizs.client import ServiceError
 from minizs.config import UserError
+from minizs.trajectory import Trajectory
 
 LOGGED = """step reward noise searches_per_question valid_rate kl entropy seconds grad_norm answered
     response_tokens""".split()
@@ -31,7 +42,7 @@ def test_a_run_leaves_what_it_promises(work, algorithm, capsys, caplog):
     policy(*flags, "--minibatches", "2", "--log_trajectories", "6")
     run = work / "runs" / "policy-1"
     assert "runs/policy-1/policy" in capsys.readouterr().out
-    names = "checkpoints config.yaml metrics.jsonl policy report.html trajectories.jsonl"
+    names = "checkpoints config.yaml cost.json metrics.jsonl policy report.html trajectories.jsonl"
     assert sorted(p.name for p in run.iterdir()) == names.split()
     rows = metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -79,19 +90,25 @@ def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
 
 def test_held_out_questions_are_shared_by_place(work, monkeypatch):
     """Guards random numbers of an evaluation that hang on the number of processes."""
-    seen = []
+    seen, models = [], iter("abcd")
 
-    def answer_all(model, tokenizer, examples, engine, keys, **_):
-        seen.append((len(examples), keys))
-        return []
+    def rollout(model, tokenizer, examples, keys, temperature, **_):
+        seen.append((keys, model, temperature))
+        return [Trajectory(example, answer=example.answers[0]) for example in examples]
 
-    monkeypatch.setattr(evaluation, "answer_all", answer_all)
-    monkeypatch.setattr(evaluation, "summary", len)
+    monkeypatch.setattr(stages, "rollout", rollout)
     config = train_policy.PolicyConfig(eval_questions=5)
-    for rank in range(2):
-        accelerator = SimpleNamespace(process_index=rank, num_processes=2)
-        stages.held_out(config, accelerator, None, None, "")()
-    assert seen == [(3, [(0,), (2,), (4,)]), (2, [(1,), (3,)])]
+
+    def evaluate(accelerator):
+        held_out = stages.held_out(config, accelerator, lambda: next(models), None, "")
+        return [held_out(), held_out()]
+
+    main, other = on_each(2, evaluate, monkeypatch)
+    assert other == [{}, {}] and [row["n"] for row in main] == [5, 5] and main[0]["em"] == 1
+    shares = [[(0,), (2,), (4,)], [(1,), (3,)]]
+    assert sorted(keys for keys, *_ in seen) == sorted(shares * 2)
+    # The model of the moment, greedily.
+    assert {row[1:] for row in seen} == {(model, 0.0) for model in "abcd"}
 
 
 def test_a_failing_evaluation_loses_nothing(work, monkeypatch, capsys):
@@ -149,7 +166,8 @@ def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
 def test_the_shipped_model_can_be_named_as_simulator(work):
     """Guards the wording of `tiny`, which lies in its folder and not in one of that name."""
     config = train_policy.PolicyConfig(simulator="tiny")
-    assert stages.simulated_engine("tiny", config, "cpu").template == base.SIMULATOR_PROMPT
+    accelerator = stages.make_accelerator(config)
+    assert stages.simulated(config, accelerator).template == base.SIMULATOR_PROMPT
 
 
 def test_the_seed_decides_everything(work):
@@ -193,6 +211,142 @@ def test_a_real_engine_has_constant_noise(work):
         row = json.loads(line)
         for documents in (turn["documents"] for turn in row["turns"] if turn["documents"]):
             assert not any(row["example"]["answers"][0] in text for text in documents)
+
+
+def test_checkpointed_layers_change_nothing(work):
+    """Guards generation without its cache, or gradients of something else, with less memory."""
+    for flag in ("False", "True"):
+        policy("--gradient_checkpointing", flag, "--output", flag, "--steps", "3")
+    plain, checkpointed = metrics(work / "False"), metrics(work / "True")
+    assert plain[2]["kl"] != 0
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def test_bfloat16_on_a_cpu(work):
+    """Guards a type that is asked for and not used, and one that the sampler alone uses."""
+    policy("--dtype", "bfloat16", "--steps", "2", "--algorithm", "ppo", "--eval_every", "2")
+    rows = metrics(work / "runs" / "policy-1")
+    assert all(0 < row["logprob_gap_max"] < 0.3 and row["grad_norm"] > 0 for row in rows)
+    model = AutoModelForCausalLM.from_pretrained(work / "runs" / "policy-1" / "policy")
+    assert model.dtype == torch.bfloat16
+
+
+def test_settings_that_mean_what_is_there_anyway(work):
+    """Guards a flag that refuses, or changes, what it should leave as it is."""
+    policy()
+    policy("--attention", "sdpa", "--dtype", "float32", "--revision", "v1",
+           "--chat_template", "none")  # fmt: skip
+    assert metrics(work / "runs" / "policy-1") == metrics(work / "runs" / "policy-2")
+
+
+def test_the_revision_is_the_policys_alone(monkeypatch):
+    """Guards another commit than the one named, and the comparison's model taken from it, too."""
+    seen = []
+    monkeypatch.setattr(models, "load", lambda name, *_, revision, **__: seen.append(revision))
+    monkeypatch.setattr(models, "load_tokenizer", lambda *args: seen.append(args[-1]) or len)
+    monkeypatch.setattr(stages, "_longest", lambda *_: 1)
+    tested = evaluate.EvalConfig(policy="a/b", revision="v1", before="c/d")
+    trained = train_policy.PolicyConfig(policy="a/b", revision="v1")
+    for config, name in ((trained, "a/b"), (tested, "a/b"), (tested, "c/d")):
+        stages.load(config, name, torch.device("cpu"), torch.float32)
+        stages.check_prompts(config, name, [])
+    assert seen == ["v1"] * 4 + [None] * 2
+
+
+def test_a_chat_template_can_be_left_out(work):
+    """Guards a policy that is trained with a template and saved, or tested, without it."""
+    tokenizer = AutoTokenizer.from_pretrained("../base")
+    tokenizer.chat_template = "{% for m in messages %}Query: {{ m['content'] }}{% endfor %}"
+    shutil.copytree("../base", "chat")
+    tokenizer.save_pretrained("chat")
+    for setting, policy_ in (("auto", "chat"), ("none", "chat"), ("auto", "../base")):
+        policy("--policy", policy_, "--chat_template", setting, "--output", setting + policy_[-4:])
+    names = ("autochat", "nonechat", "autobase")
+    with_it, without, plain = (metrics(work / name) for name in names)
+    assert with_it != without == plain
+    for name, kept in (("autochat", True), ("nonechat", False)):
+        saved = AutoTokenizer.from_pretrained(work / name / "policy")
+        assert bool(saved.chat_template) == kept
+
+
+def searches(run) -> list[list[str]]:
+    """What each search of a run was answered."""
+    rows = map(json.loads, (run / "trajectories.jsonl").read_text().splitlines())
+    turns = [turn for row in rows for turn in row["turns"]]
+    return [turn["documents"] for turn in turns if turn["documents"] is not None]
+
+
+def test_without_an_engine_searches_find_nothing(work):
+    """Guards an ablation that is given documents after all."""
+    policy("--engine", "none", "--corpus", "", "--noise_end", "1", "--output", "run")
+    assert searches(work / "run") and not any(searches(work / "run"))
+    assert all(row["noise"] == 0 for row in metrics(work / "run"))
+
+
+def test_the_simulators_wording_may_be_ones_own(work, monkeypatch):
+    """Guards a template that is checked and then not used."""
+    (work / "mine.txt").write_text("Query: {query} Question: {question} {quality} documents:")
+    seen, generate = [], simulator.generate
+
+    def spied(model, prompts, *rest, **named):
+        seen.extend(prompts)
+        return generate(model, prompts, *rest, **named)
+
+    monkeypatch.setattr(simulator, "generate", spied)
+    flags = ["--engine", "simulator", "--simulator", "../base", "--simulator_device", "cpu"]
+    policy(*flags, "--simulator_template", "mine.txt", "--noise_end", "0")
+    texts = AutoTokenizer.from_pretrained("../base").batch_decode(seen)  # which splits off marks
+    assert texts and all("Query" in text and "Answer" not in text for text in texts)
+    assert all(text.endswith("useful documents :") for text in texts)
+    config = train_policy.PolicyConfig(simulator="../base", simulator_template="untuned")
+    template = stages.simulated(config, stages.make_accelerator(config)).template
+    assert template == simulator.load_template("untuned") != base.SIMULATOR_PROMPT
+
+
+def test_a_retriever_is_asked_once_for_each_query(work):
+    """Guards --engine_url, --cache, --timeout and --retries that reach no client."""
+
+    def answer(path, body, headers):
+        found = [[{"document": {"contents": f"{query} on January"}}] for query in body["queries"]]
+        return 200, {"result": [rows * body["topk"] for rows in found]}
+
+    with serving(answer) as (url, seen):
+        flags = ["--engine", "http", "--engine_url", url, "--timeout", "20", "--retries", "0"]
+        for _ in range(2):
+            policy(*flags, "--cache", "replies.db", "--top_k", "2", "--corpus", "")
+        queries = [query for _, body in seen for query in body["queries"]]
+    assert queries and len(queries) == len({*queries})
+    first, second = (searches(work / "runs" / f"policy-{n}") for n in (1, 2))
+    assert first == second and all(len(found) == 2 for found in first)
+    with pytest.raises(ServiceError):
+        policy(*flags)
+
+
+def test_a_served_simulator_may_die(work):
+    """Guards a run that hangs, or has to begin anew, when the machine of the simulator goes."""
+    left = [10**9]
+
+    def answer(path, body, headers):
+        left[0] -= 1
+        said = {"message": {"content": f"Doc 1: {len(body['messages'][0]['content'])} January"}}
+        reply = {"choices": [said | {"finish_reason": "stop"}]}
+        return (200, reply) if left[0] >= 0 else (400, "gone")
+
+    with serving(answer) as (url, seen):
+        flags = ["--engine", "simulator", "--simulator", url, "--simulator_model", "mine",
+                 "--simulator_api", "chat", "--steps", "4", "--save_every", "1"]  # fmt: skip
+        policy(*flags, "--output", "whole")
+        assert {path for path, _ in seen} == {"/v1/chat/completions"}
+        assert {body["model"] for _, body in seen} == {"mine"}
+        left[0] = len(seen) * 2 // 3
+        with pytest.raises(ServiceError, match=url):
+            policy(*flags, "--output", "cut")
+        left[0] = 10**9
+        done = len(metrics(work / "cut"))
+        assert 0 < done < 4
+        policy(*flags, "--output", "cut", "--resume")
+    assert metrics(work / "cut") == metrics(work / "whole")
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
@@ -260,14 +414,21 @@ REFUSED = [
     ("--policy ../bad/untokenized", "no tokenizer"),
     ("--policy ../bad/weightless", "no *.safetensors"),
     ("--policy ../bad/garbled", "cannot be loaded"),
+    ("--policy ../bad/lora", "is a LoRA"),
+    ("--merge True", "--lora_rank"),
+    ("--attention flash_attention_2", "a CUDA device"),
+    ("--engine http", "--engine_url"),
+    ("--engine http --engine_url localhost:8000", "--engine_url"),
+    ("--simulator_template ../nowhere.txt", "../nowhere.txt"),
+    ("--engine simulator --simulator ../base --simulator_template ../corpus.txt", "{query}"),
     ("--engine simulator --simulator ../nowhere", "../nowhere"),
     ("--data ../nowhere.jsonl", "../nowhere.jsonl"),
-    ("--data ../corpus.txt", ".parquet"),
+    ("--data ../corpus.txt", "'question'"),
     ("--data ../bad/columns.jsonl", "'question'"),
     ("--data ../bad/empty.jsonl", "empty.jsonl"),
     ("--corpus ../nowhere.txt", "../nowhere.txt"),
     ("--corpus ../bad/empty.txt", "empty.txt"),
-    ("--corpus ../base/model.safetensors", "no text file"),
+    ("--corpus ../base/model.safetensors", "is none of"),
     ("--engine simulator --data world --corpus ../nowhere.txt", "../nowhere.txt"),
     ("--group_size 1", "--group_size"),
     ("--minibatches 4", "--group_size 2"),  # it divides the batch, but not its groups
@@ -310,11 +471,7 @@ def test_bad_input_is_one_line_in_a_process(work):
 
 def test_two_processes_do_what_one_does(work):
     """Guards shares of a batch that differ with the number of processes, and a hang."""
-    flags = [*POLICY, "--save_every", "1"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, "-m", *launch, str(ROOT / "train_policy.py"), *flags]
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=200)
+    two_processes("train_policy.py", *POLICY, "--save_every", "1")
     policy("--save_every", "1")
     two, one = metrics(work / "runs" / "policy-1"), metrics(work / "runs" / "policy-2")
     assert len(two) == len(one) == 2

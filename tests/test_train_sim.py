@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from scripts import everything, refused, simulator, status, weights
+from scripts import SIM, everything, refused, simulator, status, two_processes, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sim
-from minizs import base, collect, models, sft, stages
+from benchmarks import tiny_base as base
+from minizs import collect, models, sft, stages
 from minizs.config import UserError
+from minizs.pairs import pairs
+from minizs.simulator import training_text
 
 COLLECTED = "../collected/collected.jsonl"
 
@@ -55,7 +58,10 @@ def test_collected_rows_are_balanced_and_read_back(work, collected, capsys):
     """Guards a simulator that learns one word only, and a file that the same script cannot read."""
     assert Counter(row["label"] for row in collected) == {"useful": 20, "noisy": 20}
     assert all(0 < len(row["documents"]) <= 3 and row["answers"] for row in collected)
-    assert train_sim.read_rows(COLLECTED) == collected
+    assert pairs(COLLECTED, base.SIMULATOR_PROMPT) == [
+        training_text(base.SIMULATOR_PROMPT, collect.request_of(row), row["documents"])
+        for row in collected
+    ]
     simulator("--collect", "--output", "again")
     again = [json.loads(x) for x in (work / "again" / "collected.jsonl").read_text().splitlines()]
     assert again == collected
@@ -63,6 +69,60 @@ def test_collected_rows_are_balanced_and_read_back(work, collected, capsys):
     simulator("--data", COLLECTED, "--output", "from-rows")
     simulator("--output", "at-once")
     assert weights(work / "from-rows") == weights(work / "at-once")
+
+
+def test_a_policy_collects_from_a_real_engine(work, capsys):
+    """Guards rows that the same script cannot read, and labels of another question's gold."""
+    questions = [json.loads(x) for x in Path("../questions.jsonl").read_text().splitlines()]
+    rows = [row | {"data_source": str(i)} for row in questions for i in range(8)]
+    Path("many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--max_turns", "3", "--max_turn_tokens", "16", "--max_context", "160", "--top_k", "1",
+             "--collect", "--data", "many.jsonl", "--corpus", "../corpus.txt", "--engine_noise",
+             "0.5", "--policy", "../base", "--examples", "16"]  # fmt: skip
+    for folder, seed in (("one", "1"), ("same", "1"), ("other", "2")):
+        simulator(*flags, "--output", folder, "--seed", seed)
+    one, same, other = (Path(f, "collected.jsonl").read_text() for f in ("one", "same", "other"))
+    assert one == same != other
+    rows = [json.loads(line) for line in one.splitlines()]
+    assert "Replies: " in capsys.readouterr().out
+    labels = Counter(row["label"] for row in rows)
+    assert 3 < labels["useful"] == labels["noisy"] <= 8
+    golds = {row["question"]: row["answer"] for row in questions}
+    corpus = Path("../corpus.txt").read_text().splitlines()
+    for row in rows:
+        assert row["answers"] == [golds[row["question"]]] and len(row["documents"]) == 1
+        assert row["documents"][0] in corpus and row["query"]
+        assert (row["label"] == "useful") == (row["answers"][0] in row["documents"][0])
+    with pytest.raises(UserError, match="there are [0-9]+ noisy: "):
+        simulator(*flags, "--engine_noise", "1", "--output", "none")
+    assert not Path("none").exists()
+    simulator("--data", "one/collected.jsonl", "--output", "sim")
+    assert f"{len(rows)} of {len(rows)} pairs are taken" in capsys.readouterr().out
+    assert weights(work / "sim") != weights(work.parent / "base")
+
+
+def test_a_simulator_in_bfloat16(work, collected):
+    """Guards a type, or a chat template left out, that the saved simulator does not show."""
+    tokenizer = AutoTokenizer.from_pretrained("../base")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    shutil.copytree("../base", "chat")
+    tokenizer.save_pretrained("chat")
+    simulator("--data", COLLECTED, "--base", "chat", "--chat_template", "none", "--dtype",
+              "bfloat16", "--output", "out", "--revision", "v1")  # fmt: skip
+    model, tokenizer = models.load("out", dtype="auto")
+    assert model.dtype == torch.bfloat16 and not tokenizer.chat_template
+
+
+def test_two_processes_do_what_one_does(work, collected):
+    """Guards shares of a batch that weigh more than others, and a hang."""
+    flags = ["--data", COLLECTED, "--batch_tokens", "150", "--output"]  # two rows, or three
+    simulator(*flags, "one")
+    text = two_processes("train_sim.py", *SIM, *flags, "two")
+    assert text.count("The simulator is in two") == 1
+    one, two = (models.load(name)[0].parameters() for name in ("one", "two"))
+    gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(one, two, strict=True)])
+    # Rounding turns round the few first steps of Adam whose gradient is next to nothing.
+    assert (gaps > 1e-4).float().mean() < 0.01
 
 
 def test_the_seed_decides_the_weights(work, collected):
@@ -184,14 +244,18 @@ REFUSED = [
     ("--base ../bad/untokenized", "no tokenizer"),
     ("--base ../bad/garbled", "cannot be loaded"),
     ("--data ../nowhere.jsonl", "../nowhere.jsonl"),
-    ("--data ../questions.jsonl", "Line 1"),
-    ("--data ../bad/row.jsonl", "Line 1"),
-    ("--data ../bad/letters.jsonl", "Line 1"),
+    ("--data ../questions.jsonl", "Row 1"),
+    ("--data ../bad/row.jsonl", "Row 1"),
+    ("--data ../bad/letters.jsonl", "Row 1"),
     ("--data ../bad/empty.jsonl", "empty"),
     ("--data ../base", "../base"),
     ("--template ../nowhere.txt", "../nowhere.txt"),
     ("--template ../corpus.txt", "{query}"),
-    ("--collect --data ../questions.jsonl", "--collect"),
+    ("--base ../bad/lora", "is a LoRA"),
+    ("--collect --data ../questions.jsonl", "--corpus"),
+    ("--collect --data ../questions.jsonl --engine http", "--engine_url"),
+    ("--collect --engine simulator", "simulator"),
+    ("--collect --data ../questions.jsonl --corpus ../corpus.txt --policy ../nowhere", "nowhere"),
     ("--output ../base", "../base"),
     ("--output .. --overwrite", "--overwrite"),
     ("--config ../bad/unknown.yaml", "stepz"),

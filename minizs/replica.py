@@ -1,0 +1,42 @@
+"""The model that writes: the trained one itself, or a plain copy of it.
+
+Where the weights are sharded (FSDP), generating with them would gather every layer at every token,
+and ranks whose rows end at different times would wait for each other for ever. And a GPU writes
+fastest in bfloat16, while the optimiser wants float32. In both cases a whole copy, in the type
+that the run computes in, is brought up to date once before each phase of rollouts; ranks then
+generate on their own. Otherwise there is nothing to copy.
+
+The log-probabilities that the ratio needs come from the trained model's own forward (learner.py),
+so what the copy's rounding changes is only seen in the metric `logprob_gap_max`.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from minizs.models import cast_weights
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter that may be sharded, gathered: every rank has to call this, in the same order."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class Writer:
+    """Call it for the model to generate with. Make it before Accelerate prepares `model`."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, sharded: bool = False) -> None:
+        self.model = model
+        self.copy = None
+        if sharded or dtype != model.dtype:
+            self.copy = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self) -> nn.Module:
+        if self.copy is None:
+            return self.model
+        pairs = zip(self.copy.parameters(), self.model.parameters(), strict=True)
+        for target, source in pairs:
+            target.copy_(whole(source))
+        return self.copy

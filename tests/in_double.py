@@ -1,0 +1,70 @@
+"""train_policy in float64, run by torchrun in tests: trajectories then do not hang on rounding.
+
+After every step it checks that all processes hold the same weights, and at the end the main one
+writes all trajectories and the policy's weights, whole, into the run's folder.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
+
+import train_policy
+from minizs import learner, models, ppo, runs, stages
+from minizs.config import run_script
+from minizs.replica import whole
+
+load, update = models.load, learner.Learner.update
+make_accelerator = stages.make_accelerator
+
+
+def double(name, device="cpu", dtype=None, **options):
+    return load(name, device, torch.float64, **options)
+
+
+def checked(self, trajectories):
+    figures = update(self, trajectories)
+    layers = self.accelerator.unwrap_model(self.scorer).model.get_decoder().layers
+    sharded = [hasattr(p, "full_tensor") for p in layers.parameters()]
+    assert all(sharded) if self.accelerator.is_fsdp2 else not any(sharded)
+    parameters = [whole(p) for p in self.accelerator.unwrap_model(self.scorer).parameters()]
+    flat = torch.cat([p.detach().flatten() for p in parameters])[None]
+    everyone = self.accelerator.gather(flat)
+    assert all(torch.equal(row, everyone[0]) for row in everyone), "ranks hold other weights"
+    texts = gather_object([(t.ids, t.loss_mask) for t in trajectories])
+    if self.accelerator.is_main_process:
+        steps.append({"texts": sorted(texts), "weights": flat[0], "rewards": figures})
+    return figures
+
+
+def sharding(config):
+    """Accelerate shards on GPUs alone; told that these two CPUs are sharded, it works on them."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    accelerator = make_accelerator(config)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        state = AcceleratorState()
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        assert accelerator.is_fsdp2
+    return accelerator
+
+
+class Critic(ppo.Critic):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.double()
+
+
+if __name__ == "__main__":
+    ppo.Critic = Critic
+    stages.make_accelerator = sharding
+    steps: list[dict] = []
+    models.load, learner.Learner.update = double, checked
+    models.compute_dtype = lambda *_: torch.float64
+    run_script(train_policy.main, sys.argv[1:])
+    if steps:
+        torch.save(steps, Path(runs.RUNS, "steps.pt"))

@@ -1,0 +1,135 @@
+"""Stage 1's examples: of scripted searchers in tiny worlds, and of a policy with a real engine."""
+
+from collections import Counter
+from random import Random
+
+import pytest
+from conftest import ScriptedHead, make_model, make_tokenizer
+
+from minizs import collect
+from minizs.config import UserError
+from minizs.engines import BM25, NoDocuments
+from minizs.rollout import Limits
+from minizs.trajectory import Example, SearchRequest
+from minizs.world import World
+
+TOKENIZER = make_tokenizer()
+
+
+def test_rows_of_worlds_are_labelled_exactly_and_balanced():
+    """Guards labels that are wrong, and one label more often than the other."""
+    rows = collect.collect(2, 60, seed=3)
+    assert Counter(row["label"] for row in rows) == {"useful": 30, "noisy": 30}
+    assert {row["hop"] for row in rows} == {"first", "final"}
+    worlds = [World(3 * 100_000 + 50_000 + number) for number in range(2)]
+    for row in rows:
+        request = collect.request_of(row)
+        assert request.noisy == (row["label"] == "noisy")
+        [world] = [world for world in worlds if {*row["documents"]} <= {*world.documents}]
+        useful = any(world.judge(text, request) for text in row["documents"])
+        assert row["label"] == ("useful" if useful else "noisy")
+        assert useful or not collect.states(row["query"], row["documents"])
+    assert rows == collect.collect(2, 60, seed=3) != collect.collect(2, 60, seed=4)
+
+
+def test_balanced():
+    """Guards rows that are drawn twice, more than asked for, or always from the file's start."""
+    rows = [{"label": label} for label in ["useful"] * 3 + ["noisy", "empty"] + ["noisy"] * 20]
+    for size, half in ((100, 3), (6, 3), (5, 2), (0, 0)):
+        kept = collect.balanced(rows, size, Random(0))
+        labels = [rows[i]["label"] for i in kept]
+        assert Counter(labels) == Counter(useful=half, noisy=half) and len({*kept}) == len(kept)
+    assert max(collect.balanced(rows, 6, Random(0))) > 6
+    assert collect.balanced(rows[:3], 10, Random(0)) == []
+
+
+class Engine:
+    """BM25 that keeps what it was asked; it finds nothing for the questions that it is told."""
+
+    def __init__(self, empty=()):
+        self.real = BM25(["Rome is big", "Oslo is cold", "it is far", "big and cold"], top_k=1)
+        self.empty, self.requests = empty, []
+
+    def search(self, requests):
+        self.requests += requests
+        found = self.real.search(requests)
+        return [[] if r.question in self.empty else d for r, d in zip(requests, found, strict=True)]
+
+
+def searches(*queries: str):
+    """A model that puts these queries in each row, turn by turn, and then answers."""
+    model = make_model(vocab_size=len(TOKENIZER), max_position_embeddings=4096)
+    turns = [f"<search>{query}</search>" for query in queries] + ["<answer>Rome</answer>"]
+    script = [i for turn in turns for i in TOKENIZER(turn)["input_ids"]]
+    model.lm_head = ScriptedHead(script * 8, len(TOKENIZER))
+    return model
+
+
+def run(model, examples, engine, size=100, **options):
+    limits = Limits(turns=4, turn_tokens=60, context=400)
+    return collect.collect_with_policy(
+        model, TOKENIZER, examples, engine, size, limits=limits, template="{question}", **options
+    )
+
+
+GOLDS = [("Rome", "x"), ("Oslo",), ("Rome",), ("nothing",)]
+EXAMPLES = [Example(f"q{i}?", golds) for i, golds in enumerate(GOLDS)]
+
+
+def test_a_policys_searches_become_rows():
+    """Guards labels by another question's gold, and searches that are lost or were not executed."""
+    engine, said = Engine(), []
+    rows = run(searches("Rome big", "Oslo"), EXAMPLES, engine, say=said.append)
+    expected = {
+        (r.query, r.question): any(gold in text for gold in r.answers)
+        for r in engine.requests
+        for [text] in engine.real.search([r])
+    }
+    assert len(expected) == 8 and sum(expected.values()) == 3
+    assert Counter(row["label"] for row in rows) == {"useful": 3, "noisy": 3}
+    for row in rows:
+        assert {*row} == {"query", "question", "answers", "documents", "label"}
+        assert (row["label"] == "useful") == expected[row["query"], row["question"]]
+        assert row["answers"] == list(dict(zip((e.question for e in EXAMPLES), GOLDS,
+                                               strict=True))[row["question"]])  # fmt: skip
+        request = SearchRequest(row["query"], row["question"])
+        assert [row["documents"]] == engine.real.search([request])
+    assert said == ["Replies: 5 noisy, 3 useful. Kept, useful and noisy in equal number: 6."]
+
+
+def test_it_is_a_function_of_the_seed():
+    """Guards rows that are drawn by a hidden state."""
+    one, same, other = (
+        run(searches("Rome big", "Oslo"), EXAMPLES, Engine(), seed=seed, say=lambda _: None)
+        for seed in (0, 0, 1)
+    )
+    assert one == same != other
+
+
+def test_the_batch_changes_nothing():
+    """Guards random numbers that hang on a question's place in its batch: equal in each batch."""
+    one, four = (
+        run(searches("Rome big", "Oslo"), EXAMPLES * 2, Engine(), batch=batch, noise=0.5,
+            say=lambda _: None)
+        for batch in (1, 4)
+    )  # fmt: skip
+    assert one == four
+
+
+def test_empty_replies_are_counted_and_left_out():
+    """Guards a simulator that learns to write nothing."""
+    said = []
+    rows = run(searches("Rome big", "Oslo"), EXAMPLES, Engine(empty=["q3?"]), say=said.append)
+    assert all(row["documents"] and row["question"] != "q3?" for row in rows)
+    assert said[0].startswith("Replies: 2 empty, 3 noisy, 3 useful.")
+    with pytest.raises(UserError, match="there are 4 empty"):
+        run(searches("Rome"), EXAMPLES, NoDocuments(), say=said.append)
+
+
+def test_it_stops_with_rows_enough():
+    """Guards a real engine that is paid for more than what was asked for."""
+    engine = Engine()
+    rows = run(searches("Rome big", "Oslo"), EXAMPLES, engine, size=2, batch=1, say=lambda _: None)
+    assert len(rows) == 2 and {r.question for r in engine.requests} == {"q0?"}
+    with pytest.raises(UserError, match="there are none"):
+        run(searches(), EXAMPLES, Engine(), say=lambda _: None)

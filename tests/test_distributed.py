@@ -1,0 +1,73 @@
+"""Several processes do what one does: DDP and FSDP2, on two CPU processes, in float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from scripts import POLICY, ROOT, metrics
+
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
+}  # fmt: skip
+FLAGS = [*POLICY, "--steps", "5", "--kl_coef", "0.1", "--lr", "0.003"]
+
+
+def run(work, processes: int, *flags: str, **environment: str) -> list[dict]:
+    """What `in_double.py` noted of each step: the trajectories and the whole weights."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else [])]
+    command += [str(ROOT / "tests" / "in_double.py"), *FLAGS, *flags]
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=os.environ | settings | environment, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(work / "runs" / "steps.pt", weights_only=False)
+
+
+def same(one: list[dict], other: list[dict]) -> None:
+    """The same trajectories, token for token, and the same weights to rounding."""
+    assert len(one) == len(other) > 0
+    for a, b in zip(one, other, strict=True):
+        assert a["texts"] == b["texts"]
+        torch.testing.assert_close(a["weights"], b["weights"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_two_processes_learn_what_one_learns(work, algorithm):
+    """Guards gradients that are not reduced, normalisers of one process, shares that differ, layers
+    that FSDP2 silently leaves whole, and a copy that generates with old weights."""
+    (work / "runs").mkdir()
+    flags = ["--algorithm", algorithm, "--output"]
+    one = run(work, 1, *flags, "runs/one")
+    assert not torch.equal(one[0]["weights"], one[-1]["weights"])
+    if algorithm == "grpo":
+        same(one, run(work, 2, *flags, "runs/ddp"))
+    same(one, run(work, 2, *flags, "runs/fsdp", **SHARDED))
+
+
+def test_a_sharded_run_resumes(work):
+    """Guards checkpoints of shards: critic, optimisers and policy, and the policy that is saved."""
+    (work / "runs").mkdir()
+    flags = ["--algorithm", "ppo", "--save_every", "3", "--output", "runs/fsdp"]
+    whole = run(work, 2, *flags, **SHARDED)
+    lines = metrics(work / "runs" / "fsdp")
+    point = "runs/fsdp/checkpoints/step-3"
+    same(whole[3:], run(work, 2, *flags, "--resume", point, **SHARDED))
+    assert metrics(work / "runs" / "fsdp") == lines
+
+
+def test_lora_under_fsdp2(work):
+    """Guards a reference that is not the model without its LoRA, and a sharded merge."""
+    (work / "runs").mkdir()
+    flags = ["--lora_rank", "4", "--merge", "--output"]
+    same(run(work, 1, *flags, "runs/one"), run(work, 2, *flags, "runs/fsdp", **SHARDED))
+    from transformers import AutoModelForCausalLM
+
+    models = [AutoModelForCausalLM.from_pretrained(work / "runs" / name / "policy")
+              for name in ("one", "fsdp")]  # fmt: skip
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(models[0](ids).logits, models[1](ids).logits)

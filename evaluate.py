@@ -10,6 +10,7 @@ beside it, on the same questions. What was interrupted goes on where it was when
 """
 
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -58,22 +59,27 @@ def check(config: EvalConfig) -> None:
 
 def default_output(config: EvalConfig) -> Path:
     """Beside a policy's folder, or here for a hub name; another kind of test has another name."""
-    words, plain = ["evaluation"], EvalConfig()
+    plain = EvalConfig()
+    words = ["evaluation", *(Path(d).stem for d in config.data.split(",") if d != plain.data)]
     names = ("engine", "engine_noise", "temperature", "method")
     if any(getattr(config, name) != getattr(plain, name) for name in names):
-        words += [config.engine] if config.method == "search" else [config.method]
+        words += [] if config.method == "search" else [config.method]
+        words += [] if config.method in ("direct", "cot") else [config.engine]
     words += [f"noise{config.engine_noise:g}"] if config.engine_noise else []
     words += [f"temperature{config.temperature:g}"] if config.temperature else []
-    policy = Path(config.policy)
-    return (policy.parent if policy.is_dir() else Path()) / ("-".join(words) + ".json")
+    policy, name = Path(config.policy), re.sub(r"[^\w.]+", "-", "-".join(words))
+    return (policy.parent if policy.is_dir() else Path()) / f"{name}.json"
 
 
-def fingerprint(config: EvalConfig, name: str) -> str:
-    """Eight letters that differ where a model or a setting does: an answer belongs to them."""
-    files = sorted(Path(name).glob("*.safetensors")) if Path(name).is_dir() else []
-    stamp = [(file.name, file.stat().st_mtime_ns) for file in files]
+def fingerprint(config: EvalConfig, name: str, examples) -> str:
+    """Eight letters that differ where a model, question, corpus or setting does: an answer belongs
+    to all of them."""
+    folders = [Path(folder) for folder in (name, config.simulator or "runs/simulator")]
+    files = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+    files += [Path(config.corpus)] if config.corpus else []
+    stamp = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     settings = asdict(config) | {"overwrite": None, "batch": None, "threads": None}
-    return f"{zlib.crc32(repr((name, stamp, settings)).encode()):08x}"
+    return f"{zlib.crc32(repr((name, stamp, settings, examples)).encode()):08x}"
 
 
 def unfold(turn) -> None:
@@ -134,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     tables, parts, output = {}, [], Path(config.output)
     for name in names:
         log = output.with_suffix(".jsonl" if name == config.policy else ".before.jsonl")
-        stamp = fingerprint(config, name)
+        stamp = fingerprint(config, name, examples)
         rows = evaluation.answer_all(answers[name], examples, accelerator, config.batch, log, stamp)
         parts += evaluation.parts(log, stamp)
         tables[name] = evaluation.table(rows) if rows else {}

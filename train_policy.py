@@ -105,6 +105,7 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
 
     `writer()` is the model that generates: the trained one, or a fresh copy of it.
     """
+    from accelerate.utils import broadcast_object_list
     from tqdm import tqdm
 
     from minizs import checkpoint, data, metrics, report, stages
@@ -113,6 +114,19 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
 
     rank, world = accelerator.process_index, accelerator.num_processes
     run = runs.RunFolder(folder)
+
+    def due(step: int) -> bool:
+        return bool(held_out) and (step == config.steps or step % config.eval_every == 0)
+
+    def test() -> None:
+        started = time.perf_counter()
+        figures = {f"held_out_{name}": value for name, value in held_out().items()}
+        if accelerator.is_main_process:
+            run.amend_metrics(figures | {"seconds_test": time.perf_counter() - started})
+
+    tested = ["held_out_f1" in row for row in runs.read_lines(folder / "metrics.jsonl")[-1:]]
+    if due(first - 1) and broadcast_object_list([tested])[0] == [False]:
+        test()  # which the run that is resumed did not live to do
     steps = tqdm(range(first, config.steps + 1), initial=first - 1, total=config.steps,
                  disable=not accelerator.is_main_process, dynamic_ncols=True)  # fmt: skip
     for step in steps:
@@ -131,7 +145,7 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
         )  # fmt: skip
         rolled_out = time.perf_counter()
         set_learning_rates(config, learner, step)
-        figures = {"step": step, "noise": noise}
+        figures = {"step": step, "noise": noise, "processes": world}
         figures |= metrics.of_trajectories(accelerator, trajectories) | learner.update(trajectories)
         count = config.batch_questions * config.group_size
         figures["queries"] = round(figures["searches_per_question"] * count)
@@ -146,17 +160,19 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
             shown = sorted(range(len(trajectories)), key=lambda i: i % config.group_size)
             shown = [trajectories[i] for i in shown[: config.log_trajectories]]
             run.write_trajectories(step, shown)
-        last = step == config.steps
-        if config.save_every and (last or step % config.save_every == 0):
-            checkpoint.save(accelerator, folder / "checkpoints", step, config.keep)
+        if config.save_every and (step == config.steps or step % config.save_every == 0):
+            checkpoint.save(accelerator, folder / "checkpoints", step, config.keep,
+                            kind(config, accelerator))  # fmt: skip
             if accelerator.is_main_process:
                 report.write(folder)
-        # After the checkpoint: an evaluation that fails loses nothing.
-        if held_out and (last or step % config.eval_every == 0):
-            figures = {f"held_out_{name}": value for name, value in held_out().items()}
-            figures["seconds"] = time.perf_counter() - started
-            if accelerator.is_main_process:
-                run.amend_metrics(figures)
+        if due(step):  # after the checkpoint: an evaluation that fails loses nothing
+            test()
+
+
+def kind(config: PolicyConfig, accelerator) -> dict:
+    """What a checkpoint and the run that goes on from it have to agree on."""
+    return {"algorithm": config.algorithm, "lora_rank": config.lora_rank,
+            "sharded": accelerator.is_fsdp2}  # fmt: skip
 
 
 def set_learning_rates(config: PolicyConfig, learner, step: int) -> None:
@@ -182,6 +198,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from minizs import adapters, checkpoint, cost, data, models, report, stages
     from minizs.learner import build_learner
+    from minizs.protocol import vocabulary_size
     from minizs.replica import Writer
 
     accelerator = stages.make_accelerator(config)
@@ -199,17 +216,18 @@ def main(argv: list[str] | None = None) -> None:
         stages.check_simulator(config, examples)
     dtype = stages.compute_dtype(config)
     weights = dtype if config.lora_rank else torch.float32  # what the optimiser changes: float32
-    model, tokenizer = stages.load(config, config.policy, accelerator.device, weights)
+    model, tokenizer = stages.load(config, config.policy, torch.device("cpu"), weights)
+    accelerator.print(f"Attention by {model.config._attn_implementation}, computed in {dtype}.")
     if config.lora_rank:
         adapters.add(model, config.lora_rank, config.seed)
     template = models.load_prompt(config.policy)
     engine = stages.build_engine(config, "train", accelerator)
-    writer = Writer(model, dtype, sharded=accelerator.is_fsdp2)
+    writer = Writer(model, dtype, accelerator.device, sharded=accelerator.is_fsdp2)
     held_out = stages.held_out(config, accelerator, writer, tokenizer, template)
 
-    learner = build_learner(accelerator, config, model, len(tokenizer), dtype)
+    learner = build_learner(accelerator, config, model, vocabulary_size(tokenizer), dtype)
     folder = stages.agreed_folder(accelerator, config, "policy")
-    done = checkpoint.load(accelerator, resumed) if resumed else 0
+    done = checkpoint.load(accelerator, resumed, kind(config, accelerator)) if resumed else 0
     if main_process:
         print(f"Going on from step {done} of {folder}." if resumed else f"A new run in {folder}.")
         runs.RunFolder(folder, config.overwrite).cut(done)
@@ -227,8 +245,8 @@ def main(argv: list[str] | None = None) -> None:
             final = adapters.merged(base, folder / "adapter")
         models.save(final, tokenizer, folder / "policy", prompt=template)
         report.write(folder)
-        spent = cost.of_run(runs.read_lines(folder / "metrics.jsonl"), world, config.search_price,
-                            config.gpu_price)  # fmt: skip
+        lines = runs.read_lines(folder / "metrics.jsonl")
+        spent = cost.of_run(lines, config.search_price, config.gpu_price)
         (folder / "cost.json").write_text(json.dumps(spent, indent=1) + "\n")
         print(cost.describe(spent))
         print(f"The policy is in {folder / 'policy'} and {folder / 'report.html'} shows the run. "

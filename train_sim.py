@@ -90,9 +90,10 @@ def collect(config: SimConfig) -> None:
             noise=config.engine_noise,
         )  # fmt: skip
     folder = runs.RunFolder(Path(config.output), config.overwrite).folder
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (folder / "collected.jsonl").write_text("".join(lines))
-    print(f"{len(lines)} examples are in {folder / 'collected.jsonl'}")
+    path = folder / "collected.jsonl"
+    with open(path, "w", buffering=1) as file:  # each line at once: it may have been paid for
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    print(f"{len(runs.read_lines(path))} examples are in {path}")
 
 
 def train(config: SimConfig, accelerator, model, optimizer, texts) -> float:
@@ -147,12 +148,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from minizs import collect as collecting
     from minizs import models, sft, simulator, stages
+    from minizs.cache import row_limit
     from minizs.pairs import pairs
     from minizs.replica import Writer
 
     accelerator = stages.make_accelerator(config)
     torch.manual_seed(config.seed)
-    model, tokenizer = stages.load(config, config.base, accelerator.device, torch.float32)
+    model, tokenizer = stages.load(config, config.base, torch.device("cpu"), torch.float32)
     template = simulator.load_template(config.template or models.resolve(config.base))
     if config.data == "world":
         rows = collecting.collect(config.worlds, config.examples, config.seed, config.top_k)
@@ -161,11 +163,18 @@ def main(argv: list[str] | None = None) -> None:
     else:
         texts = pairs(config.data, template, config.seed, accelerator.print)
     encoded = [sft.encode(tokenizer, text, end=True) for text in texts]
+    limit = row_limit(model)
+    fitting = [text for text in encoded if len(text[0]) <= limit]
+    require(bool(fitting), f"All pairs of {config.data} have more than {limit} tokens.")
+    if len(fitting) < len(encoded):
+        print(f"{len(encoded) - len(fitting)} pairs of more than {limit} tokens are left out.")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
+    accelerator.print(f"Attention by {model.config._attn_implementation}.")
     packed = model.config._attn_implementation == "flash_attention_2"
-    writer = Writer(model, stages.compute_dtype(config), sharded=accelerator.is_fsdp2)
+    dtype = stages.compute_dtype(config)
+    writer = Writer(model, dtype, accelerator.device, sharded=accelerator.is_fsdp2)
     prepared, optimizer = accelerator.prepare(sft.Supervised(model, packed), optimizer)
-    train(config, accelerator, prepared, optimizer, encoded)
+    train(config, accelerator, prepared, optimizer, fitting)
     final = writer()
     if accelerator.is_main_process:
         finish(config, final.eval(), tokenizer, template)

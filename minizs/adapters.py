@@ -33,7 +33,10 @@ def add(model: nn.Module, rank: int, seed: int = 0) -> None:
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The model without its addition, inside."""
-    model.disable_adapters()
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    model.disable_adapters()  # which also freezes them: FSDP2 would prepare for no gradients
+    for weight in learned:
+        weight.requires_grad_(True)
     try:
         yield
     finally:

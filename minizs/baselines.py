@@ -28,8 +28,8 @@ def answer(method: str, model, tokenizer, examples: Sequence[Example], engine, *
     texts = [text.replace("{documents}", protocol.number_documents(docs or []))
              for text, docs in zip(texts, found, strict=True)]  # fmt: skip
     written = generate(model, protocol.prompt_ids(tokenizer, texts), max_new_tokens, temperature,
-                       stop=protocol.STOP, seed=seed, keys=keys, vocab_size=len(tokenizer),
-                       tokenizer=tokenizer)  # fmt: skip
+                       stop=protocol.STOP, seed=seed, keys=keys, tokenizer=tokenizer,
+                       vocab_size=protocol.vocabulary_size(tokenizer))  # fmt: skip
     rows = []
     for example, docs, out in zip(examples, found, written, strict=True):
         text = tokenizer.decode(out.ids, skip_special_tokens=False)

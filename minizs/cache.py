@@ -63,7 +63,8 @@ def row_limit(model: nn.Module) -> int:
     if kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"not supported: layers of type {sorted(kinds)}")
     window = getattr(model.config, "sliding_window", None)
-    return min(model.config.max_position_embeddings, window or 2**31)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return min(positions or 2**31, window or 2**31)
 
 
 def feed(model: nn.Module, cache: RowCache, first: int, starts: list[int],

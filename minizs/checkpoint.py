@@ -16,8 +16,9 @@ DONE = "step.json"  # written last: its presence marks a complete checkpoint
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
 
 
-def save(accelerator, folder: Path, step: int, keep: int = 2) -> None:
-    """Write all that Accelerate prepared as `folder/step-N`; drop all but the newest `keep`."""
+def save(accelerator, folder: Path, step: int, keep: int = 2, kind: dict | None = None) -> None:
+    """Write all that Accelerate prepared as `folder/step-N`; drop all but the newest `keep`.
+    `kind` is what the settings of a run that loads it have to agree with."""
     final, partial = folder / f"step-{step}", folder / f"partial-{step}"
     if accelerator.is_main_process:
         remove(partial)
@@ -25,7 +26,7 @@ def save(accelerator, folder: Path, step: int, keep: int = 2) -> None:
     accelerator.save_state(str(partial), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (partial / DONE).write_text(json.dumps({"step": step}))
+        (partial / DONE).write_text(json.dumps({"step": step, "kind": kind or {}}))
         remove(final)
         partial.rename(final)
         for old in complete(folder)[:-keep]:
@@ -62,7 +63,11 @@ def cut(folder: Path, step: int) -> None:
             remove(path)
 
 
-def load(accelerator, path: Path) -> int:
-    """Restore all that Accelerate prepared; the step that was done last."""
+def load(accelerator, path: Path, kind: dict | None = None) -> int:
+    """Restore all that Accelerate prepared; the step that was done last. Raises UserError for a
+    checkpoint of another kind."""
+    theirs = json.loads((path / DONE).read_text())["kind"]
+    require(theirs == (kind or {}), f"{path} was written by a run with {theirs}, this one has "
+            f"{kind}; go on with the same settings.")  # fmt: skip
     accelerator.load_state(str(path))
     return step_of(path)

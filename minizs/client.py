@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import responses
 from typing import Any
 
 import requests
 from urllib3.exceptions import HTTPError, TimeoutError
-from urllib3.util import Retry
 
 from minizs.config import UserError, require
 
@@ -78,16 +78,20 @@ class Client:
                     body = b"".join(_pieces(response.raw, time.monotonic() + self.timeout))
                 if response.status_code == 200:
                     return read(json.loads(body))
-                problem = f"answered {response.status_code} ({response.reason})"
+                # Not in the server's own words, which might repeat the key.
+                problem = f"answered {response.status_code} ({responses.get(response.status_code)})"
                 if response.status_code not in RETRIED:
                     break
-                wait = Retry(retry_after_max=LONGEST_WAIT).get_retry_after(response) or wait
+                after = response.headers.get("Retry-After", "")  # seconds; dates are left out
+                wait = min(LONGEST_WAIT, float(after if after.isdecimal() else 0)) or wait
             except (requests.Timeout, TimeoutError):
                 problem = f"did not answer within {self.timeout:g} seconds"
             except (requests.RequestException, HTTPError):
                 problem = "cannot be reached, or broke off"
             except (AttributeError, LookupError, TypeError, ValueError):
                 problem = "did not answer in the expected form"
+            except ServiceError as error:  # raised by `read`: what is there instead
+                problem = str(error)
             if attempt < self.retries:
                 time.sleep(wait)
         # Not chained to its cause, whose text would hold the whole query, a key included.

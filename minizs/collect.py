@@ -7,7 +7,7 @@ is useful if it holds a gold answer; a language model as the judge, as in the pa
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from statistics import fmean
 
@@ -62,13 +62,13 @@ def collect(worlds: int, examples: int, seed: int, top_k: int = 3, split: str = 
 
 def collect_with_policy(model, tokenizer, examples: Sequence[Example], engine, size: int,
                         seed: int = 0, batch: int = 64, say: Callable[[str], None] = print,
-                        **options) -> list[dict]:  # fmt: skip
-    """At most `size` rows, as many useful as noisy, of a policy that searches with a real engine.
-
-    The policy answers `batch` questions at a time until there are rows enough or no more questions;
-    `options` are those of `rollout`. A reply to a first hop seldom holds the final answer, so that
-    most of these count as noisy. Raises UserError where no reply is useful, or none is noisy."""
-    rows, kept = [], []
+                        **options) -> Iterator[dict]:  # fmt: skip
+    """Rows of a policy that searches with a real engine, as they come (they may have been paid for)
+    and so in no balance, which `pairs` sees to. Empty replies are left out. The policy answers
+    `batch` questions at a time until `size` // 2 rows are useful and as many noisy, or none is
+    left; `options` are those of `rollout`. A reply to a first hop seldom holds the final answer, so
+    that most of these count as noisy. Raises UserError, at the end, where there is one label."""
+    counts = Counter()
     for start in range(0, len(examples), batch):
         some = examples[start : start + batch]
         keys = [(start + i,) for i in range(len(some))]
@@ -76,16 +76,16 @@ def collect_with_policy(model, tokenizer, examples: Sequence[Example], engine, s
             for turn in row.turns:
                 if turn.documents is not None:  # a search, and it was executed
                     request = SearchRequest(turn.content, row.example.question, row.example.answers)
-                    rows.append(labelled(request, turn.documents, holds_answer))
-        kept = balanced(rows, size, Random(f"collect with policy {seed}"))
-        if len(kept) >= size - 1:  # of an odd size
+                    found = labelled(request, turn.documents, holds_answer)
+                    counts[found["label"]] += 1
+                    if turn.documents:
+                        yield found
+        if min(counts[label] for label in LABELS) >= size // 2:
             break
-    counts = Counter(row["label"] for row in rows)
-    found = ", ".join(f"{n} {label}" for label, n in sorted(counts.items())) or "none"
-    say(f"Replies: {found}. Kept, useful and noisy in equal number: {len(kept)}.")
-    require(bool(kept), f"To learn from, both useful and noisy replies are needed; there are "
-            f"{found}: give more questions or another policy.")  # fmt: skip
-    return [rows[i] for i in kept]
+    there = ", ".join(f"{n} {label}" for label, n in sorted(counts.items())) or "none"
+    say(f"Replies: {there}.")
+    require(all(counts[label] for label in LABELS), "To learn from, both useful and noisy replies "
+            f"are needed; there are {there}: give more questions or another policy.")  # fmt: skip
 
 
 def labelled(request: SearchRequest, documents: list[str], judge: Judge) -> dict:

@@ -5,7 +5,7 @@ or `reward_model.ground_truth.target`), HotpotQA and NQ-open (`answer`, a text o
 (`answer.value` and `.aliases`), SQuAD (`answers.text`) and plain `question` and `answers`.
 """
 
-import glob
+import json
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -22,7 +22,7 @@ from minizs.world import embedded
 PAPER = "nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle".split()  # its seven sets
 PAPER_HUB = "RUC-NLPIR/FlashRAG_datasets"  # where each of them is a configuration
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?(?:@([\w./-]+))?")
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+FILES = (".json", ".jsonl", ".parquet", ".txt")
 SPLITS = {"train": ["train"], "dev": ["train"], "test": ["test", "validation", "dev", "train"]}
 GOLDS = ("golden_answers", "answers", "answer", "reward_model")
 NESTED = ("value", "aliases", "text", "ground_truth", "target")  # where in a column golds can be
@@ -32,11 +32,11 @@ LONGEST = 2000  # characters; what is longer is a passage in the wrong column, a
 def check(spec: str) -> list[str]:
     """The files and hub names of a spec, which has commas between them; ["world"] for the world.
     Raises UserError if `load` could not even begin to read one. The hub is not asked."""
-    names = [spec] if Path(spec).is_file() else spec.split(",")  # a file's name may have commas
+    names = [spec] if Path(spec).is_file() else map(str.strip, spec.split(","))
     parts = [part for name in names for part in (PAPER if name == "paper" else [name])]
     for part in parts:
         path = Path(part)
-        if path.suffix in READERS:
+        if path.suffix in FILES:
             require(path.is_file(), f"There is no data file {part!r}; check the path.")
         elif part not in PAPER and spec != "world":
             named = HUB_NAME.fullmatch(part) and not path.is_file()
@@ -75,41 +75,65 @@ def load(spec: str, role: str, say: Callable[[str], None] = print) -> list[Examp
     return chosen
 
 
-def table(part: str, role: str = "train", say: Callable[[str], None] = print):
-    """One file or hub name as a `datasets.Dataset`. Raises UserError."""
+def rows(part: str, role: str = "train", say: Callable[[str], None] = print) -> Iterator[dict]:
+    """The rows of one file or hub name. Raises UserError."""
+    if Path(part).is_file():
+        return (yield from read(Path(part)))
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        if (path := Path(part)).is_file():  # which the library takes for a pattern: [...] and *
-            files = glob.escape(str(path.absolute()))
-            return datasets.load_dataset(READERS[path.suffix], data_files=files, split="train")
         name = f"{PAPER_HUB}:{part}" if part in PAPER else part
         name, config, revision = HUB_NAME.fullmatch(name).groups()
         splits = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # the library raises its own kinds for every format
-        cause = " ".join(str(error.__cause__ or error).split())[:200]
+        cause = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
         raise UserError(f"{part} cannot be read: {cause}") from error
     found = [split for split in SPLITS[role] if split in splits]
     require(bool(found), f"{part} has no split {role!r}; it has {', '.join(splits)}.")
     if role == "test" and found == ["train"]:
         say(f"{part} has no split to test on; its 'train' is taken.")
-    return splits[found[0]]
+    yield from splits[found[0]]
+
+
+def read(path: Path) -> Iterator[dict]:
+    """The rows of a file as they stand (`datasets` would make timestamps of some texts): the lines
+    of a .txt, as `text`; of JSON a list's objects, or one a line. Raises UserError."""
+    import pyarrow.parquet
+
+    number, text = 0, path.suffix == ".txt"
+    try:
+        if path.suffix == ".parquet":
+            for some in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+                yield from some.to_pylist()
+            return
+        with path.open(encoding="utf-8-sig") as file:
+            listed = not text and file.read(1) == "["
+            file.seek(0)
+            found = json.load(file) if listed else filter(str.strip, file)
+            for number, row in enumerate(found, 1):
+                if not listed:
+                    row = {"text": row.rstrip("\n")} if text else json.loads(row)
+                require(isinstance(row, dict), f"{path} cannot be read: row {number} is no object.")
+                yield row
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be read near row {number}: {cause}") from error
 
 
 def _examples(part: str, role: str, say: Callable[[str], None]) -> Iterator[Example]:
-    """Every row of a file or hub name; its golds may be none."""
-    rows, path = table(part, role, say), Path(part)
+    """Every row of a file or hub name, with the golds of its first column that has some."""
+    path, there = Path(part), {}
     source = path.stem if path.is_file() else part.partition("@")[0].rpartition("/")[2]
-    there = rows.column_names
-    answers = next((name for name in GOLDS if name in there), None)
-    for name, found in (("question", "question" in there), ("' or '".join(GOLDS), answers)):
-        require(bool(found), f"{part} has no column '{name}'; it has {', '.join(map(repr, there))}")
-    wanted = ("question", answers, "data_source")
-    for row in rows.select_columns([name for name in there if name in wanted]):
-        golds = tuple(dict.fromkeys(filter(normalize_answer, _golds(row[answers]))))
-        text = str(row["question"] or "").strip()
+    for row in rows(part, role, say):
+        there |= row
+        found = ([*filter(normalize_answer, _golds(row.get(name)))] for name in GOLDS)
+        golds = tuple(dict.fromkeys(next(filter(None, found), [])))
+        text = str(row.get("question") or "").strip()
         yield Example(text, golds, str(row.get("data_source") or source))
+    for names in (("question",), GOLDS):
+        missing = f"no column {' or '.join(map(repr, names))}; it has {list(there) or 'no rows'}."
+        require(not there.keys().isdisjoint(names), f"{part} has {missing}")
 
 
 def _golds(value) -> list[str]:
@@ -118,7 +142,9 @@ def _golds(value) -> list[str]:
         value = [value.get(name) for name in NESTED]
     if isinstance(value, list):
         return [gold for one in value for gold in _golds(one)]
-    return [] if value is None else [str(value)]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with gaps is often one of floats
+    return [] if value is None or value != value else [str(value)]
 
 
 def spread(examples: Sequence[Example], n: int) -> list[Example]:

@@ -7,7 +7,7 @@ machines run are in remote.py.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from shutil import rmtree
 
@@ -106,24 +106,34 @@ def saved_index(documents: Sequence[str], path: Path) -> bm25s.BM25:
 
 def titled(title: str | None, text: str) -> str:
     """A document as published corpora have it in `contents`: the title in quotes, a line break."""
-    return f'"{title}"\n{text}' if title else text
+    return f'"{title}"\n' + text if title else text
 
 
 def load_corpus(path: str | Path) -> Sequence[str]:
-    """The documents of a file: the lines of a .txt; the rows of a .jsonl, .json or .parquet, in
-    `contents`, or in `text` and perhaps `title`. They stay on the disk. Raises UserError."""
-    require(Path(path).is_file(), f"There is no corpus {str(path)!r}; check the path.")
-    kinds = ", ".join(data.READERS)
-    require(Path(path).suffix in data.READERS, f"{path} is none of {kinds}; save it as one.")
-    table = data.table(str(path))
-    if table.column_names == ["text"]:
-        table = table.filter(lambda line: bool(line.strip()), input_columns="text")
-    require(len(table) > 0, f"The corpus {path} is empty.")
-    columns, column = table.column_names, "contents" if "contents" in table.column_names else "text"
-    require(column in columns, f"{path} has no column 'contents' or 'text'; it has {columns}.")
-    if column == "text" and "title" in columns:
-        table.set_transform(lambda r: {"text": list(map(titled, r["title"], r["text"]))})
-    return table[column]
+    """The documents of a file (see `data.read`): its rows' `contents`, or `text` and perhaps
+    `title`; rows without are left out. They stay on the disk. Raises UserError."""
+    import datasets
+
+    path, kinds = Path(path).absolute(), ", ".join(data.FILES)
+    require(path.is_file(), f"There is no corpus {str(path)!r}; check the path.")
+    require(path.suffix in data.FILES, f"{path} is none of {kinds}; save it as one.")
+    datasets.disable_progress_bars()
+    features = datasets.Features({"contents": datasets.Value("string")})
+    which = {"path": path, "version": path.stat().st_mtime_ns}  # or the cache gives an older one
+    try:
+        return datasets.Dataset.from_generator(_documents, features, gen_kwargs=which)["contents"]
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ from None
+
+
+def _documents(path: Path, version: int) -> Iterator[dict]:
+    empty = True
+    for row in data.read(path):
+        text = row.get("contents", row.get("text"))
+        if isinstance(text, str) and text.strip():
+            empty = False
+            yield {"contents": titled(None if "contents" in row else row.get("title"), text)}
+    require(not empty, f"The corpus {path} has no text in a column 'contents' or 'text'.")
 
 
 class NoDocuments:

@@ -144,7 +144,9 @@ class Learner:
         for i, loss_of in enumerate(losses_of):
             # Gradients are reduced over processes once, with the last micro-batch.
             last = i == len(losses_of) - 1
-            with nullcontext() if last else self.accelerator.no_sync(module):
+            # (Shards: with each, or every process would hold them whole.)
+            alone = not last and not self.accelerator.is_fsdp2
+            with self.accelerator.no_sync(module) if alone else nullcontext():
                 loss, stats = loss_of()
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             all_stats.append(stats)
@@ -223,7 +225,7 @@ def build_learner(accelerator, settings, model, vocab_size: int,
 
     critic = critic_optimizer = None
     if settings.algorithm == "ppo":  # the critic starts as the policy does (paper appendix F)
-        critic = ppo.Critic(copy.deepcopy(model.base_model), packed).to(accelerator.device)
+        critic = ppo.Critic(copy.deepcopy(model.base_model), packed)
         critic, critic_optimizer = prepare(critic, settings.critic_lr)
     scorer, optimizer = prepare(make_scorer(model), settings.lr)
     if settings.kl_coef and settings.lora_rank:

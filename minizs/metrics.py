@@ -25,6 +25,8 @@ def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, fl
         "response_tokens": (sum(sum(t.loss_mask) for t in trajectories), n),
         "trajectory_tokens": (sum(len(t.ids) for t in trajectories), n),
         "valid_rate": (sum(turn.action != "invalid" for turn in turns), len(turns)),
+        "empty_replies": (sum(turn.documents == [] for turn in turns),
+                          sum(t.searches for t in trajectories)),
         "again_after_noisy": tuple(map(sum, zip(*again[True], strict=True))),
         "again_after_useful": tuple(map(sum, zip(*again[False], strict=True))),
     }

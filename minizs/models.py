@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import is_flash_attn_2_available, logging
 
+from minizs.cache import row_limit
 from minizs.config import UserError, require
 from minizs.logprobs import check_supported
 from minizs.protocol import PROMPT
@@ -69,6 +70,7 @@ def load(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
             resolve(name), dtype=dtype, use_safetensors=True, attn_implementation=attention,
             revision=revision or "main", trust_remote_code=False)  # fmt: skip
         check_supported(model)
+        row_limit(model)  # refuses layers that keep more than keys and values
     return model.to(device).eval(), tokenizer
 
 

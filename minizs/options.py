@@ -40,9 +40,10 @@ class SearchConfig:
                             "runs/simulator, made if it is missing.")  # fmt: skip
     simulator_template: str = option("", "A file with its prompt's wording, or 'untuned'; empty: "
                                      "what lies beside its weights.")  # fmt: skip
-    simulator_model: str = option("", "The model's name at the server; empty: the first.")
-    simulator_api: str = option("completions", "Of the server; 'chat' for an instruct model.",
-                                ("completions", "chat"))  # fmt: skip
+    simulator_model: str = option("", "Its name at the server (`transformers serve`: its folder); "
+                                  "empty: the first there is.")  # fmt: skip
+    simulator_api: str = option("completions", "Of the server; 'chat' if the simulator has a chat "
+                                "template.", ("completions", "chat"))  # fmt: skip
     simulator_device: str = option("", "Where the simulator runs, such as cuda:1.")
     simulator_temperature: float = option(0.8, "At which the simulator writes.")
     timeout: float = option(60.0, "Seconds that one request to a server may take.")

@@ -20,7 +20,7 @@ def pairs(spec: str, template: str, seed: int = 0,
     """A prompt, and a reply with the loss on it, for each row of files or hub names (see data). If
     all rows have a label, as many useful as noisy ones are taken, in their order; `say` is told how
     many. Raises UserError for a row of no layout, counted through all files."""
-    rows = [row for part in data.check(spec) for row in data.table(part, say=say)]
+    rows = [row for part in data.check(spec) for row in data.rows(part, say=say)]
     texts = []
     for number, row in enumerate(rows, 1):
         texts.append(_pair(row, template))

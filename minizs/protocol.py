@@ -7,6 +7,7 @@ Paper section 3.6 and Table 1. A turn of the policy is `<think> ... </think>` fo
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 STOP = ("</search>", "</answer>")  # a turn ends at the first of these
 PROMPT = """Answer the question below. Think inside <think> and </think> first, and again whenever \
@@ -38,6 +39,12 @@ def parse_action(text: str) -> Action:
 def build_prompt(question: str, template: str = PROMPT) -> str:
     """The text that a rollout starts from; a missing question mark is added."""
     return template.replace("{question}", question.strip().removesuffix("?") + "?")
+
+
+@cache
+def vocabulary_size(tokenizer) -> int:
+    """One more than the largest id the tokenizer knows: `len` is less where ids have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:

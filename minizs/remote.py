@@ -5,7 +5,7 @@ import os
 import sqlite3
 from typing import Any
 
-from minizs.client import Client
+from minizs.client import Client, ServiceError
 from minizs.config import UserError, require
 from minizs.engines import Judge, Ranking, holds_answer, titled
 from minizs.trajectory import SearchRequest
@@ -60,7 +60,7 @@ class WebSearch(Ranking):
                  **options: Any) -> None:  # fmt: skip
         super().__init__(top_k, judge, deepest=top_k)
         address, variable, self.field = WEB[provider]
-        self._key = os.environ.get(variable, "")
+        self._key = os.environ.get(variable, "").strip()
         require(bool(self._key), f"{provider} needs a key; set the variable {variable} to yours.")
         # SerpAPI takes it in the query only.
         self.in_query, headers = provider == "serpapi", {"X-API-KEY": self._key}
@@ -77,9 +77,11 @@ class WebSearch(Ranking):
         return self.client.post("/search", asked, self._read)
 
     def _read(self, answer: dict) -> list[str]:
-        if "hasn't returned any results" in answer.get("error", ""):  # SerpAPI's way to say so
-            return []
-        return [f"{row.get('title', '')} {row.get('snippet', '')}" for row in answer[self.field]]
+        error = " ".join(str(answer.get("error") or "").replace(self._key, "***").split())
+        if error and "hasn't returned any results" not in error:  # SerpAPI's way to say so
+            raise ServiceError(f"answered {error[:200]!r}")
+        rows = answer.get(self.field) or []  # there may be other things, or nothing
+        return [f"{row.get('title') or ''} {row.get('snippet') or ''}" for row in rows]
 
 
 class Cached:
@@ -92,8 +94,11 @@ class Cached:
         try:  # 60 seconds are what it waits while another process writes
             self.file = sqlite3.connect(path, timeout=60)
             self.file.execute("CREATE TABLE IF NOT EXISTS replies (request PRIMARY KEY, documents)")
+            columns = self.file.execute("SELECT * FROM replies LIMIT 0").description
         except sqlite3.Error as error:
             raise UserError(f"{path} cannot be a cache: {error}; give another file.") from error
+        require([name for name, *_ in columns] == ["request", "documents"], f"{path} cannot be a "
+                "cache: its table 'replies' is of another form; give another file.")  # fmt: skip
 
     def search(self, requests: list[SearchRequest]) -> list[list[str]]:
         """The engine's replies, each kept as soon as it is there."""

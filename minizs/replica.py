@@ -26,11 +26,13 @@ def whole(tensor: Tensor) -> Tensor:
 class Writer:
     """Call it for the model to generate with. Make it before Accelerate prepares `model`."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, sharded: bool = False) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str,
+                 sharded: bool = False) -> None:  # fmt: skip
         self.model = model
         self.copy = None
         if sharded or dtype != model.dtype:
-            self.copy = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False)
+            copied = cast_weights(copy.deepcopy(model), dtype)
+            self.copy = copied.requires_grad_(False).to(device)
 
     @torch.no_grad()
     def __call__(self) -> nn.Module:

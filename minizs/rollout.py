@@ -59,8 +59,8 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
     for i, row in enumerate(rows):
         row.append(prompts[i // group_size])
     decoder = Decoder(model, [row.ids for row in rows], capacity=min(limits.context, 256),
-                      vocab_size=len(tokenizer), temperature=temperature, seed=seed,
-                      tokenizer=tokenizer, stop=protocol.STOP)  # fmt: skip
+                      vocab_size=protocol.vocabulary_size(tokenizer), tokenizer=tokenizer,
+                      temperature=temperature, seed=seed, stop=protocol.STOP)  # fmt: skip
     live = list(range(len(rows)))
     for turn in range(limits.turns):
         room = [min(limits.turn_tokens, limits.context - len(rows[i].ids)) for i in live]

@@ -18,7 +18,7 @@ from pathlib import Path
 from minizs.client import Client
 from minizs.config import require
 from minizs.generate import generate
-from minizs.protocol import number_documents, prompt_ids, split_documents
+from minizs.protocol import number_documents, prompt_ids, split_documents, vocabulary_size
 from minizs.randomness import hash64
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
@@ -82,7 +82,8 @@ class SimulatedSearch:
         replies = generate(
             self.model, prompt_ids(self.tokenizer, texts), self.max_new_tokens,
             temperature=self.temperature, seed=self.seed, keys=[r.key for r in requests],
-            vocab_size=len(self.tokenizer), eos_id=self.tokenizer.eos_token_id)  # fmt: skip
+            vocab_size=vocabulary_size(self.tokenizer),
+            eos_id=self.tokenizer.eos_token_id)  # fmt: skip
         return [read_reply(self.tokenizer.decode(reply.ids, skip_special_tokens=True),
                            reply.reason == "length", self.top_k) for reply in replies]  # fmt: skip
 

@@ -23,7 +23,7 @@ DEFAULT_SIMULATOR = runs.RUNS / "simulator"
 
 def load(config: SearchConfig, name: str, device: torch.device, dtype: torch.dtype):
     """(model, tokenizer) of a policy as the settings want them; `dtype` is the weights'."""
-    attention = models.choose_attention(config.attention, device, compute_dtype(config))
+    attention = models.choose_attention(config.attention, models.device(), compute_dtype(config))
     return models.load(name, device, dtype, revision=revision(config, name), attention=attention,
                        chat_template=config.chat_template)  # fmt: skip
 
@@ -118,7 +118,7 @@ def build_engine(config: SearchConfig, role: str, accelerator):
     else:
         engine = remote.WebSearch(config.web, config.top_k, timeout=config.timeout,
                                   retries=config.retries)  # fmt: skip
-    name = config.engine_url or config.web
+    name = config.web if config.engine == "web" else config.engine_url
     return remote.Cached(engine, config.cache, name) if config.cache else engine
 
 
@@ -133,7 +133,7 @@ def bm25(config: SearchConfig, role: str):
 
 
 def client(config: SearchConfig, urls: str) -> Client:
-    key = os.environ.get("SIMULATOR_API_KEY")  # for a server that asks for one
+    key = os.environ.get("SIMULATOR_API_KEY", "").strip()  # for a server that asks for one
     headers = {"Authorization": f"Bearer {key}"} if key and urls == config.simulator else None
     return Client(urls, timeout=config.timeout, retries=config.retries, headers=headers)
 
@@ -201,16 +201,22 @@ def searcher(config, model, tokenizer, template: str, engine, temperature: float
 
 def make_accelerator(config: SearchConfig):
     """Accelerate, computing in the settings' type. Raises UserError for what it cannot shard."""
-    from accelerate import Accelerator, DistributedType
+    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 
     half = compute_dtype(config) == torch.bfloat16
-    accelerator = Accelerator(mixed_precision="bf16" if half else "no")
+    # Else a model with tied weights would come untied, and all but one process load nothing.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    accelerator = Accelerator(
+        mixed_precision="bf16" if half else "no",
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
     kind = accelerator.distributed_type
     require(kind != DistributedType.DEEPSPEED and (kind != DistributedType.FSDP or
             accelerator.is_fsdp2), "To shard a model use FSDP2: fsdp_version: 2 in Accelerate's "
             "configuration (see configs/).")  # fmt: skip
     if kind == DistributedType.FSDP and half:
-        # Else the scorer's float32 log-probabilities would be rounded on their way out.
+        # Else the scorer's float32 log-probabilities and sums of gradients would be rounded.
         plugin = accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None,
+                                                reduce_dtype=torch.float32)  # fmt: skip
     return accelerator

@@ -30,7 +30,7 @@ def checked(self, trajectories):
     sharded = [hasattr(p, "full_tensor") for p in layers.parameters()]
     assert all(sharded) if self.accelerator.is_fsdp2 else not any(sharded)
     parameters = [whole(p) for p in self.accelerator.unwrap_model(self.scorer).parameters()]
-    flat = torch.cat([p.detach().flatten() for p in parameters])[None]
+    flat = torch.cat([p.detach().flatten().double() for p in parameters])[None]
     everyone = self.accelerator.gather(flat)
     assert all(torch.equal(row, everyone[0]) for row in everyone), "ranks hold other weights"
     texts = gather_object([(t.ids, t.loss_mask) for t in trajectories])
@@ -60,11 +60,12 @@ class Critic(ppo.Critic):
 
 
 if __name__ == "__main__":
-    ppo.Critic = Critic
+    if "bfloat16" not in sys.argv:
+        ppo.Critic, models.load = Critic, double
+        models.compute_dtype = lambda *_: torch.float64
     stages.make_accelerator = sharding
     steps: list[dict] = []
-    models.load, learner.Learner.update = double, checked
-    models.compute_dtype = lambda *_: torch.float64
+    learner.Learner.update = checked
     run_script(train_policy.main, sys.argv[1:])
     if steps:
         torch.save(steps, Path(runs.RUNS, "steps.pt"))

@@ -88,7 +88,7 @@ def test_a_run_from_end_to_end(work, trained):
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=0)
     assert (logits(loaded) - logits(base)).abs().max() > 0.01
     evaluation("--policy", "run/policy", *FILE)  # beside the base
-    out = json.loads((work / "run" / "evaluation.json").read_text())
+    out = json.loads((work / "run" / "evaluation-questions.json").read_text())
     assert out["overall"]["n"] == out["before"]["overall"]["n"] == 9
 
 

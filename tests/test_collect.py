@@ -7,6 +7,7 @@ import pytest
 from conftest import ScriptedHead, make_model, make_tokenizer
 
 from minizs import collect
+from minizs.client import ServiceError
 from minizs.config import UserError
 from minizs.engines import BM25, NoDocuments
 from minizs.rollout import Limits
@@ -67,9 +68,9 @@ def searches(*queries: str):
 
 def run(model, examples, engine, size=100, **options):
     limits = Limits(turns=4, turn_tokens=60, context=400)
-    return collect.collect_with_policy(
+    return list(collect.collect_with_policy(
         model, TOKENIZER, examples, engine, size, limits=limits, template="{question}", **options
-    )
+    ))  # fmt: skip
 
 
 GOLDS = [("Rome", "x"), ("Oslo",), ("Rome",), ("nothing",)]
@@ -86,7 +87,7 @@ def test_a_policys_searches_become_rows():
         for [text] in engine.real.search([r])
     }
     assert len(expected) == 8 and sum(expected.values()) == 3
-    assert Counter(row["label"] for row in rows) == {"useful": 3, "noisy": 3}
+    assert Counter(row["label"] for row in rows) == {"useful": 3, "noisy": 5}
     for row in rows:
         assert {*row} == {"query", "question", "answers", "documents", "label"}
         assert (row["label"] == "useful") == expected[row["query"], row["question"]]
@@ -94,15 +95,48 @@ def test_a_policys_searches_become_rows():
                                                strict=True))[row["question"]])  # fmt: skip
         request = SearchRequest(row["query"], row["question"])
         assert [row["documents"]] == engine.real.search([request])
-    assert said == ["Replies: 5 noisy, 3 useful. Kept, useful and noisy in equal number: 6."]
+    assert said == ["Replies: 5 noisy, 3 useful."]
+
+
+def test_rows_come_as_soon_as_they_are_there():
+    """Guards replies that have been paid for and are lost with what comes after them."""
+
+    class Failing(Engine):
+        def search(self, requests):
+            if any(request.question != "q0?" for request in requests):
+                raise ServiceError("The server is gone.")
+            return super().search(requests)
+
+    rows, limits = [], Limits(turns=4, turn_tokens=60, context=400)
+    found = collect.collect_with_policy(
+        searches("Rome big", "Oslo"), TOKENIZER, EXAMPLES, Failing(), 100, batch=1, limits=limits,
+        template="{question}", say=lambda _: None,
+    )  # fmt: skip
+    with pytest.raises(ServiceError):
+        rows.extend(found)
+    assert [(row["query"], row["question"]) for row in rows] == [("Rome big", "q0?"),
+                                                                 ("Oslo", "q0?")]  # fmt: skip
+
+
+def test_rows_of_one_label_are_there_before_they_are_refused():
+    """Guards what was paid for, where no balance can be made of it."""
+    rows, limits = [], Limits(turns=4, turn_tokens=60, context=400)
+    found = collect.collect_with_policy(
+        searches("Oslo"), TOKENIZER, EXAMPLES[2:], Engine(), 100, limits=limits,
+        template="{question}", say=lambda _: None,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="there are 2 noisy"):
+        rows.extend(found)
+    assert [row["label"] for row in rows] == ["noisy"] * 2
 
 
 def test_it_is_a_function_of_the_seed():
     """Guards rows that are drawn by a hidden state."""
     one, same, other = (
-        run(searches("Rome big", "Oslo"), EXAMPLES, Engine(), seed=seed, say=lambda _: None)
+        run(searches("Rome big", "Oslo"), EXAMPLES * 4, Engine(), seed=seed, noise=0.3,
+            say=lambda _: None)
         for seed in (0, 0, 1)
-    )
+    )  # fmt: skip
     assert one == same != other
 
 

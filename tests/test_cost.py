@@ -12,8 +12,9 @@ from train_policy import PolicyConfig
 def test_the_paper_by_hand():
     """Guards a price per query for one per thousand, seconds for hours, one device of several."""
     config = PolicyConfig()
-    rows = [{"queries": 40_000, "seconds": 1800.0}, {"queries": 24_000, "seconds": 3600.0}]
-    spent = cost.of_run(rows, 4, config.search_price, config.gpu_price)
+    rows = [{"queries": 40_000, "seconds": 1800.0, "processes": 4},
+            {"queries": 24_000, "seconds": 1700.0, "seconds_test": 100.0, "processes": 8}]
+    spent = cost.of_run(rows, config.search_price, config.gpu_price)
     assert spent["queries"] == 64_000
     assert spent["search_dollars"] == pytest.approx(586.7, abs=0.5)  # paper Table 8
     assert spent["device_hours"] == pytest.approx(4 * 1.5)
@@ -24,7 +25,7 @@ def test_the_paper_by_hand():
 
 def test_a_run_without_steps_costs_nothing():
     """Guards a division by what is not there."""
-    assert set(cost.of_run([], 1, 9.17, 1.47).values()) == {0}
+    assert set(cost.of_run([], 9.17, 1.47).values()) == {0}
 
 
 def test_a_run_counts_its_queries(work, capsys):

@@ -83,8 +83,66 @@ def test_wrong_files(tmp_path):
             with pytest.raises(UserError, match=words):
                 function(str(spec))
     (tmp_path / "bad.jsonl").write_text("no json")
-    with pytest.raises(UserError, match="cannot be read: .*(?i:invalid|malformed|parse)"):
+    with pytest.raises(UserError, match="cannot be read near row 1: Expecting value"):
         data.load(str(tmp_path / "bad.jsonl"), "train")
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("a.jsonl", b'{"question": "q?", "answer": "Malm\xf6"}\n', "cannot be read .*utf-8"),
+    ("a.json", b'[{"question": "q?", "answer": "x"}, 3]', "row 2 is no object"),
+    ("a.jsonl", b'{"question": "q?", "answer": "x"}\n{', "near row 2"),
+    ("a.parquet", b"PAR1 or not", "a.parquet cannot be read .*(?i:parquet)"),
+    ("a.jsonl", b"", "a.jsonl has .* no rows"),
+    ("a.json", b"[]", "a.json has .* no rows"),
+])  # fmt: skip
+def test_files_that_cannot_be_read(tmp_path, name, content, said):
+    """Guards tracebacks, at the first row that is used, and messages without a cause."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        data.load(str(tmp_path / name), "test")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("answer", ["1965-01-07", ["1965-01-07", "12:30:00"], {"value": "2001"},
+                                    "1.50", "null", "true", "007"])  # fmt: skip
+def test_texts_stay_as_they_were(tmp_path, answer, suffix):
+    """Guards dates that become timestamps, and texts that are taken for other kinds of values."""
+    golds = answer if isinstance(answer, list) else [*answer.values()] if isinstance(
+        answer, dict) else [answer]  # fmt: skip
+    path = write(tmp_path / f"mine.{suffix}", [{"question": "2020-02-02", "answer": answer}])
+    assert data.load(path, "test") == [Example("2020-02-02", tuple(golds), "mine")]
+
+
+def test_numbers_as_golds(tmp_path):
+    """Guards "1990.0", which no policy writes, and a missing number as the answer "nan"."""
+    rows = [{"question": f"q{x}?", "answer": x} for x in (1990.0, 0.5, None, float("nan"))]
+    for name in ("a.parquet", "a.jsonl"):
+        examples = data.load(write(tmp_path / name, rows), "test")
+        assert [e.answers for e in examples] == [("1990",), ("0.5",)]
+
+
+def test_rows_that_differ(tmp_path):
+    """Guards golds that are lost since another column, or another row, has none."""
+    rows = [
+        {"question": "q1?", "golden_answers": None, "answers": ["x"], "data_source": None},
+        {"question": "q2?", "golden_answers": [], "answers": ["y"], "data_source": "nq"},
+        {"question": "q3?", "golden_answers": ["z"], "answers": ["no"]},
+        {"question": "q4?", "answer": 3},
+    ]
+    golds = {"mine.jsonl": "x y z 3", "mine.parquet": "x y z"}  # whose rows have the same columns
+    for name, expected in golds.items():
+        examples = data.load(write(tmp_path / name, rows[: len(expected.split())]), "test")
+        assert [e.answers for e in examples] == [(gold,) for gold in expected.split()]
+        assert [e.source for e in examples][:3] == ["mine", "nq", "mine"]
+
+
+def test_the_byte_order_mark_of_other_editors(tmp_path):
+    """Guards a file that is refused for a mark that nobody sees."""
+    (tmp_path / "a.jsonl").write_text('{"question": "q?", "answer": "x"}\n\n', "utf-8-sig")
+    (tmp_path / "a.json").write_text('[{"question": "q?", "answer": "x"}]', "utf-8-sig")
+    for name in ("a.json", "a.jsonl"):
+        assert data.load(str(tmp_path / name), "test") == [Example("q?", ("x",), "a")]
 
 
 LAYOUTS = {
@@ -148,7 +206,7 @@ def test_several_files_with_any_name(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     for name in ("a.jsonl", "b{c}?.parquet", "d,e.json"):
         write(folder / name, [{"question": f"{name}?", "answer": "x"}])
-    examples = data.load("a.jsonl,b{c}?.parquet", "test")
+    examples = data.load("a.jsonl, b{c}?.parquet", "test")
     assert [(e.question, e.source) for e in examples] == [
         ("a.jsonl?", "a"), ("b{c}?.parquet?", "b{c}?")
     ]  # fmt: skip

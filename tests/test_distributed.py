@@ -12,6 +12,7 @@ SHARDED = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3DecoderLayer",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",  # Accelerate's default, and wrong for tied weights
 }  # fmt: skip
 FLAGS = [*POLICY, "--steps", "5", "--kl_coef", "0.1", "--lr", "0.003"]
 
@@ -58,6 +59,15 @@ def test_a_sharded_run_resumes(work):
     point = "runs/fsdp/checkpoints/step-3"
     same(whole[3:], run(work, 2, *flags, "--resume", point, **SHARDED))
     assert metrics(work / "runs" / "fsdp") == lines
+
+
+def test_half_precision_under_fsdp2(work):
+    """Guards LoRA weights that FSDP2 takes for frozen, and gradients of another type."""
+    (work / "runs").mkdir()
+    for more in (["--lora_rank", "4", "--algorithm", "ppo"], ["--gradient_checkpointing", "true"]):
+        flags = [*more, "--dtype", "bfloat16", "--steps", "2", "--output", f"runs/{len(more)}"]
+        one, two = run(work, 2, *flags, **SHARDED)
+        assert not torch.equal(one["weights"], two["weights"])
 
 
 def test_lora_under_fsdp2(work):

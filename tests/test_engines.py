@@ -119,12 +119,15 @@ def test_corpora_in_their_usual_layouts(tmp_path, name, rows):
 
 @pytest.mark.parametrize("name, content, said", [
     ("nowhere.txt", None, "There is no corpus"),
-    ("a.txt", "", "a.txt"),
-    ("a.txt", "\n \n", "a.txt is empty"),
+    ("a.txt", "", "a.txt has no text"),
+    ("a.txt", "\n \n", "a.txt has no text"),
     ("a.txt", b"\xff\xfe\x00", "cannot be read"),
     ("a.jsonl", "{", "cannot be read"),
-    ("a.jsonl", '{"body": "x", "id": 1}\n', "'contents' or 'text'; it has ['body', 'id']"),
+    ("a.jsonl", '{"body": "x", "id": 1}\n', "no text in a column 'contents' or 'text'"),
     ("a.csv", "x", "is none of .json, .jsonl, .parquet, .txt"),
+    ("a.jsonl", '{"contents": "Malmö"}'.encode("latin-1"), "cannot be read"),
+    ("a.jsonl", '{"contents": 3}\n{"contents": null}\n', "no text in"),
+    ("a.jsonl", '{"title": "x", "text": " "}\n{"text": null, "title": "x"}\n', "no text in"),
 ])  # fmt: skip
 def test_files_that_are_no_corpus(tmp_path, name, content, said):
     """Guards tracebacks from three libraries down for a wrong file."""
@@ -133,6 +136,30 @@ def test_files_that_are_no_corpus(tmp_path, name, content, said):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(said)):
         load_corpus(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_rows_without_text_are_left_out(tmp_path, suffix):
+    """Guards "None" and blanks as documents, and dates that become times."""
+    rows = [("Ann", None), (None, "1965-01-07"), ("Ann", " \n"), ("1965-01-07", "2001-02-03")]
+    rows = [{"title": title, "text": text} for title, text in rows]
+    path = write(tmp_path / f"a.{suffix}", rows)
+    assert list(load_corpus(path)) == ["1965-01-07", '"1965-01-07"\n2001-02-03']
+    path = write(tmp_path / f"b.{suffix}", [{"contents": text} for text in (None, "", "x")])
+    assert BM25.of_corpus(path).search([ask("x")]) == [["x"]]
+
+
+def test_a_corpus_of_many_kinds_of_rows(tmp_path):
+    """Guards rows that are refused since those before them are of another form."""
+    rows = [{"contents": "1965-01-07", "id": 1}, {"contents": "x", "id": "2", "date": "2001-02-03"},
+            {"text": "y", "title": "z"}, {"contents": ["no"]}, {"contents": 5}]  # fmt: skip
+    assert list(load_corpus(write(tmp_path / "a.jsonl", rows))) == ["1965-01-07", "x", '"z"\ny']
+
+
+def test_a_changed_corpus_is_read_anew(tmp_path):
+    """Guards the documents of yesterday's file out of the library's cache."""
+    for text in ("one", "another"):
+        assert list(load_corpus(write(tmp_path / "a.jsonl", [{"text": text}]))) == [text]
 
 
 def test_an_index_is_made_once_and_again_when_the_corpus_changes(tmp_path, monkeypatch):

@@ -106,14 +106,15 @@ def test_a_runs_policy_stands_beside_what_it_began_as(work, capsys):
     evaluation(*FILE)
     text = capsys.readouterr().out
     assert "../base" in text and "runs/mine/policy" in text
-    out = figures("runs/mine/evaluation.json")
+    out = figures("runs/mine/evaluation-questions.json")
     assert out["settings"]["policy"] == "runs/mine/policy"
     assert out["before"]["overall"]["n"] == out["overall"]["n"] == 9
     evaluation(*FILE, "--before", "none")  # its own file may be written over
-    assert "before" not in figures("runs/mine/evaluation.json")
+    assert "before" not in figures("runs/mine/evaluation-questions.json")
     evaluation(*FILE, "--engine_noise", "0.5")
     evaluation(*FILE, "--engine", "none")  # another kind of test loses no other's figures
-    names = ["evaluation-bm25-noise0.5.json", "evaluation-none.json", "evaluation.json"]
+    names = ["evaluation-questions-bm25-noise0.5.json", "evaluation-questions-none.json",
+             "evaluation-questions.json"]  # fmt: skip
     assert sorted(p.name for p in (work / "runs" / "mine").glob("eval*.json")) == names
 
 
@@ -196,7 +197,8 @@ def test_baselines(work, method, capsys, monkeypatch):
     monkeypatch.setattr(stages, "build_engine", spied)
     evaluation("--policy", "mine", *FILE, "--method", method)
     assert searched == ([9] if method == "rag" else [])
-    out = figures(f"evaluation-{method}.json")
+    engine = "-bm25" if method == "rag" else ""
+    out = figures(f"evaluation-questions-{method}{engine}.json")
     assert out["overall"]["n"] == 9 and out["settings"]["method"] == method
     assert out["overall"]["searches_per_question"] == (method == "rag")
     capsys.readouterr()
@@ -240,7 +242,7 @@ def test_without_a_run_one_is_made(work, monkeypatch):
     assert not made
     evaluation(*FILE)
     assert made == [("train_policy.py",)]
-    assert figures("runs/policy-1/evaluation.json")["overall"]["n"] == 9
+    assert figures("runs/policy-1/evaluation-questions.json")["overall"]["n"] == 9
 
 
 def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
@@ -255,7 +257,7 @@ def test_questions_are_spread_over_the_sources(work):
     rows = [{"question": f"q{i}?", "answer": "x", "data_source": "abbbc"[i]} for i in range(5)]
     (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation("--policy", "../base", "--data", "q.jsonl", "--engine", "none", "--questions", "4")
-    out = figures("../evaluation-none.json")
+    out = figures("../evaluation-q-none.json")
     assert [out[name]["n"] for name in "abc"] == [1, 2, 1]
 
 

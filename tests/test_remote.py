@@ -126,11 +126,40 @@ def test_a_web_search_that_finds_nothing(keys):
     with serving(lambda *_: (200, {"error": "Google hasn't returned any results for this query."})
                  ) as (url, _):  # fmt: skip
         assert WebSearch("serpapi", url=url, retries=0).search([ask("a")]) == [[]]
-    with serving(lambda *_: (200, {"error": "Your account has no searches left."})) as (url, _):
-        with pytest.raises(ServiceError):
-            WebSearch("serpapi", url=url, retries=0).search([ask("a")])
-    with serving(lambda *_: (200, {"organic": []})) as (url, _):
-        assert WebSearch("serper", url=url, retries=0).search([ask("a")]) == [[]]
+    for provider, answer in (
+        ("serper", {"organic": []}), ("serper", {"answerBox": {"answer": "x"}}),
+        ("serper", {"organic": None}), ("serpapi", {"search_metadata": {}}),
+    ):  # fmt: skip
+        with serving(lambda *_, answer=answer: (200, answer)) as (url, _):
+            assert WebSearch(provider, url=url, retries=0).search([ask("a")]) == [[]]
+
+
+@pytest.mark.parametrize("provider", ["serper", "serpapi"])
+def test_a_web_searchs_error_is_told(provider, keys):
+    """Guards errors that pass for no results, are not named, or repeat the key."""
+    answer = {"error": f"The account of {SECRET} has\nno searches left."}
+    with serving(lambda *_: (200, answer)) as (url, seen):
+        with pytest.raises(ServiceError, match="/search answered .*has no searches left") as error:
+            WebSearch(provider, url=url, retries=0).search([ask("a")])
+    assert SECRET not in str(error.value) and "\n" not in str(error.value)
+    assert error.value.__cause__ is error.value.__context__ is None and len(seen) == 1
+
+
+def test_missing_titles_and_snippets(keys):
+    """Guards "None" in a document."""
+    rows = [{"title": None, "snippet": "a"}, {"title": "b", "snippet": None}, {"title": None}]
+    with serving(lambda *_: (200, {"organic": rows})) as (url, _):
+        assert WebSearch("serper", url=url, retries=0).search([ask("q")]) == [["a", "b", ""]]
+
+
+def test_a_key_with_a_line_break(monkeypatch):
+    """Guards a key that is refused for how it came into the variable."""
+    monkeypatch.setenv("SERPER_API_KEY", f" {SECRET}\n")
+    with serving(page) as (url, _):
+        assert WebSearch("serper", url=url, retries=0).search([ask("Ann born")]) == [LINES[:3]]
+    monkeypatch.setenv("SERPER_API_KEY", " \n")
+    with pytest.raises(UserError, match="SERPER_API_KEY"):
+        WebSearch("serper")
 
 
 @pytest.mark.parametrize("provider, variable", [("serper", "SERPER_API_KEY"),
@@ -234,3 +263,12 @@ def test_files_that_are_no_cache(tmp_path):
     for path in (tmp_path / "text", tmp_path, tmp_path / "no" / "where"):
         with pytest.raises(UserError, match="cannot be a cache"):
             Cached(Counting(), str(path), "a")
+
+
+@pytest.mark.parametrize("columns", ["id, author, text", "request", "documents, request"])
+def test_anothers_table_is_no_cache(tmp_path, columns):
+    """Guards an error at the first reply, which has been paid for, and rows in another's table."""
+    file = sqlite3.connect(tmp_path / "c")
+    file.execute(f"CREATE TABLE replies ({columns})")
+    with pytest.raises(UserError, match="cannot be a cache: its table 'replies'"):
+        Cached(Counting(), str(tmp_path / "c"), "a")

@@ -18,14 +18,14 @@ def test_nothing_is_copied_where_nothing_differs():
     """Guards twice the memory for a copy of equal weights."""
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(dtype=dtype)
-        assert Writer(model, dtype)() is model
+        assert Writer(model, dtype, "cpu")() is model
 
 
 @pytest.mark.parametrize("sharded, dtype", [(False, torch.bfloat16), (True, torch.float32)])
 def test_a_copy_follows_the_trained_weights(family, sharded, dtype):
     """Guards rollouts with the weights of an earlier step, and a type that nobody asked for."""
     model = make_model(family, tie_word_embeddings=True)
-    writer = Writer(model, dtype, sharded)
+    writer = Writer(model, dtype, "cpu", sharded)
     for _ in range(2):
         copy = writer()
         assert copy is not model and copy is writer()  # made once
@@ -45,7 +45,7 @@ def test_a_copy_follows_the_trained_weights(family, sharded, dtype):
 def test_the_copy_writes_what_the_model_would():
     """Guards a copy in another mode, or one that a cast has broken."""
     model = make_model(dtype=torch.float64)
-    writer = Writer(model, torch.float64, sharded=True)
+    writer = Writer(model, torch.float64, "cpu", sharded=True)
     for _ in range(2):
         own, copied = (generate(m, [[EOS, 5, 6]], 12, seed=3)[0] for m in (model, writer()))
         assert own.ids == copied.ids and own.logprobs == copied.logprobs

@@ -387,7 +387,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(work, algorithm, monkeypa
 def test_resume_without_a_checkpoint_starts_at_step_one(work, capsys):
     """Guards a restart script that fails the first time, or numbers a new folder every time."""
     policy("--resume")
-    assert capsys.readouterr().out.splitlines()[0] == "A new run in runs/policy-1."
+    assert capsys.readouterr().out.splitlines()[1] == "A new run in runs/policy-1."
     assert [row["step"] for row in metrics(work / "runs" / "policy-1")] == [1, 2]
     policy("--resume", "--steps", "3", "--save_every", "1")  # no checkpoint: again from step 1
     assert [row["step"] for row in metrics(work / "runs" / "policy-1")] == [1, 2, 3]

@@ -86,7 +86,7 @@ def test_a_policy_collects_from_a_real_engine(work, capsys):
     rows = [json.loads(line) for line in one.splitlines()]
     assert "Replies: " in capsys.readouterr().out
     labels = Counter(row["label"] for row in rows)
-    assert 3 < labels["useful"] == labels["noisy"] <= 8
+    assert min(labels["useful"], labels["noisy"]) > 3
     golds = {row["question"]: row["answer"] for row in questions}
     corpus = Path("../corpus.txt").read_text().splitlines()
     for row in rows:
@@ -95,9 +95,10 @@ def test_a_policy_collects_from_a_real_engine(work, capsys):
         assert (row["label"] == "useful") == (row["answers"][0] in row["documents"][0])
     with pytest.raises(UserError, match="there are [0-9]+ noisy: "):
         simulator(*flags, "--engine_noise", "1", "--output", "none")
-    assert not Path("none").exists()
+    assert '"noisy"' in Path("none/collected.jsonl").read_text()  # what was paid for is kept
     simulator("--data", "one/collected.jsonl", "--output", "sim")
-    assert f"{len(rows)} of {len(rows)} pairs are taken" in capsys.readouterr().out
+    kept = 2 * min(labels["useful"], labels["noisy"])
+    assert f"{kept} of {len(rows)} pairs are taken" in capsys.readouterr().out
     assert weights(work / "sim") != weights(work.parent / "base")
 
 

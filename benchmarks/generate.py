@@ -1,120 +1,254 @@
-"""Tokens a second of minizs' generation beside `transformers`' own, on a rollout's workload.
+"""Generation: minizs beside `transformers`, on four workloads, and beside what the machine allows.
 
-    python benchmarks/generate.py [--threads 1] [--batch 64 128] [--repeats 5]
+    python benchmarks/generate.py [--batch 8 64 256] [--threads 2] [--repeats 3]
+    python benchmarks/generate.py --model large          # 110 M parameters, batch 64, equal lengths
 
-The model is a random Llama of 4 layers x 128 with 1,000 ids, in float32 on the CPU. Prompts of 20
-to 60 tokens come in groups of 8 equal ones. Responses have mixed lengths, up to 64 tokens: the
-head favours the end-of-sequence token so that about one token in 32 is one, and rows end there.
+- `equal`: prompts of 32 tokens, 32 new ones.
+- `mixed`: every row is a turn of a real rollout (`--policy` in the tiny world, with BM25): what
+  stood before it is its prompt, and it writes as many tokens as that turn had.
+- `wide`: as mixed as a larger model's rollouts: prompts of 20 to 400 tokens, 2 to 64 new ones.
+- `groups`: groups of 8 share a prompt of 150 tokens (about the paper's), 2 to 64 new ones.
 
-- `minizs`: `generate` once; it computes a group's prompt once, and a row that has ended leaves.
-- `transformers`: `model.generate(do_sample=True)` once, prompts padded on the left, its default
-  cache, pure sampling (top_k=0, top_p=1); rows that have ended stay until the last one has.
+How many tokens a row writes is given, nothing ends it early, so that all sides do the same work:
+- `minizs`: `generate`; a row that has its tokens leaves.
+- `dynamic`, `static`: `model.generate` with this cache, pure sampling, prompts padded on the left;
+  rows that have their tokens stay until the last one has, and these extra tokens do not count.
+- `continuous`: the library's continuous batching, every request with its own length, a cache as
+  large as needed, and room for all in one batch.
 
-Three turns, a chunk of 24 tokens (documents) appended after each:
-
-- `minizs`: one `Decoder`; the cache lives through the turns.
-- `transformers`: `generate` anew on the whole text at each turn, as ZeroSearch's own loop does.
-
-Both count only the tokens that rows wrote, the end-of-sequence token included. They take turns
-(A B A B); the medians of their rates are shown.
+The floor of a workload: the bytes of weights and cache that its forward passes have to read over
+the rate at which this machine reads memory, plus their floating-point operations over its rate of
+matrix products, both measured here. Shared prompts are computed once in it, and rows leave.
 """
 
 import argparse
 import random
-import statistics
-import time
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.utils import logging
 
-from minizs.generate import Decoder, generate
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-VOCAB, EOS, NEW, GROUP, CHUNK = 1000, 1, 64, 8, 24
+from benchmarks import measure
+from minizs import data, engines, models
+from minizs.generate import generate
+from minizs.rollout import Limits, rollout
+from minizs.world import embedded
+
+GROUP, PAGE = 8, 32
+SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, ids; then Qwen2.5's
+    "large": (768, 12, 12, 4, 2304, 32000),
+    "1.5b": (1536, 28, 12, 2, 8960, 151936),
+    "3b": (2048, 36, 16, 2, 11008, 151936),
+}
 
 
-def make_model() -> LlamaForCausalLM:
-    """A small random model; a head with a bias makes responses end after 32 tokens on average."""
+@dataclass(frozen=True)
+class Workload:
+    """Prompts of token ids, and how many tokens each row is to write."""
+
+    prompts: list[list[int]]
+    new: list[int]
+
+
+def make_model(name: str):
+    """A model of `SHAPES` with random weights, or the one that `minizs.models.load` knows."""
+    device = models.device()
+    dtype = models.compute_dtype("auto", device)
+    if name not in SHAPES:
+        return models.load(name, device, dtype)[0]
+    hidden, layers, heads, kv_heads, intermediate, vocab = SHAPES[name]
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=1024,
-        eos_token_id=EOS, bos_token_id=None, pad_token_id=0, tie_word_embeddings=False,
+    config = Qwen2Config(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocab,
+        max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    head = torch.nn.Linear(128, VOCAB)
-    with torch.no_grad():
-        head.weight.copy_(model.lm_head.weight)
-        head.bias.zero_()
-        head.bias[EOS] = torch.tensor((VOCAB - 1) / 31).log()  # p(eos) = 1/32 among flat logits
-    model.lm_head = head
-    return model
+    with device:
+        return models.cast_weights(Qwen2ForCausalLM(config), dtype).eval()
 
 
-def make_prompts(batch: int) -> list[list[int]]:
-    rng = random.Random(0)
-    lengths = [rng.randint(20, 60) for _ in range(batch // GROUP)]
-    prompts = [[rng.randrange(2, VOCAB) for _ in range(length)] for length in lengths]
-    return [prompt for prompt in prompts for _ in range(GROUP)]
+def real_turns(policy: str, questions: int, limits: Limits) -> list[tuple[list[int], int]]:
+    """(all ids before it, its tokens) of every turn of some rollouts, shuffled."""
+    model, tokenizer = models.load(policy)
+    world = embedded("train")
+    rows = rollout(
+        model, tokenizer, data.load("world", "train")[:questions],
+        engines.BM25(world.documents, 3, world.judge), group_size=GROUP, limits=limits,
+        template=models.load_prompt(policy),
+    )  # fmt: skip
+    turns = []
+    for row in rows:
+        edges = [i for i in range(1, len(row.ids)) if row.loss_mask[i] != row.loss_mask[i - 1]]
+        edges.append(len(row.ids))
+        turns += [(row.ids[:a], b - a) for a, b in zip(edges[::2], edges[1::2], strict=False)]
+    random.Random(0).shuffle(turns)
+    return turns
 
 
-def library_turn(model: LlamaForCausalLM, texts: list[list[int]]) -> list[list[int]]:
-    """What `transformers` writes after each text, cut after the end-of-sequence token."""
-    width = max(map(len, texts))
-    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])  # (B, T)
-    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
-    out = model.generate(
-        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=True, top_k=0, top_p=1.0
-    )
-    rows = out[:, width:].tolist()
-    return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+def workload(kind: str, batch: int, turns: list[tuple[list[int], int]], new: int) -> Workload:
+    """`turns`: those of `real_turns`. `new`: tokens that a row writes, or at most writes."""
+    rng = random.Random(batch)
+
+    def ids(length: int) -> list[int]:
+        return [rng.randrange(3, 600) for _ in range(length)]
+
+    def some() -> int:
+        return min(2 * new, 2 + int(rng.expovariate(1 / (0.7 * new))))
+
+    if kind == "equal":
+        return Workload([ids(32) for _ in range(batch)], [new] * batch)
+    if kind == "mixed":
+        chosen = [turns[i % len(turns)] for i in range(batch)]
+        return Workload([before for before, _ in chosen], [count for _, count in chosen])
+    if kind == "wide":
+        return Workload([ids(rng.randint(20, 400)) for _ in range(batch)],
+                        [some() for _ in range(batch)])  # fmt: skip
+    shared = [ids(150) for _ in range(ceil(batch / GROUP))]
+    return Workload([shared[i // GROUP] for i in range(batch)], [some() for _ in range(batch)])
 
 
-def ours(model: LlamaForCausalLM, prompts: list[list[int]], turns: int, seed: int) -> int:
-    """Tokens written in so many turns by minizs."""
-    if turns == 1:
-        return sum(len(result.ids) for result in generate(model, prompts, NEW, seed=seed))
-    capacity = max(map(len, prompts)) + turns * (NEW + CHUNK)
-    decoder = Decoder(model, prompts, capacity=capacity, seed=seed)
-    rows, written = list(range(len(prompts))), 0
-    for turn in range(turns):
-        results = decoder.turn(rows, NEW, [(row, turn) for row in rows])
-        written += sum(len(result.ids) for result in results)
-        decoder.append(rows, [list(range(2, 2 + CHUNK))] * len(rows))
-    return written
+def minizs(name: str) -> Callable[[Workload, int], int]:
+    model = make_model(name)
+
+    def work(load: Workload, seed: int) -> int:
+        return sum(len(row.ids) for row in generate(model, load.prompts, load.new, seed=seed,
+                                                    eos_id=()))  # fmt: skip
+
+    return work
 
 
-def theirs(model: LlamaForCausalLM, prompts: list[list[int]], turns: int, seed: int) -> int:
-    """Tokens written in so many turns by `transformers`."""
-    torch.manual_seed(seed)
-    texts, written = prompts, 0
-    for _ in range(turns):
-        new = library_turn(model, texts)
-        written += sum(map(len, new))
-        texts = [t + n + list(range(2, 2 + CHUNK)) for t, n in zip(texts, new, strict=True)]
-    return written
+def library(name: str, cache: str) -> Callable[[Workload, int], int]:
+    model = make_model(name)
+    model.generation_config.eos_token_id = None
+    logging.set_verbosity_error()
+
+    def work(load: Workload, seed: int) -> int:
+        torch.manual_seed(seed)
+        width = max(map(len, load.prompts))
+        ids = [[0] * (width - len(prompt)) + prompt for prompt in load.prompts]
+        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in load.prompts]
+        out = model.generate(
+            torch.tensor(ids, device=model.device), max_new_tokens=max(load.new), do_sample=True,
+            attention_mask=torch.tensor(mask, device=model.device), top_k=0, top_p=1.0,
+            cache_implementation=cache, pad_token_id=0,
+        )  # fmt: skip
+        rows = zip(out[:, width:].tolist(), load.new, strict=True)
+        return sum(len(row[:wanted]) for row, wanted in rows)
+
+    return work
 
 
-def main() -> None:
+def continuous(name: str) -> Callable[[Workload, int], int]:
+    model = make_model(name)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    logging.set_verbosity_error()
+
+    def work(load: Workload, seed: int) -> int:
+        settings = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1,
+                                    pad_token_id=0, max_new_tokens=max(load.new))  # fmt: skip
+        rows = list(zip(load.prompts, load.new, strict=True))
+        batching = ContinuousBatchingConfig(
+            page_size=PAGE, num_blocks=sum(ceil((len(p) + n) / PAGE) + 1 for p, n in rows),
+            max_batch_tokens=sum(map(len, load.prompts)), max_requests_per_batch=len(rows),
+            seed=seed,
+        )  # fmt: skip
+        written = 0
+        with model.continuous_batching_context_manager(
+            settings, continuous_batching_config=batching
+        ) as manager:
+            for prompt, new in rows:
+                manager.add_request(prompt, max_new_tokens=new)
+            for _ in rows:
+                result = manager.get_result(timeout=300)
+                if result is None or result.error:
+                    raise RuntimeError(f"continuous batching failed: {result and result.error}")
+                written += len(result.generated_tokens)
+        return written
+
+    return work
+
+
+def floor(model, load: Workload, read_rate: float, matrix_rate: float) -> float:
+    """Seconds; see the top of this file. The first new token comes from the prompt's forward."""
+    config, rows = model.config, list(zip(load.prompts, load.new, strict=True))
+    head = config.hidden_size * config.vocab_size
+    body = sum(p.numel() for p in model.get_decoder().parameters()) - head  # embeddings: a look-up
+    item = model.dtype.itemsize
+    heads, layers = config.num_attention_heads, config.num_hidden_layers
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    a_position = 2 * layers * config.num_key_value_heads * width * item
+    scores = 4 * layers * heads * width  # operations of a query with one key and its value
+    prompts = {tuple(prompt) for prompt in load.prompts}
+    read = sum(len(p) + step for p, n in rows for step in range(1, n))  # cache positions, decoding
+    forwards = max(load.new)
+    size = forwards * (body + head) * item + read * a_position
+    attended = read + sum(len(prompt) ** 2 // 2 for prompt in prompts)
+    fed = sum(map(len, prompts)) + sum(load.new) - len(rows)
+    work = 2 * body * fed + 2 * head * sum(load.new) + scores * attended
+    return size / read_rate + work / matrix_rate
+
+
+SIDES = {"minizs": (minizs,), "dynamic": (library, "dynamic"), "static": (library, "static"),
+         "continuous": (continuous,)}  # fmt: skip
+KINDS = ("equal", "mixed", "wide", "groups")
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of both sides")
-    parser.add_argument("--batch", type=int, nargs="+", default=[64, 128], help="rows, 8 a group")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each side")
-    args = parser.parse_args()
+    parser.add_argument("--model", default="tiny", help=f"tiny, a folder, or {', '.join(SHAPES)}")
+    parser.add_argument("--policy", default="tiny", help="whose rollouts are 'mixed'")
+    parser.add_argument("--workloads", nargs="+", choices=KINDS, help="default: all that fit")
+    parser.add_argument("--batch", type=int, nargs="+", help="rows; default 8 64 256, or 64")
+    parser.add_argument("--new", type=int, default=32, help="tokens a row writes; twice at most")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--continuous_up_to", type=int, default=64, help="rows; it is slow")
+    parser.add_argument("--questions", type=int, default=32, help="of the rollouts")
+    parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads a side")
+    parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    model = make_model()
-    for turns in (1, 3):
-        for batch in args.batch:
-            prompts, rates = make_prompts(batch), {ours: [], theirs: []}
-            for repeat in range(args.repeats + 1):  # the first is a warm-up
-                for side, measured in rates.items():
-                    start = time.perf_counter()
-                    written = side(model, prompts, turns, seed=repeat)
-                    measured.append(written / (time.perf_counter() - start))
-            a, b = (statistics.median(measured[1:]) for measured in rates.values())
-            print(
-                f"{turns} turn(s), batch {batch:4}: minizs {a:7.0f} tokens/s, "
-                f"transformers {b:7.0f} tokens/s, ratio {a / b:.2f}"
-            )
+    kinds = args.workloads or (KINDS[:1] if args.model in SHAPES else KINDS)
+    turns = real_turns(args.policy, args.questions, Limits(6, 40, 80, 448)) \
+        if "mixed" in kinds else []  # fmt: skip
+    model = make_model(args.model)
+    rates = (measure.read_rate(model.device), measure.matrix_rate(model.device, model.dtype))
+    print(measure.machine(args.threads))
+    print(f"{args.model}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}; memory "
+          f"is read at {rates[0] / 1e9:.1f} GB/s, matrix products run at {rates[1] / 1e9:.0f} "
+          "GFLOP/s\n")  # fmt: skip
+    print("| workload | batch | side | tokens/s | minizs is faster | peak MB | floor reached |")
+    print("|---|---|---|---|---|---|---|")
+    sides = {name: measure.Side(make, args.model, *more, threads=args.threads)
+             for name, (make, *more) in SIDES.items() if name in args.sides}  # fmt: skip
+    with measure.together(sides):
+        table(args, kinds, turns, model, sides, rates)
+
+
+def table(args, kinds, turns, model, sides: dict[str, measure.Side], rates) -> None:
+    """Measure every side on every workload, and print a line for each."""
+    for kind in kinds:
+        for batch in args.batch or ([64] if args.model in SHAPES else [8, 64, 256]):
+            load = workload(kind, batch, turns, args.new)
+            able = {name: side for name, side in sides.items()
+                    if name != "continuous" or batch <= args.continuous_up_to}  # fmt: skip
+            measured = measure.take_turns(able, args.repeats, load)
+            least = floor(model, load, *rates)
+            base = next(iter(measured.values()))
+            for name, runs in measured.items():
+                if any(run.value != sum(load.new) for run in runs):
+                    raise RuntimeError(f"{name} has not written what it was to write")
+                taken = measure.seconds(runs)
+                print(f"| {kind} | {batch} | {name} | {sum(load.new) / taken:.0f} | "
+                      f"{taken / measure.seconds(base):.2f} x | {measure.peak(runs):.0f} | "
+                      f"{least / taken:.1%} |", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

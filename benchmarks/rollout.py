@@ -1,0 +1,220 @@
+"""Whole multi-turn rollouts, policy and simulator: minizs beside the plain way.
+
+    python benchmarks/rollout.py [--policy tiny] [--questions 16] [--repeats 5]
+
+- `minizs`: `rollout` with `SimulatedSearch`, as in training.
+- `plain`: at each turn `model.generate` anew on the whole text so far, padded on the left, of every
+  row, until the last trajectory has ended. The simulator is called the same way, once a turn for
+  all queries. Tags are single tokens and end a row as the end-of-sequence token does.
+- `active`: the same without the trajectories that have ended, as in ZeroSearch's own loop; within
+  a turn rows still wait for the longest.
+
+All sample, with random numbers of their own: what they write differs a little from run to run, so
+tokens and searches a trajectory are shown, and the ratio is also given for a trajectory's token.
+
+Work: positions that went through the policy over the tokens in the trajectories, where a group's
+prompt counts once. Padding, which is computed too, is shown beside it as a share of these tokens.
+(minizs: `Decoder.positions`; the last token of a trajectory never goes through, while the last
+token of a prompt does so once a row.)
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import minizs.rollout
+from benchmarks import measure
+from minizs import data, models, protocol, runs, simulator, stages
+from minizs.reward import f1_score
+from minizs.rollout import Limits, rollout
+from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
+
+LIMITS = Limits(6, 40, 80, 448)  # the scripts' defaults
+SIMULATOR_TEMPERATURE = 0.8
+
+
+class Positions:
+    """Counts what goes through a model's decoder: positions, padding among them."""
+
+    def __init__(self, model) -> None:
+        self.count = 0
+        model.get_decoder().register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, _module, arguments: tuple, keywords: dict) -> None:
+        self.count += (arguments[0] if arguments else keywords["input_ids"]).numel()
+
+
+class Counted(minizs.rollout.Decoder):
+    """The policy's decoder; the newest one can be asked afterwards."""
+
+    def __init__(self, *arguments, **options) -> None:
+        Counted.newest = self
+        super().__init__(*arguments, **options)
+
+
+def tokens(rows: list[Trajectory], group: int) -> int:
+    """In the trajectories, a group's prompt once."""
+    prompts = [row.loss_mask.index(1) for row in rows]
+    return sum(len(row.ids) for row in rows) - sum(prompts) + sum(prompts[::group])
+
+
+def report(rows: list[Trajectory], group: int, fed: int, computed: int) -> dict[str, float]:
+    """`fed`: real tokens that went through the policy; `computed`: with padding."""
+    once = tokens(rows, group)
+    return {"length": sum(len(row.ids) for row in rows) / len(rows),
+            "searches": sum(row.searches for row in rows) / len(rows),
+            "f1": sum(row.reward for row in rows) / len(rows),
+            "fed": fed / once, "padding": (computed - fed) / once}  # fmt: skip
+
+
+def minizs_side(policy: str, simulated: str) -> Callable:
+    model, tokenizer = models.load(policy, models.device())
+    engine, wording = models.load(simulated, models.device()), models.resolve(simulated)
+    engine = simulator.SimulatedSearch(
+        *engine, simulator.load_template(wording), temperature=SIMULATOR_TEMPERATURE,
+        max_new_tokens=LIMITS.document_tokens)  # fmt: skip
+    template, positions = models.load_prompt(policy), Positions(model)
+    minizs.rollout.Decoder = Counted
+
+    def work(examples: list[Example], group: int, seed: int) -> dict[str, float]:
+        before = positions.count
+        rows = rollout(model, tokenizer, examples, engine, group_size=group, limits=LIMITS,
+                       seed=seed, template=template)  # fmt: skip
+        return report(rows, group, Counted.newest.positions, positions.count - before)
+
+    return work
+
+
+def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
+    """`keep`: trajectories that have ended stay in the batch until the last one has."""
+    logging.set_verbosity_error()
+    model, tokenizer = models.load(policy, models.device())
+    engine, engine_tokenizer = models.load(simulated, models.device())
+    prompt, wording = models.load_prompt(policy), models.resolve(simulated)
+    wording, positions = simulator.load_template(wording), Positions(model)
+    stops = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(protocol.STOP)]
+    if tokenizer.unk_token_id in stops or None in stops:
+        raise SystemExit(f"The tags are no single tokens of {policy}; take another --policy.")
+
+    def search(requests: list[SearchRequest]) -> list[list[str]]:
+        texts = [simulator.prompt(wording, request, 3) for request in requests]
+        ids = protocol.prompt_ids(engine_tokenizer, texts)
+        replies = write(engine, ids, LIMITS.document_tokens, SIMULATOR_TEMPERATURE,
+                        [engine_tokenizer.eos_token_id])  # fmt: skip
+        return [simulator.read_reply(engine_tokenizer.decode(reply, skip_special_tokens=True),
+                                     len(reply) == LIMITS.document_tokens, 3)
+                for reply in replies]  # fmt: skip
+
+    def work(examples: list[Example], group: int, seed: int) -> dict[str, float]:
+        torch.manual_seed(seed)
+        before, fed = positions.count, 0
+        rows = [Trajectory(example) for example in examples for _ in range(group)]
+        texts = [protocol.build_prompt(row.example.question, prompt) for row in rows]
+        for row, ids in zip(rows, protocol.prompt_ids(tokenizer, texts), strict=True):
+            row.append(ids)
+        live = rows
+        for turn in range(LIMITS.turns):
+            batch = rows if keep else live
+            written = write(model, [row.ids for row in batch], LIMITS.turn_tokens, 1.0, stops)
+            fed += sum(len(row.ids) + len(ids) - 1 for row, ids in zip(batch, written, strict=True))
+            ended, going = {id(row) for row in rows} - {id(row) for row in live}, []
+            for row, ids in zip(batch, written, strict=True):
+                if id(row) in ended:
+                    continue
+                row.append(ids, [0.0] * len(ids))
+                text = tokenizer.decode(ids)
+                action = protocol.parse_action(text)
+                row.turns.append(Turn(text, action.kind, action.content))
+                row.answer = action.content if action.kind == "answer" else None
+                if row.answer is None and turn < LIMITS.turns - 1 and ids[-1] in stops:
+                    going.append(row)
+            searching = [row for row in going if row.turns[-1].action == "search"]
+            requests = [SearchRequest(row.turns[-1].content, row.example.question,
+                                      row.example.answers) for row in searching]  # fmt: skip
+            for row, found in zip(searching, search(requests) if requests else [], strict=True):
+                row.turns[-1].documents = found
+            live = []
+            for row in going:
+                found = row.turns[-1].documents
+                reply = protocol.INVALID_ACTION if found is None else \
+                    protocol.wrap_documents(protocol.number_documents(found))  # fmt: skip
+                ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
+                if len(row.ids) + len(ids) + LIMITS.turn_tokens <= LIMITS.context:
+                    row.append(ids)
+                    live.append(row)
+            if not live:
+                break
+        for row in rows:
+            row.reward = f1_score(row.answer, row.example.answers)
+        return report(rows, group, fed, positions.count - before)
+
+    return work
+
+
+def write(model, texts: list[list[int]], new: int, temperature: float,
+          stops: list[int]) -> list[list[int]]:  # fmt: skip
+    """What `transformers` writes after each text, cut after the token that stopped it."""
+    width = max(map(len, texts))
+    ids = [[0] * (width - len(text)) + text for text in texts]
+    mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
+    out = model.generate(
+        torch.tensor(ids, device=model.device), max_new_tokens=new, do_sample=True,
+        attention_mask=torch.tensor(mask, device=model.device), temperature=temperature, top_k=0,
+        top_p=1.0, eos_token_id=stops, pad_token_id=0,
+    )  # fmt: skip
+    rows = out[:, width:].tolist()
+    ends = [next((i for i, token in enumerate(row) if token in stops), new) for row in rows]
+    return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
+
+
+def simulator_folder(name: str) -> str:
+    """The simulator to use: the one named, or the scripts' default, made if it is missing."""
+    return name or str(stages.make_default_simulator())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", default="", help="empty: the newest run's, else 'tiny'")
+    parser.add_argument("--simulator", default="", help="empty: runs/simulator, made if missing")
+    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--group", type=int, default=8, help="trajectories a question")
+    parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads a side")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each side")
+    args = parser.parse_args(argv)
+    trained = runs.newest_run()
+    args.policy = args.policy or (str(trained / "policy") if trained else "tiny")
+    settings = (args.policy, simulator_folder(args.simulator))
+    sides = {"minizs": measure.Side(minizs_side, *settings, threads=args.threads),
+             "plain": measure.Side(plain_side, *settings, True, threads=args.threads),
+             "active": measure.Side(plain_side, *settings, False, threads=args.threads)}
+    print(measure.machine(args.threads))
+    examples = data.load("world", "train")[: args.questions]
+    rows = args.questions * args.group
+    print(f"{rows} trajectories of {args.policy}, {args.group} a question, {LIMITS}\n")
+    with measure.together(sides):
+        measured = measure.take_turns(sides, args.repeats, examples, args.group)
+    print("| side | seconds | trajectories/s | tokens/s | peak MB | tokens | searches | F1 "
+          "| positions / token | padding / token |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    speeds = {}
+    for name, calls in measured.items():
+        means = {k: sum(call.value[k] for call in calls) / len(calls) for k in calls[0].value}
+        taken = measure.seconds(calls)
+        speeds[name] = (rows / taken, rows * means["length"] / taken)
+        print(f"| {name} | {taken:.2f} | {rows / taken:.1f} | {speeds[name][1]:.0f} | "
+              f"{measure.peak(calls):.0f} | {means['length']:.1f} | {means['searches']:.2f} | "
+              f"{means['f1']:.3f} | {means['fed']:.3f} | {means['padding']:.3f} |")  # fmt: skip
+    ours, per_token = speeds.pop("minizs")
+    for name, (theirs, theirs_per_token) in speeds.items():
+        print(f"\nminizs is {ours / theirs:.2f} times as fast as '{name}', "
+              f"{per_token / theirs_per_token:.2f} times for a trajectory's token.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""How the time and memory of a step grow: batch, response length, turns, model size, processes.
+
+    python benchmarks/scale.py [--only batch response turns model processes] [--repeats 2]
+
+All but `processes`: a random Qwen3 writes a given number of tokens in every turn of every row (with
+`Decoder`), 64 tokens of documents follow each turn but the last, and one GRPO update with a
+reference is made of these trajectories. One thing at a time differs from the base (the model in
+its width): 64 rows in groups of 8 with prompts of 64 tokens, 2 turns of 32 tokens, 3 layers x 128.
+
+`processes`: the rollout phase of training, policy and simulator, in one process and in two that
+share the questions as `train_policy.py` shares them, one thread each; and in two with twice the
+questions.
+"""
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_policy
+from benchmarks import measure
+from benchmarks.rollout import minizs_side, simulator_folder
+from minizs import data, models, stages
+from minizs.generate import Decoder
+from minizs.learner import build_learner
+from minizs.trajectory import Example, Trajectory
+
+GROUP, PROMPT, DOCUMENTS, VOCAB, LAYERS = 8, 64, 64, 610, 3
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a step consists of."""
+
+    rows: int = 64
+    response: int = 32  # tokens a turn
+    turns: int = 2
+    width: int = 128
+
+
+GROWS = {"batch": "rows", "response": "response", "turns": "turns", "model": "width"}
+
+
+def variants(base: Point, name: str, factors: list[int]) -> list[Point]:
+    """The points at which this thing is so many times the base's."""
+    field = GROWS[name]
+    return [replace(base, **{field: getattr(base, field) * factor}) for factor in factors]
+
+
+def make_step(width: int) -> Callable[[Point, int], dict[str, float]]:
+    """A function that does a step with a model of this width: seconds of its phases."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=LAYERS,
+        num_attention_heads=width // 32, num_key_value_heads=width // 32, head_dim=32,
+        max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).to(models.device()).eval()
+    settings = train_policy.PolicyConfig(lr=1e-6, group_size=GROUP)
+
+    def work(point: Point, seed: int) -> dict[str, float]:
+        learner = build_learner(stages.make_accelerator(settings), settings, model, VOCAB)
+        start = time.perf_counter()
+        trajectories = write(model, point, seed)
+        measure.synchronize()
+        written = time.perf_counter()
+        learner.update(trajectories)
+        measure.synchronize()
+        return {"rollout": written - start, "update": time.perf_counter() - written,
+                "tokens": sum(len(row.ids) for row in trajectories)}  # fmt: skip
+
+    return work
+
+
+def write(model, point: Point, seed: int) -> list[Trajectory]:
+    """Rollouts of just these lengths, with rewards by chance."""
+    rng = random.Random(seed)
+
+    def ids(length: int) -> list[int]:
+        return [rng.randrange(VOCAB) for _ in range(length)]
+
+    rows = [Trajectory(Example("", ("",))) for _ in range(point.rows)]
+    prompts = [ids(PROMPT) for _ in range(0, point.rows, GROUP)]
+    for i, row in enumerate(rows):
+        row.append(prompts[i // GROUP])
+        row.reward = rng.random()
+    capacity = PROMPT + point.turns * (point.response + DOCUMENTS)
+    decoder = Decoder(model, [row.ids for row in rows], capacity=capacity, seed=seed, eos_id=())
+    everyone = range(point.rows)
+    for turn in range(point.turns):
+        written = decoder.turn(everyone, point.response, [(i, turn) for i in everyone])
+        for row, out in zip(rows, written, strict=True):
+            row.append(out.ids, out.logprobs)
+        if turn < point.turns - 1:
+            documents = [ids(DOCUMENTS) for _ in rows]
+            decoder.append(everyone, documents)
+            for row, chunk in zip(rows, documents, strict=True):
+                row.append(chunk)
+    return rows
+
+
+def growth(name: str, points: list[Point], sides: dict[int, measure.Side], repeats: int) -> None:
+    """Measure these points by turns, on the side of their width, and print a line for each."""
+    calls = {point: [] for point in points}
+    for repeat in range(repeats + 1):
+        for point, runs in calls.items():
+            runs.append(sides[point.width](point, repeat))
+    for point, (_, *runs) in calls.items():  # the first has warmed up
+        rollout, update = (median(run.value[key] for run in runs) for key in ("rollout", "update"))
+        values = " | ".join(map(str, astuple(point)))
+        tokens = runs[0].value["tokens"]
+        print(f"| {name} | {values} | {tokens} | {rollout:.2f} | {update:.2f} | "
+              f"{1e6 * (rollout + update) / tokens:.0f} | {measure.peak(runs):.0f} |",
+              flush=True)  # fmt: skip
+
+
+def together(sides: list[measure.Side], examples: list[Example], group: int, seed: int) -> float:
+    """Trajectories a second of so many processes that share these questions."""
+    start = time.perf_counter()
+    shares = [examples[rank :: len(sides)] for rank in range(len(sides))]
+    running = [side.start(share, group, seed) for side, share in zip(sides, shares, strict=True)]
+    for future in running:
+        future.result()
+    return len(examples) * group / (time.perf_counter() - start)
+
+
+def processes(policy: str, simulated: str, questions: int, group: int, repeats: int) -> None:
+    examples = data.load("world", "train")[: 2 * questions]
+    one, other = (measure.Side(minizs_side, policy, simulated, threads=1) for _ in range(2))
+    rates: dict[str, list[float]] = {"1": [], "2": [], "2, twice the questions": []}
+    with measure.together({"one": one, "other": other}):
+        for repeat in range(repeats + 1):
+            rates["1"].append(together([one], examples[:questions], group, repeat))
+            rates["2"].append(together([one, other], examples[:questions], group, repeat))
+            twice = together([one, other], examples, group, repeat)
+            rates["2, twice the questions"].append(twice)
+    print(f"\nRollouts of {policy}: {questions} questions x {group}, one thread a process\n")
+    print("| processes | trajectories/s | ratio |\n|---|---|---|")
+    base = median(rates["1"][1:])
+    for name, measured in rates.items():
+        print(f"| {name} | {median(measured[1:]):.1f} | {median(measured[1:]) / base:.2f} |")
+
+
+def main(argv: list[str] | None = None) -> None:
+    names = [*GROWS, "processes"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument("--rows", type=int, default=64, help="of the base, 8 a group")
+    parser.add_argument("--response", type=int, default=32, help="of the base, tokens a turn")
+    parser.add_argument("--factors", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--policy", default="tiny", help="of 'processes'")
+    parser.add_argument("--simulator", default="", help="empty: runs/simulator, made if missing")
+    parser.add_argument("--questions", type=int, default=16, help="of 'processes'")
+    parser.add_argument("--group", type=int, default=8, help="trajectories a question")
+    parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads")
+    parser.add_argument("--repeats", type=int, default=2, help="measurements of each point")
+    args = parser.parse_args(argv)
+    print(measure.machine(args.threads))
+    base, chosen = Point(args.rows, args.response), [name for name in args.only if name in GROWS]
+    if chosen:
+        print("\n| what grows | rows | response | turns | width | tokens | rollout s "
+              "| update s | µs a token | peak MB |\n|---|---|---|---|---|---|---|---|---|---|---|")
+    points = {name: variants(base, name, args.factors) for name in chosen}
+    widths = {point.width for some in points.values() for point in some}
+    sides = {width: measure.Side(make_step, width, threads=args.threads) for width in widths}
+    with measure.together(sides):
+        for name, some in points.items():
+            growth(name, some, sides, args.repeats)
+    if "processes" in args.only:
+        processes(args.policy, simulator_folder(args.simulator), args.questions, args.group,
+                  args.repeats)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

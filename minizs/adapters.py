@@ -14,20 +14,17 @@ from torch import nn
 
 def add(model: nn.Module, rank: int, seed: int = 0) -> None:
     """Put a LoRA of this rank (alpha twice that) on linear layers, not the head; freeze the rest.
-
-    It starts as zero, so that the model is unchanged; its other half is random, by the seed, so
-    that all processes begin with the same one. Both are float32, whatever the model is: of
-    bfloat16 weights an optimiser's small steps would be rounded away.
-    """
+    It starts as zero, so that the model is unchanged; its other half is random, by the seed, and so
+    the same in all processes. Both are float32: a bfloat16 weight would round small steps away."""
     from peft import LoraConfig
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     torch.manual_seed(seed)
     model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     cast_adapter_dtype(model, "default")
-    base = Path(model.name_or_path)  # what the saved LoRA names, from wherever it is loaded
-    model.peft_config["default"].base_model_name_or_path = (
-        str(base.absolute()) if base.exists() else str(base))  # fmt: skip
+    base = Path(model.name_or_path)
+    if base.exists():  # the saved LoRA names it, and is loaded from anywhere
+        model.peft_config["default"].base_model_name_or_path = str(base.absolute())
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """From lists of token ids to padded tensors: micro-batches by token budget, sorted by length.
 
-Sorting by length leaves little padding, and a budget in positions rather than rows bounds memory
-whatever the lengths. Nothing is ever inferred from a pad id: lengths make the masks.
+A budget in positions, not rows, bounds memory. Lengths make the masks, never a pad id.
 """
 
 from dataclasses import dataclass
@@ -55,7 +54,6 @@ class Batch:
 
 
 def collate(trajectories: list[Trajectory], rows: list[int]) -> Batch:
-    """The chosen trajectories as tensors."""
     chosen = [trajectories[i] for i in rows]
     return Batch(rows, pad([t.ids for t in chosen]), attention([len(t.ids) for t in chosen]),
                  pad([t.loss_mask for t in chosen]),

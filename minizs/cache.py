@@ -1,10 +1,11 @@
 """A key-value cache for `transformers` models whose rows each have their own length.
 
-The library's own caches give all rows one length, so that prompts are padded on the left, and copy
-everything at each step to append a column. Here memory is taken ahead, each row is written at its
-own end, and attention reads a view of the part in use, with `feed`'s explicit mask and positions.
+The library's own caches pad prompts on the left, and copy everything to append a column. Here each
+row is written at its own end, in memory taken ahead, and attention reads a view of what is in use.
 Left out: paged memory, sliding windows (refused beyond the window), quantised keys.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,16 +45,10 @@ class RowCache(Cache):
             store[self.index, :, self.positions] = new.transpose(1, 2)  # (n, C, H, D)
         return tuple(store[self.window, :, : self.width] for store in stores)
 
-    def swap(self, a: list[int], b: list[int], width: int) -> None:
-        """Exchange rows a[i] and b[i], which hold `width` columns at most."""
+    def copy(self, sources: Sequence[int], targets: Sequence[int], width: int) -> None:
+        """Row targets[i] becomes what row sources[i] was, in its first `width` columns."""
         for store in self.stores:
-            store[a + b, :, :width] = store[b + a, :, :width]
-
-    def select(self, rows: list[int]) -> None:
-        """Keep copies of these rows, in this order; a row may be named several times."""
-        self.rows = len(rows)
-        for i, store in enumerate(self.stores):
-            self.stores[i] = store[rows]
+            store[targets, :, :width] = store[sources, :, :width]
 
 
 def row_limit(model: nn.Module) -> int:

@@ -1,106 +1,131 @@
 """JSON over HTTP to one server or several alike: served simulators and remote engines ask by it.
 
 A request that fails is sent again, to the next address, after a growing, partly random wait, and a
-bounded number of times. Nothing hangs: a try takes at most twice `timeout` (until the answer begins
-and until it ends), a wait at most `LONGEST_WAIT`. Messages hold the address alone: keys travel in
-headers and queries.
+bounded number of times. Nothing hangs: a try ends after `timeout`, however its bytes drip, and a
+wait after `LONGEST_WAIT`. Messages hold the address alone: keys travel in headers.
 """
 
+import asyncio
 import itertools
-import json
 import logging
 import random
 import re
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+import warnings
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from http.client import responses
 from typing import Any
 
-import requests
-from urllib3.exceptions import HTTPError, TimeoutError
+import httpx2
 
 from minizs.config import UserError, require
 
-logging.getLogger("urllib3").setLevel(logging.INFO)  # at DEBUG it writes queries, keys included
+for name in ("httpx2", "httpcore2"):
+    logging.getLogger(name).setLevel(logging.WARNING)  # below it they write what servers say
 RETRIED = (429, 500, 502, 503, 504)  # it may work later; any other refusal is final
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
-Read = Callable[[Any], Any]  # takes what is wanted out of an answer; raises if it is not there
+Read = Callable[[Any, dict | None], Any]  # (answer, what was posted) -> what is wanted, or raises
 
 
 class ServiceError(UserError):
     """A server does not answer as it should: which one, what happened, what to do."""
 
 
+@cache
+def shared() -> tuple[asyncio.AbstractEventLoop, httpx2.AsyncClient]:
+    """What sends all requests, and the loop that it runs in: a thread of its own, since a
+    notebook's is taken already. Raises UserError."""
+    try:  # no redirects: the headers, and so the key, would go wherever the server says
+        http = httpx2.AsyncClient(timeout=None)
+    except (ImportError, OSError, ValueError):  # whose words might hold a password
+        raise UserError("The proxy or the certificates that the environment names are of no use; "
+                        "mend HTTPS_PROXY, SSL_CERT_FILE and the like.") from None  # fmt: skip
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop, http
+
+
 class Client:
-    """Asks `urls` (in a string, commas between) by turns; `timeout` in seconds; `concurrency`: most
-    requests at a time in `map`. Raises UserError for an address that is none."""
+    """Asks `urls` (commas between) by turns. `timeout`: seconds of a try; `concurrency`: most
+    requests at a time; `on_error`: what has failed for good is a ServiceError ("stop"), or None and
+    a warning ("empty"). Raises UserError for an address that is none."""
 
-    def __init__(self, urls: str | Sequence[str], *, timeout: float = 60.0, retries: int = 5,
-                 concurrency: int = 16, headers: dict[str, str] | None = None) -> None:  # fmt: skip
-        urls = urls.split(",") if isinstance(urls, str) else urls
-        self.urls = [url.strip().rstrip("/") for url in urls]
+    def __init__(self, urls: str, timeout: float = 60.0, retries: int = 5,
+                 headers: dict[str, str] | None = None, on_error: str = "stop",
+                 concurrency: int = 16) -> None:  # fmt: skip
+        self.urls = [url.strip().rstrip("/") for url in urls.split(",")]
         for url in self.urls:  # one with a user or a query might not be shown
-            good = re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", url)
-            require(bool(good), "A server's address is http://HOST:PORT, with no user or query.")
-        self.timeout, self.retries, self.headers = timeout, retries, headers
-        self._turns, self._threads = itertools.count(), threading.local()
-        self._pool = ThreadPoolExecutor(concurrency)
+            good = re.fullmatch(r"https?://[^/?#@\s]+?(:\d+)?(/[^?#@\s]*)?", url)
+            require(bool(good) and 0 < int((good[1] or ":80")[1:]) < 65536,
+                    "A server's address is http://HOST:PORT, with no user or query.")  # fmt: skip
+        self.timeout, self.retries, self.concurrency = timeout, retries, concurrency
+        self.headers, self.on_error, self._turns = headers, on_error, itertools.count()
+        self._lost = 0  # requests that failed for good since one was answered
+        self._loop, self._http = shared()
 
-    def post(self, path: str, payload: dict, read: Read) -> Any:
-        """`read` of the answer to this JSON body. Raises ServiceError."""
-        return self._ask("POST", path, read, json=payload)
+    def get(self, path: str, read: Read) -> Any:
+        """`read(answer, None)`. Raises ServiceError."""
+        return asyncio.run_coroutine_threadsafe(self._ask(path, read), self._loop).result()
 
-    def get(self, path: str, read: Read, params: dict | None = None) -> Any:
-        """`read` of the answer to this query. Raises ServiceError."""
-        return self._ask("GET", path, read, params=params)
+    def post(self, path: str, payloads: Iterable[dict], read: Read) -> list:
+        """`read(answer, payload)` for each of these JSON bodies, in their order; see `on_error`."""
+        posts = self._post(path, payloads, read)
+        return asyncio.run_coroutine_threadsafe(posts, self._loop).result()
 
-    def map(self, function: Callable[[Any], Any], items: Iterable) -> list:
-        """`function` of each item, in their order; the first failure ends it all."""
-        return list(self._pool.map(function, items))
+    async def _post(self, path: str, payloads: Iterable[dict], read: Read) -> list:
+        room = asyncio.Semaphore(self.concurrency)
 
-    def _ask(self, method: str, path: str, read: Read, **content: Any) -> Any:
-        if not hasattr(self._threads, "session"):
-            self._threads.session = requests.Session()
-        # No redirects: the headers, and so the key, would go wherever the server says.
-        send = partial(self._threads.session.request, method, headers=self.headers, stream=True,
-                       timeout=self.timeout, allow_redirects=False, **content)  # fmt: skip
-        first, problem = next(self._turns), ""
-        for attempt in range(self.retries + 1):
+        async def one(payload: dict) -> Any:
+            async with room:
+                try:
+                    return await self._ask(path, read, payload)
+                except ServiceError as error:
+                    if self.on_error == "stop":
+                        raise
+                    warnings.warn(f"A search has failed: {error}", stacklevel=1)
+
+        tasks = [asyncio.create_task(one(payload)) for payload in payloads]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:  # the first failure ends it all
+            for task in tasks:
+                task.cancel()
+
+    async def _ask(self, path: str, read: Read, payload: dict | None = None) -> Any:
+        first = next(self._turns)
+        send = partial(self._http.request, "GET" if payload is None else "POST", json=payload,
+                       headers=self.headers)  # fmt: skip
+        # Where all that went out together is lost, patience with the rest would take hours.
+        tries = self.retries + 1 if self._lost < self.concurrency else 1
+        for attempt in range(tries):
             base = self.urls[(first + attempt) % len(self.urls)]
             # Many give an address with its first step, as in http://host:8000/v1: that is as good.
             url = base.removesuffix("/" + path.split("/")[1]) + path
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
             try:
-                with send(url) as response:
-                    body = b"".join(_pieces(response.raw, time.monotonic() + self.timeout))
-                if response.status_code == 200:
-                    return read(json.loads(body))
+                async with asyncio.timeout(self.timeout):
+                    response = await send(url)
+                status = response.status_code
+                if status == 200:
+                    found = read(response.json(), payload)
+                    self._lost = 0
+                    return found
                 # Not in the server's own words, which might repeat the key.
-                problem = f"answered {response.status_code} ({responses.get(response.status_code)})"
-                if response.status_code not in RETRIED:
+                problem = f"answered {status} ({responses.get(status)})"
+                if status not in RETRIED:
                     break
                 after = response.headers.get("Retry-After", "")  # seconds; dates are left out
                 wait = min(LONGEST_WAIT, float(after if after.isdecimal() else 0)) or wait
-            except (requests.Timeout, TimeoutError):
+            except TimeoutError:
                 problem = f"did not answer within {self.timeout:g} seconds"
-            except (requests.RequestException, HTTPError):
+            except (httpx2.HTTPError, httpx2.InvalidURL, ExceptionGroup):
                 problem = "cannot be reached, or broke off"
-            except (AttributeError, LookupError, TypeError, ValueError):
+            except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
                 problem = "did not answer in the expected form"
-            except ServiceError as error:  # raised by `read`: what is there instead
-                problem = str(error)
-            if attempt < self.retries:
-                time.sleep(wait)
-        # Not chained to its cause, whose text would hold the whole query, a key included.
+            if attempt + 1 < tries:
+                await asyncio.sleep(wait)
+        self._lost += 1
+        # Not chained to its cause, whose text might hold the key.
         raise ServiceError(f"{url} {problem} (try {attempt + 1}); check that this server runs, its "
                            "address, and the key and the model's name if any.")  # fmt: skip
-
-
-def _pieces(stream, end: float) -> Iterator[bytes]:
-    while piece := stream.read1(decode_content=True):
-        yield piece
-        if time.monotonic() > end:  # the timeout of `requests` is one read's, of many
-            raise requests.Timeout

@@ -16,13 +16,11 @@ def noise_probability(step: int, total_steps: int, start: float, end: float,
 
     with i = `step` counted from 1, m = `total_steps`, p_s = `start`, p_e = `end`, b = `base`.
     b > 1 keeps the noise near `start` for long (b = 4 is 1/3 of the way at half time), b < 1 raises
-    it early, and b = 1 is the limit, a straight line. Steps past the end stay at `end`. Raises
-    ValueError for a probability outside [0, 1], a negative step, no steps, or b <= 0.
+    it early, and b = 1 is the limit, a straight line. Steps past the end stay at `end`.
     """
-    if not (0.0 <= start <= 1.0 and 0.0 <= end <= 1.0):
-        raise ValueError(f"noise must be a probability in [0, 1], got {start} to {end}")
-    if total_steps < 1 or step < 0 or not 0.0 < base < math.inf:
-        raise ValueError(f"{step=}, {total_steps=} and {base=} must be >= 0, >= 1 and > 0")
+    shares, bounded = 0 <= start <= 1 and 0 <= end <= 1, 0 < base < math.inf
+    if not (shares and bounded and step >= 0 and total_steps >= 1):
+        raise ValueError(f"no curriculum: {step=}, {total_steps=}, {start=}, {end=}, {base=}")
     if step >= total_steps:
         return end  # exactly, whatever rounding would make of the formula
     progress = step / total_steps
@@ -30,8 +28,3 @@ def noise_probability(step: int, total_steps: int, start: float, end: float,
         # expm1(x log b) = b^x - 1 without the cancellation that a base near 1 would suffer.
         progress = math.expm1(progress * math.log(base)) / math.expm1(math.log(base))
     return start + progress * (end - start)
-
-
-def is_noisy(uniform: float, probability: float) -> bool:
-    """The draw for one search and all its documents, from a number in [0, 1)."""
-    return uniform < probability

@@ -12,8 +12,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
-from minizs.config import UserError, require
+from minizs.config import UserError, brief, require
 from minizs.randomness import hash64
 from minizs.reward import normalize_answer
 from minizs.trajectory import Example
@@ -35,13 +36,10 @@ def check(spec: str) -> list[str]:
     names = [spec] if Path(spec).is_file() else map(str.strip, spec.split(","))
     parts = [part for name in names for part in (PAPER if name == "paper" else [name])]
     for part in parts:
-        path = Path(part)
-        if path.suffix in FILES:
-            require(path.is_file(), f"There is no data file {part!r}; check the path.")
-        elif part not in PAPER and spec != "world":
-            named = HUB_NAME.fullmatch(part) and not path.is_file()
-            require(bool(named), f"--data {part!r} is neither 'world' nor a .json, .jsonl or "
-                    ".parquet file nor a hub name such as org/name:config.")  # fmt: skip
+        path, hub = Path(part), part in PAPER or spec == "world" or HUB_NAME.fullmatch(part)
+        known = path.is_file() if path.suffix in FILES else hub and not path.is_file()
+        require(bool(known), f"--data {part!r} is neither 'world' nor a {', '.join(FILES)} file "
+                "that is there nor a hub name such as org/name; check the path.")  # fmt: skip
     return parts
 
 
@@ -49,9 +47,9 @@ def load(spec: str, role: str, say: Callable[[str], None] = print) -> list[Examp
     """The examples of "world", or of files and hub names with commas between. Raises UserError.
 
     A hub name is `org/name`, `:config` and `@revision` at will, or one of `PAPER`; "paper" is all
-    of these. `role` is "train", "dev" or "test", each another world. A file, and the hub's "train",
-    is split: about one question in ten, told by its hash, is "dev" (there may be none), the rest
-    "train". "test" is every row, from the hub those of the split that comes nearest to a test.
+    of these. Each `role` ("train", "dev", "test") has its own world. Of a file, or the hub's split
+    "train", about one question in ten, told by its hash, is "dev" (there may be none), the rest
+    "train"; "test" is every row, from the hub those of the split that comes nearest to a test.
     `say` is told how many questions were left out: empty, over-long and repeated ones."""
     if spec == "world":
         return [Example(q.text, (q.answer,), q.kind) for q in embedded(role).questions()]
@@ -75,6 +73,32 @@ def load(spec: str, role: str, say: Callable[[str], None] = print) -> list[Examp
     return chosen
 
 
+def _examples(part: str, role: str, say: Callable[[str], None]) -> Iterator[Example]:
+    """Every row of a file or hub name, with the golds of its first column that has some."""
+    path, there = Path(part), {}
+    source = path.stem if path.is_file() else part.partition("@")[0].rpartition("/")[2]
+    for row in rows(part, role, say):
+        there |= row
+        found = ([*filter(normalize_answer, _golds(row.get(name)))] for name in GOLDS)
+        golds = tuple(dict.fromkeys(next(filter(None, found), [])))
+        text = row["question"].strip() if isinstance(row.get("question"), str) else ""
+        yield Example(text, golds, str(row.get("data_source") or source))
+    for names in (("question",), GOLDS):
+        missing = f"no column {' or '.join(map(repr, names))}; it has {list(there) or 'no rows'}."
+        require(not there.keys().isdisjoint(names), f"{part} has {missing}")
+
+
+def _golds(value: Any) -> list[str]:
+    """All texts of a gold, whether it is one text, a list, or a mapping (see NESTED) of these."""
+    if isinstance(value, dict):
+        value = [value.get(name) for name in NESTED]
+    if isinstance(value, list):
+        return [gold for one in value for gold in _golds(one)]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with gaps is often one of floats
+    return [] if value is None or value != value else [str(value)]
+
+
 def rows(part: str, role: str = "train", say: Callable[[str], None] = print) -> Iterator[dict]:
     """The rows of one file or hub name. Raises UserError."""
     if Path(part).is_file():
@@ -82,13 +106,12 @@ def rows(part: str, role: str = "train", say: Callable[[str], None] = print) -> 
     import datasets
 
     datasets.disable_progress_bars()
+    name = f"{PAPER_HUB}:{part}" if part in PAPER else part
     try:
-        name = f"{PAPER_HUB}:{part}" if part in PAPER else part
         name, config, revision = HUB_NAME.fullmatch(name).groups()
         splits = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # the library raises its own kinds for every format
-        cause = " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-        raise UserError(f"{part} cannot be read: {cause}") from error
+        raise UserError(f"{part} cannot be read: {brief(error.__cause__ or error)}") from error
     found = [split for split in SPLITS[role] if split in splits]
     require(bool(found), f"{part} has no split {role!r}; it has {', '.join(splits)}.")
     if role == "test" and found == ["train"]:
@@ -99,52 +122,38 @@ def rows(part: str, role: str = "train", say: Callable[[str], None] = print) -> 
 def read(path: Path) -> Iterator[dict]:
     """The rows of a file as they stand (`datasets` would make timestamps of some texts): the lines
     of a .txt, as `text`; of JSON a list's objects, or one a line. Raises UserError."""
-    import pyarrow.parquet
-
-    number, text = 0, path.suffix == ".txt"
+    number = 0
     try:
-        if path.suffix == ".parquet":
-            for some in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
-                yield from some.to_pylist()
-            return
-        with path.open(encoding="utf-8-sig") as file:
-            listed = not text and file.read(1) == "["
+        for number, row in enumerate(_parsed(path), 1):
+            require(isinstance(row, dict), f"{path} cannot be read: row {number} is no object.")
+            yield row
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: JSON without end in depth
+        raise UserError(f"{path} cannot be read near row {number + 1}: {brief(error)}") from error
+
+
+def _parsed(path: Path) -> Iterator[Any]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        for some in pyarrow.parquet.ParquetFile(path).iter_batches(1000):
+            yield from some.to_pylist()
+        return
+    with path.open(encoding="utf-8-sig") as file:
+        if path.suffix == ".txt":
+            yield from ({"text": line.rstrip("\n")} for line in file if line.strip())
+        elif (first := file.read(1)) == "[":
+            yield from _json(first + file.read())
+        else:
             file.seek(0)
-            found = json.load(file) if listed else filter(str.strip, file)
-            for number, row in enumerate(found, 1):
-                if not listed:
-                    row = {"text": row.rstrip("\n")} if text else json.loads(row)
-                require(isinstance(row, dict), f"{path} cannot be read: row {number} is no object.")
-                yield row
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} cannot be read near row {number}: {cause}") from error
+            yield from map(_json, filter(str.strip, file))
 
 
-def _examples(part: str, role: str, say: Callable[[str], None]) -> Iterator[Example]:
-    """Every row of a file or hub name, with the golds of its first column that has some."""
-    path, there = Path(part), {}
-    source = path.stem if path.is_file() else part.partition("@")[0].rpartition("/")[2]
-    for row in rows(part, role, say):
-        there |= row
-        found = ([*filter(normalize_answer, _golds(row.get(name)))] for name in GOLDS)
-        golds = tuple(dict.fromkeys(next(filter(None, found), [])))
-        text = str(row.get("question") or "").strip()
-        yield Example(text, golds, str(row.get("data_source") or source))
-    for names in (("question",), GOLDS):
-        missing = f"no column {' or '.join(map(repr, names))}; it has {list(there) or 'no rows'}."
-        require(not there.keys().isdisjoint(names), f"{part} has {missing}")
-
-
-def _golds(value) -> list[str]:
-    """All texts of a gold, whether it is one text, a list, or a mapping (see NESTED) of these."""
-    if isinstance(value, dict):
-        value = [value.get(name) for name in NESTED]
-    if isinstance(value, list):
-        return [gold for one in value for gold in _golds(one)]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of whole numbers with gaps is often one of floats
-    return [] if value is None or value != value else [str(value)]
+def _json(text: str) -> Any:
+    """Half a character (a lone surrogate), which JSON can spell and no tokenizer takes, is "?"."""
+    value = json.loads(text)
+    if "\\ud" in text.lower():
+        value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    return value
 
 
 def spread(examples: Sequence[Example], n: int) -> list[Example]:

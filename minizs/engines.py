@@ -1,13 +1,12 @@
 """The real search engines: what the policy meets at test time, and the simulator learns from.
 
 An engine is any object with `search(requests: list[SearchRequest]) -> list[list[str]]`. A request
-that is marked noisy gets the best-ranked documents that do *not* hold what it needs, so that a real
-engine can be as noisy as a simulated one; what a request needs, a judge decides. Those that other
-machines run are in remote.py.
+that is marked noisy gets the best-ranked documents that do *not* hold what it needs, which a judge
+decides: a real engine can be as noisy as a simulated one. Other machines' are in remote.py.
 """
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from shutil import rmtree
 
@@ -25,44 +24,60 @@ def holds_answer(document: str, request: SearchRequest) -> bool:
     return any(answer.lower() in document.lower() for answer in request.answers)
 
 
-class Ranking:
+class Engine:
+    """An engine that can fail: `find(requests)` gives None for what has failed for good."""
+
+    failed = 0  # requests so far that were answered with nothing since they failed
+
+    def search(self, requests: list[SearchRequest]) -> list[list[str]]:
+        """The documents for each request, best first, at most `top_k` of them, a line each."""
+        found = self.find(requests)
+        self.failed += found.count(None)
+        return [documents or [] for documents in found]
+
+
+class Ranking(Engine):
     """An engine whose method `rank(queries, n)` gives the `n` best documents for each query. What
     is taken out of a noisy reply is made up for from further down, as far as `deepest`."""
 
     def __init__(self, top_k: int, judge: Judge, deepest: int) -> None:
         self.top_k, self.judge, self.deepest = top_k, judge, deepest
 
-    def search(self, requests: list[SearchRequest]) -> list[list[str]]:
-        """The documents for each request, best first, at most `top_k` of them, a line each."""
-        results: list[list[str]] = [[] for _ in requests]
+    def find(self, requests: list[SearchRequest]) -> list[list[str] | None]:
+        results: list[list[str] | None] = [None] * len(requests)
         short, depth = list(range(len(requests))), min(self.top_k, self.deepest)
         while short:
             found = self.rank([requests[i].query for i in short], depth)
             for i, ranked in zip(short, found, strict=True):
-                texts, noisy = [" ".join(text.split()) for text in ranked], requests[i].noisy
-                kept = [text for text in texts if not (noisy and self.judge(text, requests[i]))]
-                results[i] = kept[: self.top_k]
+                results[i] = ranked and self.kept(ranked, requests[i])
             if depth == self.deepest:
                 break
-            short = [i for i in short if requests[i].noisy and len(results[i]) < self.top_k]
+            short = [i for i in short if requests[i].noisy and results[i] is not None
+                     and len(results[i]) < self.top_k]  # fmt: skip
             depth = min(2 * depth, self.deepest)
         return results
+
+    def kept(self, ranked: list[str], request: SearchRequest) -> list[str]:
+        texts = [" ".join(text.split()) for text in ranked]
+        return [text for text in texts
+                if not (request.noisy and self.judge(text, request))][: self.top_k]  # fmt: skip
 
 
 class BM25(Ranking):
     """BM25 (Robertson and Zaragoza, 2009) with `bm25s`: words and marks in lower case, not stemmed.
     `index` is one of these documents that was made before."""
 
-    def __init__(self, documents: Sequence[str], top_k: int = 3, judge: Judge = holds_answer,
+    def __init__(self, documents: Sequence, top_k: int = 3, judge: Judge = holds_answer,
                  index: bm25s.BM25 | None = None) -> None:  # fmt: skip
         super().__init__(top_k, judge, deepest=len(documents))
         self.documents, self.index = documents, index or make_index(documents)
 
     @classmethod
-    def of_corpus(cls, path: str | Path, top_k: int = 3, judge: Judge = holds_answer) -> "BM25":
-        """Over a file (`load_corpus`), its index kept beside it."""
-        documents = load_corpus(path)
-        return cls(documents, top_k, judge, saved_index(documents, Path(path)))
+    def of_corpus(cls, path: str | Path, top_k: int = 3) -> "BM25":
+        """Over a file (`load_corpus`), whose index is kept beside it."""
+        index = saved_index(Path(path))
+        documents, index.corpus = index.corpus, None  # else it would give documents, not places
+        return cls(documents, top_k, index=index)
 
     def rank(self, queries: list[str], n: int) -> list[list[str]]:
         return [[text for text, _ in found] for found in self.scored(queries, n)]
@@ -71,8 +86,12 @@ class BM25(Ranking):
         """The `n` best documents (or all there are) for each query, with their scores."""
         words, n = _words(queries, return_ids=False), min(n, len(self.documents))
         found = self.index.retrieve(words, k=n, show_progress=False)
-        return [[(self.documents[int(i)], float(score)) for i, score in zip(*row, strict=True)]
+        return [[(self.text(int(i)), float(score)) for i, score in zip(*row, strict=True)]
                 for row in zip(*found, strict=True)]  # fmt: skip
+
+    def text(self, i: int) -> str:
+        document = self.documents[i]
+        return document if isinstance(document, str) else document["text"]  # as `bm25s` saves it
 
 
 def _words(texts: Sequence[str], return_ids: bool):
@@ -86,22 +105,25 @@ def make_index(documents: Sequence[str]) -> bm25s.BM25:
     return index
 
 
-def saved_index(documents: Sequence[str], path: Path) -> bm25s.BM25:
-    """The index of this corpus file as it is now (its size and time), memory-mapped, in a folder
-    beside it. It is made once and saved whole or not at all; older ones go. Raises UserError."""
+def saved_index(path: Path) -> bm25s.BM25:
+    """The index of a corpus file as it is now (its size and time), with its documents, mapped into
+    memory. It is made once, in a folder beside the file, whole or not at all. Raises UserError."""
+    require(path.is_file(), f"There is no corpus {str(path)!r}; check the path.")
     folder, file = Path(f"{path}.bm25"), path.stat()
-    current = folder / f"{file.st_size}-{file.st_mtime_ns}"
+    current = folder / f"{file.st_size}-{file.st_mtime_ns}-texts"
     if not current.is_dir():
+        documents = load_corpus(path)
         try:
             folder.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as partial:
-                make_index(documents).save(Path(partial, "index"))
+                made = Path(partial, "index")
+                make_index(documents).save(made, documents, show_progress=False)
                 for old in set(folder.glob("[0-9]*-*")) - {current}:
                     rmtree(old)
-                Path(partial, "index").rename(current)
+                made.rename(current)
         except OSError as error:  # no harm where another process has been faster
             require(current.is_dir(), f"The index of {path} cannot be saved beside it: {error}")
-    return bm25s.BM25.load(current, mmap=True)
+    return bm25s.BM25.load(current, mmap=True, load_corpus=True)
 
 
 def titled(title: str | None, text: str) -> str:
@@ -109,31 +131,15 @@ def titled(title: str | None, text: str) -> str:
     return f'"{title}"\n' + text if title else text
 
 
-def load_corpus(path: str | Path) -> Sequence[str]:
+def load_corpus(path: Path) -> list[str]:
     """The documents of a file (see `data.read`): its rows' `contents`, or `text` and perhaps
-    `title`; rows without are left out. They stay on the disk. Raises UserError."""
-    import datasets
-
-    path, kinds = Path(path).absolute(), ", ".join(data.FILES)
-    require(path.is_file(), f"There is no corpus {str(path)!r}; check the path.")
-    require(path.suffix in data.FILES, f"{path} is none of {kinds}; save it as one.")
-    datasets.disable_progress_bars()
-    features = datasets.Features({"contents": datasets.Value("string")})
-    which = {"path": path, "version": path.stat().st_mtime_ns}  # or the cache gives an older one
-    try:
-        return datasets.Dataset.from_generator(_documents, features, gen_kwargs=which)["contents"]
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise error.__cause__ from None
-
-
-def _documents(path: Path, version: int) -> Iterator[dict]:
-    empty = True
-    for row in data.read(path):
-        text = row.get("contents", row.get("text"))
-        if isinstance(text, str) and text.strip():
-            empty = False
-            yield {"contents": titled(None if "contents" in row else row.get("title"), text)}
-    require(not empty, f"The corpus {path} has no text in a column 'contents' or 'text'.")
+    `title`; rows without are left out. Raises UserError."""
+    require(path.suffix in data.FILES, f"{path} is none of {', '.join(data.FILES)}: save it so.")
+    rows = ((row, row.get("contents", row.get("text"))) for row in data.read(path))
+    documents = [titled(None if "contents" in row else row.get("title"), text)
+                 for row, text in rows if isinstance(text, str) and text.strip()]  # fmt: skip
+    require(bool(documents), f"The corpus {path} has no text in a column 'contents' or 'text'.")
+    return documents
 
 
 class NoDocuments:

@@ -4,12 +4,12 @@ Every row counts, also one that never answered. Greedy by default (the paper's c
 D5), and EM is equality after normalisation (the paper's code tests for a substring, D4).
 """
 
-import glob
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean, stdev
 
 from minizs.metrics import searched_again
 from minizs.reward import exact_match, f1_score, substring_match
@@ -21,60 +21,45 @@ Answer = Callable[..., list[Trajectory]]  # (examples, keys=...) -> one trajecto
 
 
 def answer_all(answer: Answer, examples: Sequence[Example], accelerator, batch: int = 250,
-               log: Path | None = None, name: str = "") -> list[Trajectory] | None:  # fmt: skip
+               kept: Path | None = None) -> list[Trajectory] | None:  # fmt: skip
     """One trajectory for each example, in order, over all processes: None but on the main one.
 
     Every example is answered exactly once, with its index as its key, so that neither batch nor
-    processes change an answer. With `log` each batch is appended to a file `log.NAME.RANK` when it
-    is done: called again after an interruption, with any number of processes, it goes on from
-    there. In the end the main process writes `log`, an answer a line; those files (`parts`) are
-    the caller's to remove. Of a trajectory the text is kept, not the tokens.
+    processes change an answer. With `kept` each batch is appended to a file `kept.RANK` when it is
+    done: called again after an interruption, with any number of processes, it goes on from there.
+    Of a trajectory the text is kept, not the tokens.
     """
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    rank, world = accelerator.process_index, accelerator.num_processes
-    before = parts(log, name) if log else []
-    done = {row["index"]: row for part in before for row in read_lines(part)}
+    rank, world, mine = accelerator.process_index, accelerator.num_processes, {}
+    files = kept.parent.glob(f"{kept.name}.*") if kept else []
+    done = {row["index"]: from_row(row) for file in files for row in read_lines(file)}
     accelerator.wait_for_everyone()  # all have read before one writes
     todo = [i for i in range(len(examples)) if i not in done][rank::world]
-    mine = []
-    bar = tqdm(total=len(todo), disable=not name or rank > 0, unit="question", leave=False)
-    for start in range(0, len(todo), batch):
+    for start in tqdm(range(0, len(todo), batch), disable=not kept or rank > 0, leave=False):
         some = todo[start : start + batch]
         rows = answer([examples[i] for i in some], keys=[(i,) for i in some])
-        rows = [{"index": i} | as_row(row) for i, row in zip(some, rows, strict=True)]
-        mine += rows
-        if log:
-            with open(f"{log}.{name}.{rank}", "a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-        bar.update(len(some))
-    done |= {row["index"]: row for row in gather_object(mine)}
-    if rank > 0:
-        return None
-    rows = [done[i] for i in range(len(examples))]
-    if log:
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [from_row(row) for row in rows]
+        rows = [replace(row, ids=[], loss_mask=[], logprobs=[]) for row in rows]
+        mine |= zip(some, rows, strict=True)
+        if kept:
+            kept.parent.mkdir(exist_ok=True)
+            with open(f"{kept}.{rank}", "a") as file:
+                file.writelines(map(as_line, some, rows))
+    done |= dict(gather_object([*mine.items()]))
+    return [done[i] for i in range(len(examples))] if rank == 0 else None
 
 
-def parts(log: Path, name: str) -> list[Path]:
-    """The files in which `answer_all` keeps what is done."""
-    return sorted(log.parent.glob(f"{glob.escape(log.name)}.{name}.*"))
-
-
-def as_row(trajectory: Trajectory) -> dict:
-    """What a log keeps of a trajectory: all but its tokens."""
-    tokens = ("ids", "loss_mask", "logprobs")
-    return {name: value for name, value in asdict(trajectory).items() if name not in tokens}
+def as_line(index: int, trajectory: Trajectory) -> str:
+    """A line of a log of answers."""
+    return json.dumps({"index": index} | asdict(trajectory)) + "\n"
 
 
 def from_row(row: dict) -> Trajectory:
-    """Undo `as_row`."""
-    example = Example(**row["example"] | {"answers": tuple(row["example"]["answers"])})
-    turns = [Turn(**turn) for turn in row["turns"]]
-    return Trajectory(example, turns=turns, answer=row["answer"], truncated=row["truncated"],
-                      reward=row["reward"])  # fmt: skip
+    """Undo `as_line`, once it is read."""
+    fields = {name: value for name, value in row.items() if name != "index"}
+    fields["example"] = Example(**row["example"] | {"answers": tuple(row["example"]["answers"])})
+    return Trajectory(**fields | {"turns": [Turn(**turn) for turn in row["turns"]]})
 
 
 def summary(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -83,14 +68,13 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     out: dict[str, float] = {"n": n}
     for name, metric in METRICS.items():
         scores = [metric(t.answer, t.example.answers) for t in trajectories]
-        mean = sum(scores) / n
-        spread = math.sqrt(sum((x - mean) ** 2 for x in scores) / max(1, n - 1))
-        out |= {name: mean, f"{name}_stderr": spread / math.sqrt(n)}
-    out["searches_per_question"] = sum(t.searches for t in trajectories) / n
-    out["truncated"] = sum(bool(t.truncated) for t in trajectories) / n
+        error = stdev(scores) / math.sqrt(n) if n > 1 else 0.0
+        out |= {name: fmean(scores), f"{name}_stderr": error}
+    out["searches_per_question"] = fmean(t.searches for t in trajectories)
+    out["truncated"] = fmean(bool(t.truncated) for t in trajectories)
     for noisy, name in ((True, "again_after_noisy"), (False, "again_after_useful")):
-        pairs = [searched_again(t, noisy) for t in trajectories]
-        again, searches = (sum(column) for column in zip(*pairs, strict=True))
+        again, searches = map(sum, zip(*(searched_again(t, noisy) for t in trajectories),
+                                       strict=True))  # fmt: skip
         if searches:
             out[name] = again / searches
     return out
@@ -102,10 +86,10 @@ def table(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
     out = {s: summary([t for t in trajectories if t.example.source == s]) for s in sources}
     average: dict[str, float] = {"n": len(trajectories)}
     for name in (*METRICS, "searches_per_question"):
-        average[name] = sum(out[s][name] for s in sources) / len(sources)
+        average[name] = fmean(out[s][name] for s in sources)
     for name in METRICS:  # of a mean of independent means
-        errors = [out[s][f"{name}_stderr"] for s in sources]
-        average[f"{name}_stderr"] = math.sqrt(sum(e * e for e in errors)) / len(sources)
+        average[f"{name}_stderr"] = math.hypot(*(out[s][f"{name}_stderr"] for s in sources))
+        average[f"{name}_stderr"] /= len(sources)
     return out | {"overall": summary(trajectories), "average": average}
 
 

@@ -9,8 +9,8 @@
   positions and mask, so rows of any lengths share a batch and none sees a pad on its left.
 - **Every token is computed once.** A turn's last token is *pending*: it has been sampled but not
   been through the model, and is fed with whatever follows it. The cache outlives the turn.
-- **Rows that have stopped leave.** Live rows are swapped to the front of the cache, so that the
-  decode batch is a view of it, `cache[:n]`, and nothing is computed for the others.
+- **Rows that have stopped leave.** Live rows are swapped to the front of the cache: the decode
+  batch is a view of it, `cache[:n]`.
 Left out: beam search, top-k and top-p, paged memory, compiled graphs.
 """
 
@@ -29,7 +29,7 @@ from minizs.randomness import hash64
 from minizs.sampling import StopStrings, draw, uniforms
 
 Ints = int | Sequence[int]  # one number or several
-FORWARD_TOKENS = 32768  # most tokens in one forward pass; a larger chunk goes in groups of rows
+FORWARD_TOKENS = 8192  # most positions in one forward pass: more go in groups of rows
 
 
 @dataclass
@@ -50,7 +50,7 @@ def decoding(model: nn.Module) -> Iterator[None]:
     config._attn_implementation = "sdpa"
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.inference_mode():
             yield
     finally:
         config._attn_implementation = attention
@@ -78,17 +78,20 @@ class Decoder:
             eos_id = getattr(source, "eos_token_id", None) if eos_id is None else eos_id
         self.eos = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
         self._check(prompts)
-        heads = [tuple(prompt[:-1]) for prompt in prompts]
-        place = {head: i for i, head in enumerate(dict.fromkeys(heads))}
-        self.cache = RowCache(len(place), max(capacity, *map(len, prompts)))
-        self.order = list(range(len(place)))  # the row that each slot of the cache holds
-        self.length = [0] * len(place)  # tokens of each row that the cache holds
+        heads, rows = [tuple(prompt[:-1]) for prompt in prompts], range(len(prompts))
+        # The longest first: where they go through the model in groups, there is little padding.
+        place = {head: i for i, head in enumerate(sorted(dict.fromkeys(heads), key=len)[::-1])}
+        self.cache = RowCache(len(rows), max(capacity, *map(len, prompts)))
+        # The row that each slot of the cache holds, and each row's tokens that it holds.
+        self.order, self.length = list(rows), [0] * len(rows)
         self.pending = [list(head) for head in place]  # tokens of each row still to be fed
-        if any(place):  # not if every prompt is a single token
-            with decoding(model):
+        with decoding(model):
+            if any(place):  # not if every prompt is a single token
                 self._feed(len(place))
-        self.cache.select([place[head] for head in heads])  # a group's rows are copies
-        self.order, self.length = list(range(len(heads))), [len(head) for head in heads]
+            self.order.sort(key=lambda row: place[heads[row]])
+            if len(place) < len(rows):  # a group's rows are copies
+                self.cache.copy([place[heads[row]] for row in self.order], rows, max(self.length))
+        self.length = [len(head) for head in heads]
         self.pending = [[prompt[-1]] for prompt in prompts]
 
     def append(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
@@ -96,10 +99,6 @@ class Decoder:
         self._check(chunks)
         for row, chunk in zip(rows, chunks, strict=True):
             self.pending[row] += chunk
-
-    def size(self, row: int) -> int:
-        """Tokens in this row: prompt, turns and documents."""
-        return self.length[row] + len(self.pending[row])
 
     def turn(self, rows: Sequence[int], max_new_tokens: Ints,
              keys: Sequence[Ints]) -> list[Generated]:  # fmt: skip
@@ -109,18 +108,19 @@ class Decoder:
         if isinstance(max_new_tokens, int):
             max_new_tokens = [max_new_tokens] * len(rows)
         budget = dict(zip(rows, max_new_tokens, strict=True))
-        longest = max((self.size(row) + new for row, new in budget.items()), default=0)
-        if longest > self.limit:
-            raise ValueError(f"a row may reach {longest} tokens, which exceeds {self.limit}")
+        for row, new in budget.items():
+            if (longest := self.length[row] + len(self.pending[row]) + new) > self.limit:
+                raise ValueError(f"a row may reach {longest} tokens, which exceeds {self.limit}")
         keys = [(key,) if isinstance(key, int) else key for key in keys]
         states = {row: hash64(self.seed, *key) for row, key in zip(rows, keys, strict=True)}
         results = {row: Generated() for row in rows}
         with decoding(self.model):
+            live = rows
             for position in count():
-                going = [r for r in rows if results[r].reason == "length" and position < budget[r]]
-                if not going:
+                live = [r for r in live if results[r].reason == "length" and position < budget[r]]
+                if not live:
                     return list(results.values())
-                live = self._to_front(going)
+                live = self._to_front(live)
                 numbers = uniforms([states[row] for row in live], position)
                 drawn = self._sample(self._feed(len(live)), numbers)
                 for row, token, logprob in zip(live, *drawn, strict=True):
@@ -143,7 +143,7 @@ class Decoder:
         holes = [slot for slot in range(n) if self.order[slot] not in wanted]
         if holes:
             movers = [slot for slot in range(n, len(self.order)) if self.order[slot] in wanted]
-            self.cache.swap(holes, movers, max(self.length))
+            self.cache.copy(movers + holes, holes + movers, max(self.length))
             for a, b in zip(holes, movers, strict=True):
                 self.order[a], self.order[b] = self.order[b], self.order[a]
         return self.order[:n]
@@ -179,8 +179,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens:
              temperature: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
              keys: Sequence[Ints] | None = None, vocab_size: int | None = None,
              tokenizer=None, eos_id: Ints | None = None) -> list[Generated]:  # fmt: skip
-    """One turn for each prompt (a list of token ids): see `Decoder`, which also lists the errors.
-    `keys`: an integer or several a row, on which its random numbers hang; by default its index."""
+    """One turn for each prompt: see `Decoder`. `keys`: by default a row's index."""
     if not prompts:
         return []
     decoder = Decoder(model, prompts, vocab_size=vocab_size, temperature=temperature, seed=seed,

@@ -18,8 +18,7 @@ def by_group(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def center(groups: Tensor) -> Tensor:
-    """Rewards minus their group's mean, `(N / G, G)`; exactly 0 in a group of equal rewards. Groups
-    of one raise ValueError: there is no other trajectory to be compared with."""
+    """Rewards minus their group's mean, `(N / G, G)`; exactly 0 in a group of equal rewards."""
     if groups.shape[1] < 2:
         raise ValueError("group_size must be at least 2; for 1, use REINFORCE with no baseline")
     # The mean of three times 0.1 is not 0.1 in floating point, and dividing what is left by a tiny
@@ -30,12 +29,12 @@ def center(groups: Tensor) -> Tensor:
 
 def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> Tensor:
     """A_i = (r_i - mean of its group) / (s + 1e-6), `(N,)` to `(N,)`, rows of a group adjacent.
-    Standard deviations s are those of a sample (n - 1). Groups of one are refused. (The paper's
-    code takes mean 0 and s = 1 there, so that A = r: REINFORCE under the name of GRPO.)
+    Groups of one raise ValueError. (The paper's code takes mean 0 and s = 1 there, so that A = r:
+    REINFORCE under the name of GRPO.) Standard deviations s are those of a sample (n - 1):
 
     - scale "group": s is the group's standard deviation (GRPO, arXiv 2402.03300);
-    - scale "batch": s is that of all N rewards (Lite-PPO, arXiv 2508.08221): a group that hardly
-      differs is not blown up. With several processes pass the rewards of all of them;
+    - scale "batch": s is that of all N rewards, those of all processes (Lite-PPO, arXiv
+      2508.08221): a group that hardly differs is not blown up;
     - scale "none": no division (Dr. GRPO, arXiv 2503.20783).
     """
     centered = center(by_group(rewards, group_size))  # (N / G, G)
@@ -49,7 +48,6 @@ def group_advantages(rewards: Tensor, group_size: int, scale: str = "group") -> 
 
 
 def flat_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """Which groups have equal rewards throughout and so teach nothing, a boolean `(N / G,)`. Their
-    share is worth watching: near 1 the questions are all too hard or all too easy."""
+    """Which groups have equal rewards throughout and so teach nothing, a boolean `(N / G,)`."""
     low, high = by_group(rewards, group_size).aminmax(dim=1)
     return low == high

@@ -9,14 +9,17 @@ GRPO, PPO and REINFORCE share all of it but the advantage, and where the KL goes
 
 Micro-batches and processes only split the work: one count of tokens, over all of them, normalises
 the loss, every process does the same number of forward passes, and the loss goes through the module
-that Accelerate prepared, so that gradients are reduced.
+that Accelerate prepared, so that gradients are reduced. A step is skipped, by all processes alike,
+when its loss or gradient is not finite: one such step, and all weights would be NaN for good.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,10 +44,14 @@ class Learner:
     reference: Callable | None = None  # a frozen scorer; None where no KL is asked for
     critic: nn.Module | None = None  # for PPO
     critic_optimizer: Any = None
+    # Of the last update: rows whose loss was not finite, and each row's token advantages, (T,).
+    suspects: set[int] = field(default_factory=set)
+    advantages: dict[int, Tensor] = field(default_factory=dict)
 
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
         """Learn from this process's trajectories, the rows of a group adjacent. Returns metrics."""
         s = self.settings
+        self.suspects, self.advantages = set(), {}
         minibatches = self._split(trajectories)
         parts = [part for minibatch in minibatches for part in minibatch]
         rewards = torch.tensor([t.reward for t in trajectories], device=self.accelerator.device)
@@ -64,22 +71,31 @@ class Learner:
             flat = grpo.flat_groups(rewards, s.group_size).float().mean()
             metrics["flat_groups"] = self.accelerator.reduce(flat, "mean").item()
 
-        policy_stats, critic_stats, norms = [], [], []
-        for minibatch in minibatches:
-            weights, normalizer = self._token_weights(minibatch, s.loss_average)
-            losses_of = [partial(self._policy_loss, part, w, normalizer)
-                         for part, w in zip(minibatch, weights, strict=True)]  # fmt: skip
-            stats, norm = self._step(self.scorer, self.optimizer, losses_of)
-            policy_stats += stats
-            norms.append(norm)
+        for part in parts:
+            for row, values in zip(part.rows, part.advantages.cpu(), strict=True):
+                self.advantages.setdefault(row, values)  # the first: a filler has zeros
+
+        policy, critic = [], []  # (statistics, gradient norm) of each optimiser step
+        for parts in minibatches:
+            policy.append(self._step(self.scorer, self.optimizer, parts, self._policy_loss,
+                                     s.loss_average))  # fmt: skip
             if s.algorithm == "ppo":
-                _, tokens = self._token_weights(minibatch, "token")
-                losses_of = [partial(self._value_loss, part, tokens) for part in minibatch]
-                critic_stats += self._step(self.critic, self.critic_optimizer, losses_of)[0]
-        metrics |= self._gather(policy_stats)
-        if critic_stats:
-            metrics |= self._gather(critic_stats)
-        return metrics | {"grad_norm": sum(norms) / len(norms)}
+                critic.append(self._step(self.critic, self.critic_optimizer, parts,
+                                         self._value_loss, "token"))  # fmt: skip
+        for steps in filter(None, (policy, critic)):
+            metrics |= self._gather([part for stats, _ in steps for part in stats])
+        metrics["grad_norm"] = sum(norm for _, norm in policy) / len(policy)
+        return metrics | {"skipped": int(any(math.isnan(norm) for _, norm in policy + critic))}
+
+    def tokens(self, row: int, trajectory: Trajectory, tokenizer) -> dict[str, list]:
+        """For the page of a run: each token's text and what the last update made of it."""
+        ids = trajectory.ids
+        alone = tokenizer.batch_decode([[token] for token in ids])
+        both = tokenizer.batch_decode([list(pair) for pair in pairwise(ids)])
+        # What a token adds to the one before it: some tokenizers put spaces only between words.
+        pieces = alone[:1] + [b[len(a) :] for a, b in zip(alone, both, strict=False)]
+        advantages = self.advantages[row][: len(pieces)].tolist()
+        return {"pieces": pieces, "advantages": [round(a, 4) for a in advantages]}
 
     def _outcome_advantages(self, rewards: Tensor) -> Tensor:
         """GRPO's or REINFORCE's advantages of this process's rewards, (N,)."""
@@ -88,9 +104,8 @@ class Learner:
             return reinforce.advantages(rewards, s.group_size, s.baseline)
         # The batch's standard deviation is that of all processes together.
         everyone = self.accelerator.gather(rewards)
-        mine = len(rewards) * self.accelerator.process_index
         advantages = grpo.group_advantages(everyone, s.group_size, s.advantage_scale)
-        return advantages[mine : mine + len(rewards)]
+        return advantages.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def _ppo_advantages(self, parts: list[Batch], rewards: Tensor) -> float:
         """Sets advantages (whitened over the whole batch) and returns; gives the mean k1 KL."""
@@ -112,8 +127,9 @@ class Learner:
             part.advantages = ppo.whiten(part.advantages, part.mask, totals)
         return (self.accelerator.reduce(kl_sum, "sum") / totals[2].clamp(min=1)).item()
 
-    def _policy_loss(self, part: Batch, weights: Tensor, normalizer: Tensor):
+    def _policy_loss(self, part: Batch, normalizer: Tensor) -> losses.Loss:
         s = self.settings
+        weights, _ = self._weights(part, s.loss_average)
         logprobs, entropy = self.scorer(part.ids, part.attention, part.mask)
         old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
         loss, stats = losses.policy_loss(
@@ -122,47 +138,55 @@ class Learner:
         if part.ref_logprobs is not None and s.algorithm != "ppo":
             kl = losses.kl(logprobs, part.ref_logprobs, s.kl_kind, part.mask)
             loss = loss + s.kl_coef * losses.average(kl * weights, part.mask, normalizer)
-            stats["kl"] = losses.masked_mean(kl.detach(), part.mask)
+            stats["kl"] = losses.average(kl.detach(), part.mask)
         if s.entropy_coef:
             bonus = losses.average(entropy * weights, part.mask, normalizer)
             loss = loss - s.entropy_coef * bonus
-        stats["entropy"] = losses.masked_mean(entropy.detach(), part.mask)
+        stats["entropy"] = losses.average(entropy.detach(), part.mask)
         # Sampler and scorer are the same model: what they disagree on is rounding, and stays small.
         gap = losses.keep(old - part.sampled_logprobs, part.mask).abs()
         stats["logprob_gap_max"] = gap.max().detach()
         return loss, stats
 
-    def _value_loss(self, part: Batch, normalizer: Tensor):
+    def _value_loss(self, part: Batch, normalizer: Tensor) -> losses.Loss:
         values = self.critic(part.ids, part.attention)
         return ppo.value_loss(values, part.values, part.returns, part.mask,
                               self.settings.value_clip, normalizer)  # fmt: skip
 
-    def _step(self, module: nn.Module, optimizer,
-              losses_of: list[Callable]) -> tuple[list[dict], float]:  # fmt: skip
-        """One optimiser step on the sum of these losses: (statistics, gradient norm)."""
-        all_stats = []
-        for i, loss_of in enumerate(losses_of):
+    def _step(self, module: nn.Module, optimizer, parts: list[Batch], loss_of: Callable,
+              average: str) -> tuple[list[dict[str, Tensor]], float]:  # fmt: skip
+        """One optimiser step on the sum of the parts' losses: (statistics, gradient norm). If that
+        sum or its gradient is not finite there is none, on any process, and the norm is NaN."""
+        normalizer = self._normalizer(parts, average)
+        all_stats, values = [], []
+        for i, part in enumerate(parts):
             # Gradients are reduced over processes once, with the last micro-batch.
-            last = i == len(losses_of) - 1
+            last = i == len(parts) - 1
             # (Shards: with each, or every process would hold them whole.)
             alone = not last and not self.accelerator.is_fsdp2
             with self.accelerator.no_sync(module) if alone else nullcontext():
-                loss, stats = loss_of()
+                loss, stats = loss_of(part, normalizer)
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             all_stats.append(stats)
-        norm = self.accelerator.clip_grad_norm_(module.parameters(), self.settings.max_grad_norm)
-        optimizer.step()
+            values.append(loss.detach().float())
+        norm = float(self.accelerator.clip_grad_norm_(module.parameters(),
+                                                      self.settings.max_grad_norm))  # fmt: skip
+        guard = torch.stack([sum(values), torch.full_like(values[0], norm)])
+        finite = self.accelerator.reduce(guard, "sum").isfinite()  # the same on all processes
+        if finite.all():
+            optimizer.step()
+        else:  # with finite losses, any of them may have made the gradient
+            bad = [p for p, v in zip(parts, values, strict=True) if finite[0] or not v.isfinite()]
+            self.suspects |= {row for part in bad for row in part.rows}
         optimizer.zero_grad()
-        return all_stats, float(norm)
+        return all_stats, norm if finite.all() else math.nan
 
     @torch.no_grad()
     def _score(self, module: nn.Module, parts: list[Batch], name: str) -> None:
         """Sets `name` of each part to what the module says of it, (B, T)."""
         for part in parts:
-            if name == "values":
-                out = module(part.ids, part.attention)
-            else:
-                out = module(part.ids, part.attention, part.mask)[0]
+            inputs = (part.ids, part.attention)
+            out = module(*inputs) if name == "values" else module(*inputs, part.mask)[0]
             setattr(part, name, out)
 
     def _split(self, trajectories: list[Trajectory]) -> list[list[Batch]]:
@@ -185,13 +209,14 @@ class Learner:
             minibatches.append([part.to(self.accelerator.device) for part in parts])
         return minibatches
 
-    def _token_weights(self, parts: list[Batch], kind: str) -> tuple[list[Tensor], Tensor]:
-        """Each part's token weights, and the one normaliser of all parts of all processes."""
+    def _weights(self, part: Batch, kind: str) -> tuple[Tensor, Tensor]:
         longest = self.settings.max_turns * self.settings.max_turn_tokens
-        pairs = [losses.token_weights(part.mask, kind, longest) for part in parts]
-        total = torch.stack([norm.float() for _, norm in pairs]).sum()
-        total = self.accelerator.reduce(total, "sum").clamp(min=1)
-        return [weights for weights, _ in pairs], total
+        return losses.token_weights(part.mask, kind, longest)
+
+    def _normalizer(self, parts: list[Batch], kind: str) -> Tensor:
+        """What the losses of all these parts, of all processes, are divided by."""
+        total = torch.stack([self._weights(part, kind)[1].float() for part in parts]).sum()
+        return self.accelerator.reduce(total, "sum").clamp(min=1)
 
     def _gather(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
         """Statistics of all micro-batches of all processes as one dictionary of numbers."""

@@ -1,10 +1,9 @@
 """Log-probabilities (and entropies) of given tokens, computed only where they are needed.
 
 A language model's logits over a whole batch are its largest tensor by far: 64 sequences of 2,000
-tokens with a vocabulary of 150,000 are 77 GB in float32. Most positions of a searching trajectory
-are prompt or documents, which no loss ever looks at. So the backbone runs over everything, but the
-head only where the *next* token has loss mask 1, in chunks that the backward pass computes anew
-(checkpointing). Modules are called, never their weights used by hand: an adapted head works.
+tokens with a vocabulary of 150,000 are 77 GB in float32. So the backbone runs over everything, but
+the head only where the *next* token has loss mask 1 (most are prompt or documents), in chunks that
+the backward pass computes anew (checkpointing). Modules are called, never their weights by hand.
 Left out: fused kernels, models that change their logits after the head.
 """
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1024  # positions that go through the head at once: 0.6 GB of float32 logits at 150,000 ids
+CHUNK, LOGITS = 1024, 2**24  # most positions, and logits (64 MB), that leave the head at once
 # Configuration entries with which a family changes its logits after the head (Gemma, Cohere, ...).
 AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
@@ -74,7 +73,8 @@ def score(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask
 
     # With nothing to score there is one empty chunk, and every parameter's gradient is zero, not
     # missing: under DDP, the other processes would wait for it for ever.
-    pieces = zip(hidden.split(CHUNK), input_ids[wanted].split(CHUNK), strict=True)
+    size = max(1, min(CHUNK, LOGITS // model.config.vocab_size))
+    pieces = zip(hidden.split(size), input_ids[wanted].split(size), strict=True)
     chunks = [checkpoint(through_head, *piece, use_reentrant=False) for piece in pieces]
     logprobs, entropy = map(torch.cat, zip(*chunks, strict=True))  # (M,) each
     blank = torch.zeros(input_ids.shape, device=input_ids.device)  # (B, T)
@@ -95,7 +95,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.model, self.packed = model, packed
         self.temperature, self.vocab_size = temperature, vocab_size
-        # FSDP looks here for the layer classes to shard; without it, it would silently shard none.
+        # FSDP looks here for the layer classes to shard; without it, it shards none.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,13 @@ GRPO, PPO and REINFORCE minimise the same thing and differ in the advantage:
 
     loss = sum_t w_t * (surrogate_t + beta * KL_t - c * entropy_t) / normalizer
 
-over the tokens that the policy sampled (mask 1). Every tensor is `(B, T)`: B sequences, T tokens,
-in nats. A position with mask 0 (prompt, documents, padding) can hold anything, infinities and NaN
-too: inputs are replaced there before any arithmetic, because inf * 0 is NaN, in gradients as well.
+over the tokens that the policy sampled, which `Trajectory.append` marked 1. Else it would learn to
+write the engine's documents. All tensors are `(B, T)`: B sequences, T tokens. Positions with mask 0
+(prompt, documents, padding) can hold anything, infinities and NaN too: inputs are replaced there
+before any arithmetic, because inf * 0 is NaN, in gradients as well.
 
 `normalizer` belongs to the whole batch of an optimiser step: add up its parts, give the sum to all
-micro-batches and processes, and add the losses, so that the split of a batch changes nothing. (DDP
-and FSDP average gradients, so a training loop multiplies its loss by the number of processes.)
+micro-batches and processes, and add the losses, so that the split of a batch changes nothing.
 Left out: dual clip, CISPO, corrections for a sampler other than the scored model (here the same).
 """
 
@@ -27,25 +27,19 @@ def keep(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def average(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None = None) -> Tensor:
-    """Masked sum over `normalizer`, or over the mask's own count when that is None."""
+    """Masked sum over `normalizer`, or over the mask's own count (a mean) when that is None."""
     count = mask.sum().clamp(min=1) if normalizer is None else normalizer
     return keep(per_token, mask).sum() / count
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the mask's tokens, a scalar; 0 where there are none."""
-    return average(values, mask)
-
-
 def token_weights(mask: Tensor, kind: str = "token", max_tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """How much each token counts: weights w `(B, T)`, and this batch's part of the normalizer.
-    A row without any sampled token (a filler) counts nowhere.
+    """Weights w `(B, T)`, and this batch's part of the normalizer. Rows of mask 0 count nowhere.
 
     - "token" (DAPO, arXiv 2503.14476): w = 1, normalizer = the number of tokens.
-    - "sequence" (GRPO, arXiv 2402.03300): w = 1 / |sequence|, normalizer = the number of sequences.
-      Every sequence counts the same, so that a token of a long one counts less.
-    - "constant" (Dr. GRPO, arXiv 2503.20783): w = 1 / max_tokens, normalizer = sequences again.
-      Tokens count the same, over the length that a sequence may have, not the one it has.
+    - "sequence" (GRPO, arXiv 2402.03300): w = 1 / |sequence|, normalizer = the number of sequences:
+      a token of a long one counts less.
+    - "constant" (Dr. GRPO, arXiv 2503.20783): w = 1 / max_tokens, the length that a sequence may
+      have, not the one it has; normalizer = the number of sequences.
     """
     weights = mask.float()
     lengths = weights.sum(dim=1, keepdim=True)  # (B, 1)
@@ -69,20 +63,16 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
         l_t   = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)
         loss  = sum_t w_t l_t / normalizer
 
-    Without a normalizer it is the mean over the mask's tokens. `clip_high` > `clip_low` is DAPO's
-    clip-higher. `ratio_level="sequence"` is GSPO (arXiv 2507.18071): one ratio per sequence, the
-    geometric mean of its tokens', for "sequence" weights and a clip of about 3e-4. Old
-    log-probabilities and advantages get no gradient. The `approx_kl` estimate KL(old || new).
+    `clip_high` > `clip_low` is DAPO's clip-higher. `ratio_level="sequence"` is GSPO (2507.18071):
+    one ratio per sequence, the geometric mean of its tokens', for "sequence" weights, clip 3e-4.
 
     With one update per batch of rollouts rho is exactly 1: the loss is then minus the mean
     advantage, which says nothing, but its gradient is the policy gradient, A_t grad logprobs_t.
     Clipping begins to matter with the second update on the same batch.
     """
-    if ratio_level not in ("token", "sequence"):
-        raise ValueError(f'ratio_level must be "token" or "sequence", got "{ratio_level}"')
     if weights is not None and normalizer is None:
         raise ValueError("weights need the normalizer that token_weights gives with them")
-    log_rho = keep(logprobs, mask) - keep(old_logprobs.detach(), mask)  # (B, T)
+    log_rho = keep(logprobs - old_logprobs.detach(), mask)  # (B, T)
     log_rho = log_rho.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rho = log_rho.exp()
     if ratio_level == "sequence":
@@ -94,7 +84,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     per_token = -torch.minimum(unclipped, clipped)
     loss = average(per_token if weights is None else per_token * weights, mask, normalizer)
     stats = statistics(mask, clip_fraction=(clipped < unclipped).float(), ratio_mean=rho,
-                       approx_kl_k1=-log_rho, approx_kl_k3=log_rho.exp() - 1 - log_rho)  # fmt: skip
+                       approx_kl_k3=log_rho.exp() - 1 - log_rho)  # KL(old || new)  # fmt: skip
     return loss, stats | {"ratio_max": keep(rho.detach(), mask).max()}
 
 
@@ -116,9 +106,8 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str, mask: Tensor | None = 
     moving away from the reference; with beta = 0.001 this stays hidden for long.)
     Left out: what a token's choice does to the KL of later tokens; only k1 in the reward sees it.
     """
-    if mask is not None:
-        logprobs, ref_logprobs = keep(logprobs, mask), keep(ref_logprobs, mask)
     d = logprobs - ref_logprobs.detach()
+    d = d if mask is None else keep(d, mask)
     if kind == "k1":
         return d
     if kind == "k2":
@@ -132,15 +121,14 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str, mask: Tensor | None = 
 @torch.no_grad()
 def statistics(mask: Tensor, **values: Tensor) -> dict[str, Tensor]:
     """The number of tokens, and the mean of each of these values over them: for `merge_stats`."""
-    means = {name: masked_mean(value, mask) for name, value in values.items()}
+    means = {name: average(value, mask) for name, value in values.items()}
     return {"tokens": mask.sum().float()} | means
 
 
 def merge_stats(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """One batch's statistics from its parts': means weighted by `tokens`, maxima where a name ends
-    in `_max`. A process merges its micro-batches, and the results of all are merged again."""
+    """The whole's statistics from its parts': means weighted by `tokens`, maxima of any `_max`."""
     stacked = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}  # (parts,)
     tokens = stacked["tokens"]
-    merged = {name: (v * tokens).sum() / tokens.sum().clamp(min=1) for name, v in stacked.items()}
-    merged |= {name: v.max() for name, v in stacked.items() if name.endswith("_max")}
-    return merged | {"tokens": tokens.sum()}
+    means = {name: (v * tokens).sum() / tokens.sum().clamp(min=1) for name, v in stacked.items()}
+    maxima = {name: v.max() for name, v in stacked.items() if name.endswith("_max")}
+    return means | maxima | {"tokens": tokens.sum()}

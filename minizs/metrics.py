@@ -12,6 +12,11 @@ def searched_again(trajectory: Trajectory, noisy: bool) -> tuple[int, int]:
     return sum(after), len(after)
 
 
+def total(accelerator, count: int) -> int:
+    """The sum of all processes' counts."""
+    return int(accelerator.reduce(torch.tensor(int(count), device=accelerator.device), "sum"))
+
+
 def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, float]:
     """Means of all processes: of reward (F1), searches, tokens and so on per trajectory; the share
     of turns that were valid, and that of noisy or useful replies that another search followed."""

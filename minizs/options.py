@@ -15,12 +15,10 @@ class SearchConfig:
     policy: str = option("tiny", "The policy: 'tiny' (shipped), a folder or a hub name.")
     revision: str = option("", "Which revision of a hub name.")
     chat_template: str = option("auto", "'auto': the tokenizer's, if it has one.", ("auto", "none"))
-    attention: str = option("auto", "'auto': flash-attn if it is there and of use, else PyTorch's.",
+    attention: str = option("auto", "'auto': flash-attn where it can run, else PyTorch's.",
                             ("auto", "sdpa", "flash_attention_2"))  # fmt: skip
-    dtype: str = option("auto", "What the models compute in; 'auto': bfloat16 on a GPU.",
-                        ("auto", "float32", "bfloat16"))  # fmt: skip
-    data: str = option("world", "Questions: 'world', or .jsonl, .json, .parquet files and hub "
-                       "names, commas between; 'paper': its seven test sets.")  # fmt: skip
+    dtype: str = option("auto", "'auto': bfloat16 on a GPU.", ("auto", "float32", "bfloat16"))
+    data: str = option("world", "'world', files and hub names (commas between), or 'paper'.")
     output: str = option("", "Where the results go; empty: a new place in runs/.")
     overwrite: bool = option(False, "Delete what the output holds.")
     seed: int = option(0, "Decides every random number of the run.")
@@ -30,24 +28,19 @@ class SearchConfig:
     engine_noise: float = option(0.0, "How often a real engine's reply lacks what is needed.")
     engine_url: str = option("", "For --engine http: the retriever's address, or several.")
     engine_api: str = option("search-r1", "Whose protocol it speaks.", ("search-r1", "zerosearch"))
-    web: str = option("serper", "For --engine web: whose API; its key is in SERPER_API_KEY or "
-                      "SERPAPI_API_KEY.", ("serper", "serpapi"))  # fmt: skip
-    corpus: str = option("", "For --engine bm25 on your own data: .txt (a document a line), .jsonl "
-                         "or .parquet.")  # fmt: skip
+    corpus: str = option("", "For --engine bm25 on your own data: a .txt, .jsonl or .parquet file.")
     cache: str = option("", "A file that keeps what http and web engines answered.")
     top_k: int = option(3, "Documents a search.")
-    simulator: str = option("", "A folder, a hub name, or addresses of a server; empty: "
-                            "runs/simulator, made if it is missing.")  # fmt: skip
-    simulator_template: str = option("", "A file with its prompt's wording, or 'untuned'; empty: "
-                                     "what lies beside its weights.")  # fmt: skip
-    simulator_model: str = option("", "Its name at the server (`transformers serve`: its folder); "
-                                  "empty: the first there is.")  # fmt: skip
-    simulator_api: str = option("completions", "Of the server; 'chat' if the simulator has a chat "
-                                "template.", ("completions", "chat"))  # fmt: skip
+    simulator: str = option("", "Folder, hub name or address; empty: runs/simulator, made at need.")
+    simulator_template: str = option("", "A file with its prompt, or 'untuned'; empty: its own.")
+    simulator_model: str = option("", "Its name at the server; empty: the first there is.")
+    simulator_api: str = option("completions", "Of the server.", ("completions", "chat"))
     simulator_device: str = option("", "Where the simulator runs, such as cuda:1.")
     simulator_temperature: float = option(0.8, "At which the simulator writes.")
     timeout: float = option(60.0, "Seconds that one request to a server may take.")
     retries: int = option(5, "How often a failed request is sent again.")
+    on_search_error: str = option("stop", "Then: end the run, or find nothing and count it.",
+                                  ("stop", "empty"))  # fmt: skip
 
     max_turns: int = option(6, "Generations a trajectory; there are at most one fewer searches.")
     max_turn_tokens: int = option(40, "Tokens the policy may write in a turn.")
@@ -61,11 +54,8 @@ def check_search(config: SearchConfig) -> None:
     from minizs import data, models
 
     check_ranges(
-        config,
-        positive="top_k max_turns max_turn_tokens max_document_tokens max_context timeout",
-        not_negative="threads simulator_temperature temperature retries",
-        share="engine_noise",
-    )
+        config, "top_k max_turns max_turn_tokens max_document_tokens max_context timeout",
+        "threads simulator_temperature temperature retries", share="engine_noise")  # fmt: skip
     models.check_model(config.policy)
     models.check_positions(config.policy, config.max_context)
     data.check(config.data)
@@ -75,9 +65,8 @@ def check_search(config: SearchConfig) -> None:
         require(bool(config.corpus), "--engine bm25 on your own --data needs --corpus FILE.")
     require(config.engine != "http" or is_url(config.engine_url),
             "--engine http needs --engine_url http://HOST:PORT.")  # fmt: skip
-    for path in (config.corpus, config.simulator_template):
-        there = path in ("", "tuned", "untuned") or Path(path).is_file()
-        require(there, f"There is no file {path!r}; check the path.")
+    for path in {config.corpus, config.simulator_template} - {"", "tuned", "untuned"}:
+        require(Path(path).is_file(), f"There is no file {path!r}; check the path.")
 
 
 def is_url(text: str) -> bool:

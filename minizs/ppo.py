@@ -1,12 +1,9 @@
 """PPO: rewards per token, generalised advantages, a critic, and the critic's loss.
 
 Where GRPO compares a trajectory with others, PPO compares it with what a critic expected, token by
-token (arXiv 1707.06347). The surrogate is `losses.policy_loss`.
-
-A trajectory of a search agent has holes: documents that the environment wrote, between the tokens
-that the policy sampled (mask 1). For the policy a document is part of the step from one state to
-the next, not a step of its own. So no reward, value, discount or statistic comes from masked
-positions, whatever they hold. Shapes are `(B, T)` unless said otherwise; t is the sampled token.
+token (arXiv 1707.06347). A trajectory has holes: documents, between the tokens that the policy
+sampled (mask 1). For the policy a document is part of the step from one state to the next: no
+reward, value, discount or statistic comes from masked positions. Shapes are `(B, T)`.
 Left out: adaptive KL, bootstrapping of truncated trajectories (they are worth what they scored, 0).
 """
 
@@ -19,10 +16,8 @@ from minizs.losses import Loss, average, keep, statistics
 
 def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:
     """r_t = R * [t is the last sampled token] - beta * k1_t, from rewards R `(B,)` of trajectories
-    and `kl`, k1 = old_logprobs - ref_logprobs (`losses.kl`): the right estimator in a reward (paper
-    appendix F: beta = 0.001). A row without any sampled token gets no reward at all."""
-    sampled_from_here = mask.long().flip(1).cumsum(1).flip(1)  # how many are left, t included
-    is_last = mask.bool() & (sampled_from_here == 1)
+    and k1 (`losses.kl`), minus as a reward is maximised. Paper appendix F: beta = 0.001."""
+    is_last = mask.bool() & (mask.cumsum(1) == mask.sum(1, keepdim=True))
     return torch.where(is_last, rewards.unsqueeze(1), 0.0) - beta * keep(kl.detach(), mask)
 
 
@@ -58,13 +53,12 @@ def moments(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def whiten(advantages: Tensor, mask: Tensor, batch_moments: Tensor | None = None) -> Tensor:
-    """(A - mean) / (std + 1e-8) over the mask's tokens, 0 elsewhere; std is a sample's (n - 1). It
-    makes the step's size independent of the rewards' scale. `batch_moments`: of the whole batch,
-    summed over parts and processes. Not for returns, whose scale the critic has to learn."""
+    """(A - mean) / (std + 1e-8) over the mask's tokens, 0 elsewhere; std is a sample's (n - 1).
+    `batch_moments`: of the whole batch, summed over parts and processes."""
     total, squares, count = moments(advantages, mask) if batch_moments is None else batch_moments
     mean = total / count.clamp(min=1)
     variance = (squares - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
-    whitened = (keep(advantages, mask).double() - mean) / (variance.sqrt() + 1e-8)
+    whitened = (advantages.double() - mean) / (variance.sqrt() + 1e-8)
     return keep(whitened, mask).to(advantages.dtype)
 
 
@@ -75,9 +69,8 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
         V_clip = V_old + clip(V - V_old, -clip, clip)
         loss   = sum_t 1/2 max((V - R)^2, (V_clip - R)^2) / normalizer
 
-    over the mask's tokens, or their mean when `normalizer` is None. The maximum takes the gradient
-    away from a value that has already moved by `clip` towards its return, never from one that moved
-    away. Rewards are at most 1, so the paper's code's 0.5 is wide; infinity turns the clip off.
+    The maximum takes the gradient away from a value that has already moved by `clip` towards its
+    return, never from one that moved away. Rewards are at most 1: 0.5 (the paper's code) is wide.
     """
     values = keep(values, mask)
     old_values, returns = keep(old_values.detach(), mask), keep(returns.detach(), mask)

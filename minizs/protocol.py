@@ -6,6 +6,7 @@ Paper section 3.6 and Table 1. A turn of the policy is `<think> ... </think>` fo
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,8 +19,10 @@ an explanation, for example <answer> Beijing </answer>.
 Question: {question}
 """
 INVALID_ACTION = "\n\nThat action is not valid. Let me try again.\n\n"
+CLOSING = "\n</information>\n\n"
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 _DOCUMENT = re.compile(r"Doc \d+:")
+_TAG = r"<[\s/\\]*(?:think|search|information|answer)|<\s*\|[^>]{0,80}\|\s*>"
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,35 @@ def parse_action(text: str) -> Action:
     return Action("invalid") if kind == "search" and not content else Action(kind, content)
 
 
-def build_prompt(question: str, template: str = PROMPT) -> str:
-    """The text that a rollout starts from; a missing question mark is added."""
-    return template.replace("{question}", question.strip().removesuffix("?") + "?")
+def neutralize(text: str, tokenizer=None) -> str:
+    """Data made harmless: whatever begins like one of our tags, `<|...|>` or a special token of the
+    tokenizer, in any case and spacing, gets "(" for its first character. Other text stays as it is.
+
+    A tokenizer's normalizer may see a tag where we do not, in wide letters or behind accents and
+    hidden characters: a text that hides one comes back without these. A lone surrogate, which no
+    tokenizer takes, becomes "?". Left out: letters of other scripts that only look like Latin.
+    """
+    marks = _marks(tokenizer)
+    text = marks.sub("(", text.encode("utf-8", "replace").decode())
+    bare = "".join(c for c in unicodedata.normalize("NFKD", text)
+                   if c.isspace() or unicodedata.category(c)[0] not in "MC")  # fmt: skip
+    return marks.sub("(", bare) if marks.search(bare) else text
+
+
+@cache
+def _marks(tokenizer) -> re.Pattern:
+    """Matches a character where a mark begins, however marks overlap. A special token of a single
+    character (some "?" for what is unknown) is none."""
+    added = () if tokenizer is None else tokenizer.added_tokens_decoder.values()
+    special = [re.findall(r"\w+|\S", token.content) for token in added if token.special]
+    spaced = [r"\s*".join(map(re.escape, parts)) for parts in special if len("".join(parts)) > 1]
+    return re.compile(f"(?={'|'.join([_TAG, *spaced])}).", re.IGNORECASE | re.DOTALL)
+
+
+def build_prompt(question: str, template: str = PROMPT, tokenizer=None) -> str:
+    """The text that a policy starts from; a missing question mark is added."""
+    question = neutralize(question, tokenizer).strip().removesuffix("?") + "?"
+    return template.replace("{question}", question)
 
 
 @cache
@@ -56,6 +85,12 @@ def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
 
 
+def reply_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The ids of texts that join a context: no opening token and, as a second guard, no special
+    token for the text of one."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def number_documents(documents: list[str]) -> str:
     """`Doc 1: ...` on a line each: the form in which a simulator writes and a policy reads."""
     return "\n".join(f"Doc {i}: {text}" for i, text in enumerate(documents, 1))
@@ -69,4 +104,4 @@ def split_documents(text: str, limit: int) -> list[str]:
 
 def wrap_documents(numbered: str) -> str:
     """The whole block that is appended to the policy's context after a search."""
-    return f"\n\n<information>\n{numbered}\n</information>\n\n"
+    return f"\n\n<information>\n{numbered}{CLOSING}"

@@ -2,10 +2,9 @@
 
     u = uniform(seed, step, question, sample, turn, position)
 
-is always the same number in [0, 1) for the same integers, whoever asks for it and in whatever
-order. A rollout then does not depend on how its batch is laid out, on how many processes share the
-work, or on a run having been stopped and resumed, and there is no generator state to save. All
-arithmetic is modulo 2^64, so that sampling.py's version for arrays gives the same bits.
+is the same number in [0, 1) for the same integers, whoever asks, in whatever order. A rollout then
+does not depend on its batch's layout, the number of processes, or a resume. All arithmetic is
+modulo 2^64, so that sampling.py's version for arrays gives the same bits.
 Left out: cryptographic strength. These numbers decide which token is drawn, nothing else.
 """
 
@@ -22,8 +21,7 @@ def mix64(x: int) -> int:
 
 def hash64(*keys: int) -> int:
     """Fold keys into one number, in [0, 2^64): h_0 = 0, h_k = mix64((h_{k-1} XOR key_k) + GOLDEN).
-    Their order and number count; a negative one is taken modulo 2^64 (its two's complement). The
-    hash of shared leading keys can be computed once and continued."""
+    Their order and number count; a negative one is taken modulo 2^64 (its two's complement)."""
     state = 0
     for key in keys:
         state = mix64(((state ^ (key & MASK64)) + GOLDEN) & MASK64)

@@ -12,8 +12,8 @@ from minizs.grpo import by_group, center
 
 
 def advantages(rewards: Tensor, group_size: int, baseline: str = "leave_one_out") -> Tensor:
-    """`(N,)` rewards, the G rows of a group adjacent, to `(N,)` advantages in units of reward.
-    Either baseline needs a group of at least two, and gives exactly 0 where rewards are equal.
+    """`(N,)` rewards, the G rows of a group adjacent, to `(N,)` advantages in units of reward;
+    exactly 0 where a group's are equal. Baselines need G >= 2.
 
     - "leave_one_out" (RLOO, arXiv 2402.14740): A_i = r_i - the mean of the G - 1 others,
       which is G / (G - 1) * (r_i - the mean of all G);

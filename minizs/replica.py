@@ -3,11 +3,9 @@
 Where the weights are sharded (FSDP), generating with them would gather every layer at every token,
 and ranks whose rows end at different times would wait for each other for ever. And a GPU writes
 fastest in bfloat16, while the optimiser wants float32. In both cases a whole copy, in the type
-that the run computes in, is brought up to date once before each phase of rollouts; ranks then
-generate on their own. Otherwise there is nothing to copy.
-
-The log-probabilities that the ratio needs come from the trained model's own forward (learner.py),
-so what the copy's rounding changes is only seen in the metric `logprob_gap_max`.
+that the run computes in, is brought up to date once before each phase of rollouts. What its
+rounding changes is only seen in the metric `logprob_gap_max`: the ratio's log-probabilities come
+from the trained model's own forward (learner.py).
 """
 
 import copy
@@ -28,17 +26,14 @@ class Writer:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str,
                  sharded: bool = False) -> None:  # fmt: skip
-        self.model = model
-        self.copy = None
+        self.model = self.copy = model
         if sharded or dtype != model.dtype:
-            copied = cast_weights(copy.deepcopy(model), dtype)
-            self.copy = copied.requires_grad_(False).to(device)
+            self.copy = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False).to(device)
 
     @torch.no_grad()
     def __call__(self) -> nn.Module:
-        if self.copy is None:
-            return self.model
-        pairs = zip(self.copy.parameters(), self.model.parameters(), strict=True)
-        for target, source in pairs:
-            target.copy_(whole(source))
+        if self.copy is not self.model:
+            pairs = zip(self.copy.parameters(), self.model.parameters(), strict=True)
+            for mine, theirs in pairs:
+                mine.copy_(whole(theirs))
         return self.copy

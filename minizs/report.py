@@ -1,71 +1,131 @@
-"""One self-contained page about a run: its curves, and trajectories of its first and last step.
+"""One self-contained page about a run: its curves, and what training did with every token.
 
-The page loads nothing and runs no script. Documents are written by a model or come from the web, so
-all that is data goes through `html.escape`; the page's content policy would stop what slipped by.
+The page (report.html, a Jinja template) loads nothing and runs no script; its filters are radio
+buttons and CSS. Documents are written by a model or come from the web, so all that is data is
+escaped on its way into the template; the page's content policy would stop what slipped by.
 """
 
-from html import escape
+import json
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import groupby, islice, pairwise
 from pathlib import Path
-from string import Template
 
 import yaml
+from jinja2 import Environment
 
 from minizs import protocol
+from minizs.reward import exact_match
 from minizs.runs import read_lines
 
-PAGE = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
-CURVES = yaml.safe_load(Path(__file__).with_name("report.yaml").read_text(encoding="utf-8"))
+PAGE = Environment(
+    autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    finalize=lambda value: visible(value) if type(value) is str else value,
+).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))  # fmt: skip
+PLOTS = yaml.safe_load(Path(__file__).with_name("report.yaml").read_text(encoding="utf-8"))
+FIRST, LAST, TESTS = 8, 24, 16  # trajectories shown of a log's two ends, and questions of a test
+
+
+def visible(words: str) -> str:
+    """Text in which what hides, moves or colours text, in a terminal or by turning the direction of
+    writing, and half a pair of surrogates is a mark that can be seen."""
+    return "".join(c if c.isprintable() or c in "\n\u200c\u200d" else " " if c.isspace() else "�"
+                   for c in words)  # fmt: skip
 
 
 def write(folder: Path) -> None:
     """Write `report.html` from the logs in `folder`, whatever there is; replaced in one go."""
-    metrics, trajectories = (read_lines(folder / f"{x}.jsonl") for x in ("metrics", "trajectories"))
-    shown = []
-    for step in sorted({row["step"] for row in trajectories[:1] + trajectories[-1:]}):
-        shown.append(f"<h2>Trajectories of step {step:d}</h2>")
-        shown += [trajectory(row) for row in trajectories if row["step"] == step]
-    page = PAGE.substitute(name=escape(folder.resolve().name), trajectories="\n".join(shown),
-                           curves="\n".join(curve(metrics, name) for name in CURVES))  # fmt: skip
+    shown = [(kinds(*pair), pair) for pair in tests(folder)]
+    shown += [(kinds(row), [row]) for row in ends(folder / "trajectories.jsonl")]
+    html = render(folder.resolve().name, read_lines(folder / "metrics.jsonl"), shown)
     temporary = folder / "report.html.tmp"
-    temporary.write_text(page, encoding="utf-8", errors="replace")
+    temporary.write_text(html, encoding="utf-8")
     temporary.replace(folder / "report.html")  # os.replace: a reader never sees half a page
 
 
-def curve(metrics: list[dict], name: str) -> str:
-    """One value over the steps of the run; '' where it was never a finite number."""
-    points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
-    if not points:
-        return ""
-    first, last = metrics[0]["step"], metrics[-1]["step"]
-    low, high = min(y for _, y in points), max(y for _, y in points)
-    across, up = 314 / (last - first or 1), 56 / (high - low or 1)
-    line = [f"{across * (x - first):.1f},{76 - up * (y - low):.1f}" for x, y in points]
-    x, y = line[-1].split(",")
-    return f"""<div><h3>{name} <b>{number(points[-1][1])}</b></h3>
-<svg viewBox="0 0 320 96"><path d="M0 80H314"/><polyline points="{" ".join(line)}"/>
-<circle cx="{x}" cy="{y}" r="3"/><text y="12">min {number(low)}, max {number(high)}</text>
-<text y="93">step {first}</text><text x="314" y="93" text-anchor="end">{last}</text></svg>
-<small>{CURVES[name]}</small></div>"""
+def render(name: str, metrics: list[dict], shown: list[tuple[list[str], list[dict]]]) -> str:
+    """The page; `shown` are trajectories, each alone or in a pair, with their filters (`kinds`)."""
+    counts = Counter(kind for some, _ in shown for kind in some)
+    plots = {title: plot(metrics, **form) for title, form in PLOTS.items() if metrics}
+    return PAGE.render(name=name, plots=plots, shown=shown, counts=counts, blocks=blocks,
+                       number=number)  # fmt: skip
 
 
-def number(value: float) -> str:
+def number(value: float | None) -> str:
+    if value is None:  # it was no finite number
+        return "none"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def trajectory(row: dict) -> str:
-    """A question, and turn by turn what the policy wrote and what it was given."""
-    example, turns, reward = row["example"], row["turns"], number(row["reward"])
-    page = [f"<details><summary>{escape(example['question'])} <b>reward {reward}</b></summary>"]
-    for turn in turns:
-        page.append(f"<div class=own>{escape(turn['text'].strip())}</div>")
-        if turn["documents"] is not None:
-            kind = "noisy" if turn["noisy"] else "useful"
-            text = escape(protocol.number_documents(turn["documents"]) or "nothing found")
-            unread = " (did not fit, never read)" if turn is turns[-1] else ""
-            page.append(f"<div class=other><b class={kind}>{kind}</b>{unread}\n{text}</div>")
-        elif turn["action"] == "invalid" and turn is not turns[-1]:
-            page.append(f"<div class=other>{protocol.INVALID_ACTION.strip()}</div>")
-    answer = f"none ({row['truncated']})" if row["answer"] is None else row["answer"]
-    gold = " or ".join(example["answers"])
-    page.append(f"Answer: <b>{escape(answer)}</b><br>Gold: <b>{escape(gold)}</b></details>")
-    return "".join(page)
+def plot(metrics: list[dict], series: dict[str, str], healthy: str) -> dict:
+    """Where the lines of a plot run, in a box of 314 by 76: those that ever had a finite value.
+    `series` names them; `healthy` is handed on."""
+    named = {label: [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+             for name, label in series.items()}  # fmt: skip
+    named = {label: points for label, points in named.items() if points}
+    values = [y for points in named.values() for _, y in points] or [0.0]
+    first, last, low, high = metrics[0]["step"], metrics[-1]["step"], min(values), max(values)
+    across, up = 314 / (last - first or 1), 76 / (high - low or 1)
+    lines = {label: [(across * (x - first), 96 - up * (y - low)) for x, y in points]
+             for label, points in named.items()}  # fmt: skip
+    return {"lines": lines, "now": {label: points[-1][1] for label, points in named.items()},
+            "healthy": healthy, "x": (first, last), "y": (low, high)}  # fmt: skip
+
+
+def ends(path: Path) -> Iterator[dict]:
+    """The first and the last rows of a log that may be long, but for an unfinished line."""
+    if path.exists():
+        with open(path, "rb") as file:
+            for line in [*islice(file, FIRST), *deque(file, LAST)]:
+                with suppress(ValueError):
+                    yield json.loads(line)
+
+
+def tests(folder: Path) -> list[tuple[dict, dict]]:
+    """The same question before and after training, from the newest test: spread evenly, not chosen
+    by how they ended."""
+    logs = sorted(folder.glob("evaluation*.before.jsonl"), key=lambda path: path.stat().st_mtime)
+    both = [(log, log.with_name(log.name.replace(".before.", "."))) for log in logs[-1:]]
+    rows = [pair for logs in both for pair in zip(*map(read_lines, logs), strict=False)
+            if pair[0]["example"] == pair[1]["example"]]  # fmt: skip
+    return rows[:: -(-len(rows) // TESTS) or 1]
+
+
+def kinds(first: dict, after: dict | None = None) -> list[str]:
+    """The filters that show a trajectory, or the one after training where there are two."""
+    row = after or first
+    right = exact_match(row["answer"], row["example"]["answers"])
+    again = any(a["documents"] is not None and a["noisy"] and b["action"] == "search"
+                for a, b in pairwise(row["turns"]))  # fmt: skip
+    found = {"all": True, "test": after, "train": not after, "right": right, "wrong": not right,
+             "changed": first["answer"] != row["answer"], "again": again}  # fmt: skip
+    return [kind for kind, holds in found.items() if holds]
+
+
+def blocks(row: dict) -> Iterator[tuple[str, list[tuple[float, list[str]]]]]:
+    """What the policy wrote ("own") and was given ("prompt", "useful" or "noisy" documents, the
+    "reply" to an invalid action, documents "unread"): runs of tokens with their advantage."""
+    turns, turn, kind = iter(row["turns"]), None, "prompt"
+    for own, run in groupby(tokens(row), key=lambda token: token[1]):
+        alike = groupby(run, key=lambda token: token[2] or 0.0)
+        yield "own" if own else kind, [(a, [piece for piece, *_ in some]) for a, some in alike]
+        if own:
+            turn = next(turns)
+            kind = "reply" if turn["documents"] is None else "noisy" if turn["noisy"] else "useful"
+    if turn and own and turn["documents"] is not None:
+        yield "unread", [(0.0, [protocol.number_documents(turn["documents"])])]
+
+
+def tokens(row: dict) -> Iterator[tuple[str, int, float | None]]:
+    """(text, 1 if trained on, advantage) of every token; where these were not logged, as in a
+    test, of every turn and of what followed it."""
+    if "pieces" in row:
+        yield from zip(row["pieces"], row["loss_mask"], row["advantages"], strict=True)
+        return
+    for turn in row["turns"]:
+        yield turn["text"].strip(), 1, 0.0
+        if turn is not row["turns"][-1]:
+            found = turn["documents"]
+            reply = protocol.INVALID_ACTION if found is None else protocol.number_documents(found)
+            yield reply, 0, 0.0

@@ -79,7 +79,7 @@ def make_server(engine: BM25, host: str, port: int) -> Server:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(RetrieverConfig, argv)
-    check_ranges(config, positive="top_k", not_negative="port")
+    check_ranges(config, "top_k", "port")
     engine = (BM25.of_corpus(config.corpus, config.top_k) if config.corpus
               else BM25(embedded("test").documents, config.top_k))  # fmt: skip
     server = make_server(engine, config.host, config.port)

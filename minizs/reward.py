@@ -2,10 +2,8 @@
 
 Training uses F1 (paper §3.5): it gives part of the reward for a partly right answer, so that the
 samples of one question differ more often, and its precision makes every extra word cost something.
-The paper reports that its "EM" led to very long answers; that was in fact the substring match.
-Evaluation reports F1, exact match and substring match. How this differs from the paper's code:
-- Its EM asks whether the gold answer is contained in the prediction, so that naming many candidates
-  scores 1. Here exact match is equality, and the substring match says what it is.
+- The paper's code calls "EM" whether the gold answer is contained in the prediction, so that naming
+  many candidates scores 1 (and led to long answers). Here that is the substring match.
 - It looks for the answer in the prompt and the documents too, so that a rollout without one is
   scored on the prompt's example. Here the caller passes the policy's own answer; None scores 0.
 - A gold answer that normalises to nothing ("The") is contained in everything. Here it scores 0.
@@ -26,10 +24,9 @@ def normalize_answer(text: str) -> str:
 
 
 def f1_score(prediction: str | None, answers: Iterable[str]) -> float:
-    """Word-overlap F1 = 2 IN / (PN + RN) with the best-matching gold answer (paper §3.5): PN and RN
-    are the numbers of words in prediction and gold after normalisation, IN the number they share, a
-    repeated word counting as often as it stands in both. This is 2PR / (P + R) in one division, so
-    that equal scores are equal floats and a group of them has no spread."""
+    """F1 = 2 IN / (PN + RN) with the best-matching gold answer (paper §3.5): PN and RN are the
+    numbers of words in prediction and gold, IN that of shared ones, a repeated word as often as it
+    stands in both. One division: equal scores are equal floats, and their group has no spread."""
     return _best(_f1, prediction, answers)
 
 

@@ -7,8 +7,8 @@ ids that are trained on: they are decoded to be parsed, never tokenised again (d
 
 How a trajectory can end without an answer, each marked in `truncated`, with reward 0 and its tokens
 in the loss: "turns" (its last turn did not answer; a search in it is not executed), "turn_tokens"
-(a turn ran out of tokens before it closed a tag), "document_tokens" (an engine's reply is too long)
-and "context" (the next piece does not fit). Nothing is ever cut out of a context.
+(a turn ran out of tokens before it closed a tag) and "context" (the next piece does not fit).
+An overlong reply is cut before its closing tag; nothing is ever cut out of a context.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from minizs import protocol
-from minizs.curriculum import is_noisy
+from minizs.config import require
 from minizs.generate import Decoder
+from minizs.protocol import neutralize
 from minizs.randomness import uniform
 from minizs.reward import f1_score
 from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
@@ -41,23 +42,27 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
             limits: Limits = Limits(),  # noqa: B008 (frozen)
             noise: float = 0.0, temperature: float = 1.0, seed: int = 0,
             keys: Sequence[tuple[int, ...]] | None = None, template: str = protocol.PROMPT,
-            reward: Callable[[str | None, Sequence[str]], float] = f1_score,
+            prompts: list[str] | None = None,
             on_turn: Callable[[Turn], None] | None = None) -> list[Trajectory]:  # fmt: skip
     """`group_size` trajectories for each example, the rows of a group adjacent.
     `noise` is the probability that a search asks the engine for noisy documents, drawn once a
     search (paper equation 1). `keys` gives each example the integers that its random numbers hang
-    on (by default its index), whatever the batch and the process. `on_turn` is shown each turn as
-    soon as its documents are there. Raises ValueError where a prompt leaves no room."""
-    keys = [(i,) for i in range(len(examples))] if keys is None else keys
+    on (by default its index), whatever the batch and the process. Rows start from the `template`
+    with its question filled in, or from `prompts`. `on_turn` is shown each turn as soon as its
+    documents are there. Raises UserError for a limit that leaves no room."""
+    keys = keys or [(i,) for i in range(len(examples))]
     row_keys = [(*key, sample) for key in keys for sample in range(group_size)]
+    texts = prompts or [protocol.build_prompt(e.question, template, tokenizer) for e in examples]
+    starts = protocol.prompt_ids(tokenizer, texts)
+    longest = max(map(len, starts), default=0)
+    require(longest < limits.context, f"--max_context {limits.context} is too small for a prompt "
+            f"of {longest} tokens; raise it.")  # fmt: skip
+    empty, closing = protocol.reply_ids(tokenizer, [protocol.wrap_documents(""), protocol.CLOSING])
+    require(len(empty) <= limits.document_tokens, "--max_document_tokens "
+            f"{limits.document_tokens} is too small for the tags alone; raise it.")  # fmt: skip
     rows = [Trajectory(example) for example in examples for _ in range(group_size)]
-    texts = [protocol.build_prompt(example.question, template) for example in examples]
-    prompts = protocol.prompt_ids(tokenizer, texts)
-    longest = max(map(len, prompts), default=0)
-    if longest >= limits.context:
-        raise ValueError(f"a prompt has {longest} tokens; raise --max_context ({limits.context})")
     for i, row in enumerate(rows):
-        row.append(prompts[i // group_size])
+        row.append(starts[i // group_size])
     decoder = Decoder(model, [row.ids for row in rows], capacity=min(limits.context, 256),
                       vocab_size=protocol.vocabulary_size(tokenizer), tokenizer=tokenizer,
                       temperature=temperature, seed=seed, stop=protocol.STOP)  # fmt: skip
@@ -82,33 +87,33 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
             elif action.kind == "search":
                 draw = uniform(seed, NOISE, *row_keys[i], turn)
                 example, key = row.example, (ENGINE, *row_keys[i], turn)
-                requests[i] = SearchRequest(action.content, example.question, example.answers,
-                                            is_noisy(draw, noise), key)  # fmt: skip
+                asked = [neutralize(x, tokenizer) for x in (action.content, example.question)]
+                requests[i] = SearchRequest(*asked, example.answers, draw < noise, key)
             else:
                 replies[i] = protocol.INVALID_ACTION
 
-        found = engine.search(list(requests.values()))
+        found = engine.search(list(requests.values())) if requests else []
         for (i, request), documents in zip(requests.items(), found, strict=True):
-            rows[i].turns[-1].documents, rows[i].turns[-1].noisy = documents, request.noisy
-            replies[i] = protocol.wrap_documents(protocol.number_documents(documents))
+            last = rows[i].turns[-1]
+            last.documents = [neutralize(text, tokenizer) for text in documents]
+            last.noisy = request.noisy
+            replies[i] = protocol.wrap_documents(protocol.number_documents(last.documents))
         for i in live if on_turn else ():
             on_turn(rows[i].turns[-1])
-
-        live = []
-        # A document that spells out "<|im_end|>" gets its letters, not the token that ends a turn.
-        plain = {"add_special_tokens": False, "split_special_tokens": True}
-        chunks = tokenizer(list(replies.values()), **plain)["input_ids"] if replies else []
-        for i, ids in sorted(zip(replies, chunks, strict=True)):
-            if rows[i].turns[-1].action == "search" and len(ids) > limits.document_tokens:
-                rows[i].truncated = "document_tokens"
-            elif len(rows[i].ids) + len(ids) >= limits.context:
-                rows[i].truncated = "context"
-            else:
-                rows[i].append(ids)
-                decoder.append([i], [ids])
-                live.append(i)
-        if not live:
+        if not replies:
             break
+
+        for i, ids in zip(replies, protocol.reply_ids(tokenizer, [*replies.values()]), strict=True):
+            row = rows[i]
+            if i in requests and len(ids) > limits.document_tokens:
+                ids = ids[: limits.document_tokens - len(closing)] + closing
+                row.turns[-1].cut = True
+            if len(row.ids) + len(ids) >= limits.context:
+                row.truncated = "context"
+            else:
+                row.append(ids)
+                decoder.append([i], [ids])
+        live = [i for i in live if i in replies and not rows[i].truncated]
     for row in rows:
-        row.reward = reward(row.answer, row.example.answers)
+        row.reward = f1_score(row.answer, row.example.answers)
     return rows

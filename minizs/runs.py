@@ -1,9 +1,10 @@
 """The folder of a run: where it is, what is written into it, and in which order.
 
-config.yaml  metrics.jsonl  trajectories.jsonl  checkpoints/  policy/
+config.yaml  metrics.jsonl  trajectories.jsonl  suspects.jsonl  checkpoints/  policy/
 """
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import asdict
@@ -13,7 +14,6 @@ from pathlib import Path
 import yaml
 
 from minizs.config import require
-from minizs.trajectory import Trajectory
 
 RUNS = Path("runs")
 DONE = Path("policy", "prompt.txt")  # what `models.save` writes last: the policy is whole
@@ -46,10 +46,23 @@ def own_settings(folder: Path) -> list[str]:
     return ["--config", str(path)] if path.is_file() else []
 
 
+def check_unchanged(folder: Path, config, free: set[str]) -> None:
+    """Raise UserError, with every difference, for a run that would go on with other settings than
+    those in its `config.yaml`; the `free` ones may change."""
+    path, ours = folder / "config.yaml", asdict(config)
+    theirs = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    changed = [f"--{name} was {value!r} and is {ours[name]!r}" for name, value in theirs.items()
+               if name not in free and ours.get(name, value) != value]  # fmt: skip
+    require(not changed, f"{folder} cannot go on with other settings: {', '.join(changed)}. Leave "
+            "these as they were, or give a new run another --output.")  # fmt: skip
+
+
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise UserError for an output folder in which something would be lost."""
     for path in (folder, *folder.parents):
         require(path.is_dir() or not path.exists(), f"{path} is a file; --output names a folder.")
+        within = path != folder and any((path / name).is_file() for name in MARKS)
+        require(not within, f"{folder} lies in the run {path}; choose another --output.")
     if folder.exists() and any(folder.iterdir()):
         require(resume or overwrite, f"{folder} is not empty; add --resume to go on with it or "
                 "--overwrite to lose it.")  # fmt: skip
@@ -58,6 +71,8 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
                 "choose another --output.")  # fmt: skip
     inside = overwrite and Path.cwd().is_relative_to(folder.resolve())
     require(not inside, "--overwrite would delete the current folder; choose another --output.")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    require(os.access(there, os.W_OK), f"{there} cannot be written to; choose another --output.")
 
 
 def remove(folder: Path) -> None:
@@ -71,12 +86,6 @@ def newest_run() -> Path | None:
     return done and done.parent.parent
 
 
-def finished(folder: Path, steps: int) -> bool:
-    """Whether this run has done all its steps and saved its policy."""
-    logged = [row["step"] for row in read_lines(folder / "metrics.jsonl")]
-    return (folder / DONE).is_file() and max(logged, default=0) >= steps
-
-
 def started_from(policy: Path) -> str | None:
     """The model that a run's policy was trained from, None if no settings beside it name one."""
     try:
@@ -86,17 +95,21 @@ def started_from(policy: Path) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def parse(line: str | bytes) -> dict:
+    return json.loads(line, parse_constant=lambda _: None)  # NaN and infinities are no JSON
+
+
 def read_lines(path: Path) -> list[dict]:
     """The rows of a log; a line that a killed run left unfinished is passed over."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
-            rows.append(json.loads(line, parse_constant=lambda _: None))  # NaN and infinities
+            rows.append(parse(line))
     return rows
 
 
 class RunFolder:
-    """A run's two logs: one line a training step, one line a trajectory shown."""
+    """A run's logs: a line of metrics a training step, a line a trajectory shown or suspected."""
 
     def __init__(self, folder: Path, overwrite: bool = False) -> None:
         if overwrite:
@@ -106,25 +119,19 @@ class RunFolder:
 
     def cut(self, step: int) -> None:
         """Drop the lines after `step`: a resumed run writes them again."""
-        for name in ("metrics", "trajectories"):
-            rows = read_lines(self.folder / f"{name}.jsonl")
-            self._write(name, [row for row in rows if row["step"] <= step], anew=True)
+        for path in self.folder.glob("*.jsonl"):
+            rows = [row for row in read_lines(path) if row.get("step", 0) <= step]
+            self._write(partial := path.with_suffix(".partial"), rows, "w")
+            partial.replace(path)  # in one go: a run killed here keeps its log
 
     def write_metrics(self, metrics: dict) -> None:
-        self._write("metrics", [metrics])
+        self._write(self.folder / "metrics.jsonl", [metrics])
 
-    def amend_metrics(self, metrics: dict) -> None:
-        """Add to the last line: what is known only once the step has been saved."""
-        *rows, last = read_lines(self.folder / "metrics.jsonl")
-        self._write("metrics", [*rows, last | metrics], anew=True)
+    def write_trajectories(self, step: int, rows: list[dict], name: str = "trajectories") -> None:
+        self._write(self.folder / f"{name}.jsonl", [{"step": step} | row for row in rows])
 
-    def write_trajectories(self, step: int, trajectories: list[Trajectory]) -> None:
-        self._write("trajectories", [{"step": step} | asdict(t) for t in trajectories])
-
-    def _write(self, name: str, rows: list[dict], anew: bool = False) -> None:
-        """Append rows to a log, or write it anew, in one go: a run killed here keeps its log."""
-        path = self.folder / f"{name}.jsonl"
-        with open(path.with_suffix(".partial") if anew else path, "w" if anew else "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        if anew:
-            Path(file.name).replace(path)
+    def _write(self, path: Path, rows: list[dict], mode: str = "a") -> None:
+        with open(path, mode) as file:
+            file.writelines(json.dumps(parse(json.dumps(row))) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())

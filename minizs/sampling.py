@@ -1,7 +1,7 @@
 """One step of sampling: which token comes next, and does it end the turn?
 
-A token is drawn by inverting the cumulative distribution at a number that is a hash of where the
-token stands (randomness.py). A turn ends where its text completes a stop string.
+A token is drawn by inverting the cumulative distribution at a hash of where it stands
+(randomness.py); a turn ends where its text completes a stop string.
 Left out: top-k and top-p. The distribution that is sampled must be the one that is scored.
 """
 
@@ -33,10 +33,9 @@ def draw(logp: Tensor, uniform: Tensor) -> Tensor:
 
 
 class StopStrings:
-    """Whether the token a turn has just sampled completes one of the stop strings. A tag can be
-    several tokens, and its last one can hold what follows (`>\\n`), so text decides: the turn's
-    tail. It is decoded only where the token's own text (looked up once) holds the last character of
-    a tag, but no whole tag."""
+    """Whether the token just sampled completes a stop string. A tag can be several tokens, and its
+    last one can hold what follows (`>\\n`), so the turn's tail is decoded, but only where the
+    token's own text (looked up once) holds a tag's last character and no whole tag."""
 
     def __init__(self, stop: tuple[str, ...], tokenizer) -> None:
         if stop and (tokenizer is None or not all(stop)):

@@ -1,8 +1,7 @@
 """Supervised fine-tuning: the loss of a language model on the marked part of its texts.
 
-Stage 1 trains the simulator with it (loss on the documents alone), and the tiny base is made with
-it. A text is a list of (piece, marked) segments; pieces are tokenised one by one, exactly as a
-rollout appends them, so that training and use see the same ids.
+A text is a list of (piece, marked) segments; pieces are tokenised one by one, exactly as a rollout
+appends them, so that training and use see the same ids.
 """
 
 import random
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 
 from minizs.batching import attention, by_budget, pad
 from minizs.logprobs import Scorer, predictable, states_before
-from minizs.protocol import prompt_ids
+from minizs.protocol import prompt_ids, reply_ids
 
 Segment = tuple[str, bool]  # some text, and whether the loss is on it
 Tokens = tuple[list[int], list[int]]  # ids and mask, of equal lengths
@@ -26,9 +25,8 @@ def encode(tokenizer, segments: list[Segment], end: bool = False) -> Tokens:
     the end-of-sequence token that then follows: a model learns to stop."""
     texts, marks = map(list, zip(*segments, strict=True))
     # Only what opens the text gets an opening token or a chat template, as a prompt does in use.
-    pieces = prompt_ids(tokenizer, texts[:1])
-    if texts[1:]:
-        pieces += tokenizer(texts[1:], add_special_tokens=False)["input_ids"]
+    rest = reply_ids(tokenizer, texts[1:]) if texts[1:] else []
+    pieces = [*prompt_ids(tokenizer, texts[:1]), *rest]
     if end:
         pieces, marks = [*pieces, [tokenizer.eos_token_id]], [*marks, True]
     masks = [[int(marked)] * len(piece) for piece, marked in zip(pieces, marks, strict=True)]
@@ -37,8 +35,7 @@ def encode(tokenizer, segments: list[Segment], end: bool = False) -> Tokens:
 
 def batches(texts: Iterable[Tokens], tokens: int, rng: random.Random,
             pool: int = 1024) -> Iterator[list[Tokens]]:  # fmt: skip
-    """Batches of at most `tokens` positions of texts of similar length, in random order: several
-    times the optimiser steps a minute that padded batches of a fixed number of rows give."""
+    """Batches of at most `tokens` positions, of texts of similar length, in random order."""
     texts = iter(texts)
     while buffer := list(islice(texts, pool)):
         groups = by_budget([len(ids) for ids, _ in buffer], tokens)
@@ -64,9 +61,6 @@ def nll(model, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, pac
 
 class Supervised(Scorer):
     """`nll` as a module, as `Scorer` is `score`."""
-
-    def __init__(self, model, packed: bool = False) -> None:
-        super().__init__(model, packed=packed)
 
     def forward(self, *inputs: Tensor):
         return nll(self.model, *inputs, self.packed)

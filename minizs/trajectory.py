@@ -32,8 +32,9 @@ class Turn:
     text: str  # the policy's own words, decoded once, to be parsed and shown
     action: str  # "search", "answer" or "invalid"
     content: str  # the query or the answer
-    documents: list[str] | None = None  # None: nothing was searched
+    documents: list[str] | None = None  # neutralised; None: nothing was searched
     noisy: bool = False  # whether noisy documents were asked for
+    cut: bool = False  # whether they were too long and read in part
 
 
 @dataclass

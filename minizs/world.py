@@ -4,12 +4,11 @@ A world is a set of facts `(subject, relation) -> object`, a corpus of one-sente
 state them, and one-hop and two-hop questions about them; world.yaml holds its language. Names come
 from one fixed vocabulary, facts from the seed: a model that is trained on some worlds knows the
 language of all others and none of their facts. Full names of people and companies are split between
-training and testing, so that a test name is a pair of words no model has seen together.
+training and testing: a test name is a pair of words that no model has seen together.
 """
 
 import re
 from collections import namedtuple
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -19,6 +18,8 @@ import yaml
 from minizs.trajectory import SearchRequest
 
 Relation = namedtuple("Relation", "subject object question query wordings")  # see world.yaml
+# kind: "one_hop" or "two_hop"; path: the (subject, relation) pairs to look up, in order
+Question = namedtuple("Question", "text answer kind path")
 LANGUAGE = yaml.safe_load(Path(__file__).with_name("world.yaml").read_text(encoding="utf-8"))
 RELATIONS = {name: Relation(**form) for name, form in LANGUAGE["relations"].items()}
 TWO_HOP = LANGUAGE["two_hop"]
@@ -43,14 +44,6 @@ def names() -> dict[str, list[str]]:
                 taken.add(word)
                 out[role].append(word.capitalize())
     return out
-
-
-@dataclass(frozen=True)
-class Question:
-    text: str
-    answer: str
-    kind: str  # "one_hop" or "two_hop"
-    path: tuple[tuple[str, str], ...]  # the (subject, relation) pairs to look up, in order
 
 
 class World:
@@ -79,9 +72,8 @@ class World:
         return rng.choice(self.members[role])
 
     def judge(self, document: str, request: SearchRequest) -> bool:
-        """Exact: is the fact that this document states a step of the question's path, and does the
-        query name its subject, in part at least? A first hop restated in the reply to a second-hop
-        query is of no use."""
+        """Exact: does this document state a step of the question's path, and the query name its
+        subject, in part at least? (Else a first hop restated to a second-hop query were useful.)"""
         fact = read_fact(document)
         if fact is None or fact[:2] not in self._paths.get(request.question, ()):
             return False

@@ -7,6 +7,7 @@ import string
 
 import pytest
 import torch
+from counts import COUNTS
 from scripts import bad, home, work  # noqa: F401 (fixtures)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
@@ -74,6 +75,12 @@ class ScriptedHead(nn.Module):
         logits = torch.zeros(*hidden.shape[:-1], self.vocab_size)
         logits[..., next(self.script)] = 100.0
         return logits
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What was tried, in numbers."""
+    for name, count in sorted(COUNTS.items()):
+        terminalreporter.write_line(f"{name}: {count}")
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -25,7 +25,12 @@ def double(name, device="cpu", dtype=None, **options):
 
 
 def checked(self, trajectories):
+    last = self.accelerator.process_index == self.accelerator.num_processes - 1
+    reward = trajectories[-1].reward
+    if os.environ.get("SPOIL") == str(len(steps)) and last:  # for one process alone
+        trajectories[-1].reward = float("nan")
     figures = update(self, trajectories)
+    trajectories[-1].reward = reward
     layers = self.accelerator.unwrap_model(self.scorer).model.get_decoder().layers
     sharded = [hasattr(p, "full_tensor") for p in layers.parameters()]
     assert all(sharded) if self.accelerator.is_fsdp2 else not any(sharded)
@@ -34,8 +39,7 @@ def checked(self, trajectories):
     everyone = self.accelerator.gather(flat)
     assert all(torch.equal(row, everyone[0]) for row in everyone), "ranks hold other weights"
     texts = gather_object([(t.ids, t.loss_mask) for t in trajectories])
-    if self.accelerator.is_main_process:
-        steps.append({"texts": sorted(texts), "weights": flat[0], "rewards": figures})
+    steps.append({"texts": sorted(texts), "weights": flat[0], "rewards": figures})
     return figures
 
 
@@ -67,5 +71,5 @@ if __name__ == "__main__":
     steps: list[dict] = []
     learner.Learner.update = checked
     run_script(train_policy.main, sys.argv[1:])
-    if steps:
+    if steps and os.environ.get("RANK", "0") == "0":
         torch.save(steps, Path(runs.RUNS, "steps.pt"))

@@ -31,7 +31,7 @@ from minizs.config import UserError
 ROOT = Path(__file__).parent.parent
 NAMES = [f"{a} {b}" for a in ("Fota", "Holo", "Mirka") for b in ("Jourer", "Gulmer", "Drexow")]
 MONTHS = ("January", "February")
-TIMINGS = ("seconds", "seconds_rollout", "seconds_update", "seconds_test")
+TIMINGS = ("seconds", "seconds_rollout", "seconds_update", "seconds_test", "tokens_per_second")
 POLICY = """--batch_questions 4 --group_size 2 --steps 2 --max_turns 3 --max_turn_tokens 16
     --max_context 160 --eval_every 0 --save_every 0 --engine bm25 --data ../questions.jsonl
     --corpus ../corpus.txt --policy ../base --lr 0.01 --threads 1""".split()

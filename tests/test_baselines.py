@@ -7,6 +7,7 @@ from conftest import ScriptedHead, make_model, make_tokenizer
 
 import evaluate
 from minizs import baselines
+from minizs.generate import Decoder
 from minizs.trajectory import Example
 
 TOKENIZER = make_tokenizer()
@@ -24,27 +25,28 @@ class Engine:
 
 
 def answer(method: str, says: str, monkeypatch, **options):
-    """(trajectories, prompts, options of the one generation, what the engine was asked)."""
-    seen, engine, generate = [], Engine(), baselines.generate
+    """(trajectories, prompts, settings of the one decoder, what the engine was asked)."""
+    seen, engine = [], Engine()
     model = make_model(vocab_size=len(TOKENIZER), max_position_embeddings=4096)
     model.lm_head = ScriptedHead(TOKENIZER(says)["input_ids"], len(TOKENIZER))
 
-    def spied(model, prompts, *rest, **named):
-        seen.append(([TOKENIZER.decode(ids) for ids in prompts], rest, named))
-        return generate(model, prompts, *rest, **named)
+    class Spy(Decoder):
+        def __init__(self, model, prompts, **settings):
+            seen.append(([TOKENIZER.decode(ids) for ids in prompts], settings))
+            super().__init__(model, prompts, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(baselines, "generate", spied)
+        patch.setattr("minizs.rollout.Decoder", Spy)
         rows = baselines.answer(method, model, TOKENIZER, EXAMPLES, engine, keys=[(4,), (7,)],
                                 max_new_tokens=len(says), **options)  # fmt: skip
-    [(prompts, rest, named)] = seen  # one generation
-    return rows, prompts, (rest, named), engine.asked
+    [(prompts, settings)] = seen
+    return rows, prompts, settings, engine.asked
 
 
 @pytest.mark.parametrize("method", baselines.METHODS)
 def test_what_the_model_is_shown(method, monkeypatch):
     """Guards documents that are missing or another question's, and an engine asked too often."""
-    rows, prompts, (rest, named), asked = answer(method, "<answer>Rome</answer>", monkeypatch)
+    rows, prompts, settings, asked = answer(method, "<answer>Rome</answer>", monkeypatch)
     assert "Question: who is it?\n" in prompts[0] and "Question: where?\n" in prompts[1]
     assert all("<answer> Beijing </answer>" in text and "{" not in text for text in prompts)
     assert all(("step by step" in text) == (method == "cot") for text in prompts)
@@ -58,7 +60,7 @@ def test_what_the_model_is_shown(method, monkeypatch):
         ]
     else:
         assert not asked
-    assert rest[1] == 0.0 and named["keys"] == [(4,), (7,)]  # greedy
+    assert settings["temperature"] == 0.0  # greedy
     assert [(row.answer, row.reward, row.truncated) for row in rows] == [
         ("Rome", 1.0, ""), ("Rome", 0.0, "")
     ]  # fmt: skip
@@ -66,11 +68,14 @@ def test_what_the_model_is_shown(method, monkeypatch):
     assert [row.searches for row in rows] == ([1, 1] if asked else [0, 0])
 
 
-@pytest.mark.parametrize("says", ["hm, hm", "<search>a</search>", "<answer>Rome"])
-def test_without_an_answer_there_is_none(says, monkeypatch):
+@pytest.mark.parametrize(
+    "says, ending",
+    [("hm", "turn_tokens"), ("<answer>Rome", "turn_tokens"), ("<search>a</search>", "turns")],
+)
+def test_without_an_answer_there_is_none(says, ending, monkeypatch):
     """Guards half an answer that counts, and a search that is carried out."""
     rows, _, _, asked = answer("direct", says, monkeypatch)
-    assert [(r.answer, r.reward, r.truncated) for r in rows] == [(None, 0.0, "turns")] * 2
+    assert [(r.answer, r.reward, r.truncated) for r in rows] == [(None, 0.0, ending)] * 2
     assert not asked and rows[0].turns[0].text == says
 
 

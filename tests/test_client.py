@@ -2,9 +2,11 @@
 
 import json
 import logging
+import socket
+import socketserver
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -18,7 +20,19 @@ DEAD = "http://127.0.0.1:9"  # nobody listens there
 
 
 class Server(ThreadingHTTPServer):
+    """Closed, it answers no more, not even where a connection is open still."""
+
     request_queue_size = 64  # connections that may wait
+
+    def get_request(self):
+        self.opened = [*getattr(self, "opened", ()), super().get_request()]
+        return self.opened[-1]
+
+    def server_close(self):
+        super().server_close()
+        for connection, _ in getattr(self, "opened", ()):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 @contextmanager
@@ -66,7 +80,11 @@ def serving(answer, reason=None):
 def quick(monkeypatch):
     """Waits are noted, not slept."""
     waits = []
-    monkeypatch.setattr(client.time, "sleep", waits.append)
+
+    async def note(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr(client.asyncio, "sleep", note)
     return waits
 
 
@@ -76,7 +94,7 @@ def failing(times, *failure):
     return lambda *_: left.pop() if left else (200, {"x": 1})
 
 
-def x(answer):
+def x(answer, asked):
     return answer["x"]
 
 
@@ -89,7 +107,7 @@ def test_answers_come_in_the_order_of_the_questions():
 
     with serving(answer) as (url, seen):
         asker = Client(url, concurrency=8)
-        assert asker.map(lambda i: asker.post("/f", {"i": i}, x), range(40)) == list(range(40))
+        assert asker.post("/f", [{"i": i} for i in range(40)], x) == list(range(40))
         assert len(seen) == 40 and seen[0][0] == "/f"
 
 
@@ -97,14 +115,14 @@ def test_requests_spread_over_all_servers():
     """Guards servers that are paid for and never asked."""
     with serving(lambda *_: (200, {"x": 1})) as one, serving(lambda *_: (200, {"x": 1})) as two:
         asker = Client(f"{one[0]}/, {two[0]}")
-        assert asker.map(lambda _: asker.get("/f", x), range(10)) == [1] * 10
+        assert asker.post("/f", [{}] * 10, x) == [1] * 10
         assert len(one[1]) == len(two[1]) == 5
 
 
 def test_a_dead_server_is_made_up_for_by_the_other():
     """Guards a retry that goes to the server that has just failed."""
     with serving(lambda *_: (200, {"x": 1})) as (url, seen):
-        asker = Client([DEAD, url], retries=1)
+        asker = Client(f"{DEAD},{url}", retries=1)
         assert [asker.get("/f", x) for _ in range(4)] == [1] * 4
         assert len(seen) == 4
 
@@ -174,42 +192,34 @@ def test_a_silent_server_is_given_up():
         done.set()
 
 
-def test_a_trickling_server_is_given_up():
-    """Guards a hang where each byte comes in time and the last one never does."""
+@pytest.mark.parametrize("opening", [b"", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_a_trickling_server_is_given_up(opening):
+    """Guards a hang where each byte, of the head or the body, comes in time and the last never."""
 
-    class Trickle(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            for _ in range(100):
-                self.wfile.write(b" ")
-                threading.Event().wait(0.03)
-
+    class Trickle(socketserver.BaseRequestHandler):
         def handle(self):
-            try:
-                super().handle()
-            except OSError:  # the client has left: what is wanted
-                self.close_connection = True
+            with suppress(OSError):  # the client has left: what is wanted
+                self.request.sendall(opening)
+                for byte in b"HTTP/1.1 " * 50:
+                    self.request.sendall(bytes([byte]))
+                    threading.Event().wait(0.03)
 
-        def log_message(self, *_):
-            """Quiet."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Trickle)
+    server = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Trickle)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     start = time.monotonic()
     with pytest.raises(ServiceError, match="within 0.1 seconds"):
-        Client(f"http://127.0.0.1:{server.server_port}", timeout=0.1, retries=1).get("/f", x)
+        Client(f"http://127.0.0.1:{server.server_address[1]}", 0.1, retries=1).get("/f", x)
     assert time.monotonic() - start < 2
     server.shutdown()
     server.server_close()
 
 
-def test_the_first_failure_ends_a_map():
+def test_the_first_failure_ends_them_all():
     """Guards minutes of work for a turn that has failed already."""
     with serving(lambda *_: (404, "")) as (url, seen):
         asker = Client(url, concurrency=2)
         with pytest.raises(ServiceError):
-            asker.map(lambda i: asker.get("/f", x), range(500))
+            asker.post("/f", [{}] * 500, x)
         assert len(seen) < 100
 
 
@@ -217,14 +227,20 @@ def test_the_first_failure_ends_a_map():
 def test_keys_stay_secret(status, caplog, capsys):
     """Guards keys in error messages, tracebacks and logs, in whatever way a request fails."""
     caplog.set_level(logging.DEBUG)
-    with serving(lambda *_: (status, "no JSON"), f"no {SECRET}") as (url, seen):
+    sent = []
+
+    def answer(path, body, headers):
+        sent.append(headers["Authorization"])
+        return status, f"no JSON, {SECRET}", {"X-Key": SECRET}
+
+    with serving(answer, f"no {SECRET}") as (url, _):
         for address in (url, DEAD):
             asker = Client(address, retries=1, headers={"Authorization": f"Bearer {SECRET}"})
             with pytest.raises(ServiceError) as error:
-                asker.get("/f", x, {"api_key": SECRET})
+                asker.post("/f", [{}], x)
             assert SECRET not in str(error.value) and SECRET not in repr(asker)
             assert error.value.__cause__ is error.value.__context__ is None
-        assert SECRET in seen[0][0]  # it was sent
+        assert {*sent} == {f"Bearer {SECRET}"}
     assert SECRET not in caplog.text + "".join(capsys.readouterr())
 
 
@@ -232,12 +248,68 @@ def test_the_path_may_be_in_the_address():
     """Guards .../v1/v1/models for an address as the servers' manuals give it."""
     with serving(lambda *_: (200, {"x": 1})) as (url, seen):
         Client(url + "/v1").get("/v1/models", x)
-        Client(url + "/retrieve/").post("/retrieve", {}, x)
+        Client(url + "/retrieve/").post("/retrieve", [{}], x)
         Client(url + "/behind/v1").get("/v1/models", x)
     assert [path for path, _ in seen] == ["/v1/models", "/retrieve", "/behind/v1/models"]
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://h,",
+def test_failures_may_be_passed_over():
+    """Guards one bad query that empties the others, and hours of patience with a dead one."""
+
+    def answer(path, body, headers):
+        return (422, "") if body["i"] % 3 == 0 else (200, {"x": body["i"]})
+
+    with serving(answer) as (url, seen):
+        asker = Client(url, on_error="empty")
+        with pytest.warns(UserWarning, match=f"A search has failed: {url}/f answered 422"):
+            found = asker.post("/f", [{"i": i} for i in range(30)], x)
+    assert found == [None if i % 3 == 0 else i for i in range(30)] and len(seen) == 30
+    failing = [503]
+    with serving(lambda *_: (failing[0], {"x": 1})) as (url, seen):
+        asker = Client(url, retries=2, concurrency=4, on_error="empty")
+        with pytest.warns(UserWarning, match="answered 503"):
+            assert asker.post("/f", [{}] * 40, x) == [None] * 40
+        assert len(seen) <= 3 * (4 + 3) + 33  # those on their way, then a try each
+        del seen[:]
+        failing[0] = 200
+        assert asker.post("/f", [{}], x) == [1]
+        failing[0] = 503
+        with pytest.warns(UserWarning, match="answered 503"):
+            asker.post("/f", [{}], x)
+        assert len(seen) == 1 + 3  # patient again
+        with pytest.raises(ServiceError):
+            asker.get("/f", x)
+
+
+@pytest.mark.parametrize("url", ["http://h:x", "http://127.0.0.1:-1", "http://256.256.256.256",
+                                 "http://a..b:1", "http://[::1]:9"])  # fmt: skip
+def test_addresses_of_nothing(url):
+    """Guards tracebacks of the library for addresses that it cannot read or find."""
+    with pytest.raises(ServiceError, match="cannot be reached"):
+        Client(url, retries=0).get("/f", x)
+
+
+@pytest.mark.parametrize("name, value", [("HTTP_PROXY", f"ftp://u:{SECRET}@h"),
+                                         ("ALL_PROXY", f"socks5://u:{SECRET}@h:1"),
+                                         ("SSL_CERT_FILE", "/nowhere")])  # fmt: skip
+def test_an_environment_of_no_use(name, value, monkeypatch):
+    """Guards a traceback for a proxy that cannot be used, and its password."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="HTTPS_PROXY, SSL_CERT_FILE") as error:
+        client.shared.__wrapped__()
+    assert SECRET not in str(error.value) and error.value.__suppress_context__
+
+
+def test_keys_that_cannot_be_sent():
+    """Guards a traceback for a key with a stray letter."""
+    for key in ("Bearer s3cr\u00e9t", "a\nb"):
+        with pytest.raises(ServiceError, match="check .* the key") as error:
+            Client(DEAD, retries=0, headers={"Authorization": key}).get("/f", x)
+        assert key not in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://h:0",
+                                 "http://h,", "http://h:99999/v1",
                                  f"http://h?k={SECRET}", f"http://u:{SECRET}@host"])  # fmt: skip
 def test_addresses_that_are_none(url):
     """Guards a mistyped address that is noticed when the first search is made."""

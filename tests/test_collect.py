@@ -1,6 +1,7 @@
 """Stage 1's examples: of scripted searchers in tiny worlds, and of a policy with a real engine."""
 
 from collections import Counter
+from functools import partial
 from random import Random
 
 import pytest
@@ -10,7 +11,7 @@ from minizs import collect
 from minizs.client import ServiceError
 from minizs.config import UserError
 from minizs.engines import BM25, NoDocuments
-from minizs.rollout import Limits
+from minizs.rollout import Limits, rollout
 from minizs.trajectory import Example, SearchRequest
 from minizs.world import World
 
@@ -66,11 +67,10 @@ def searches(*queries: str):
     return model
 
 
-def run(model, examples, engine, size=100, **options):
-    limits = Limits(turns=4, turn_tokens=60, context=400)
-    return list(collect.collect_with_policy(
-        model, TOKENIZER, examples, engine, size, limits=limits, template="{question}", **options
-    ))  # fmt: skip
+def run(model, examples, engine, size=100, batch=64, say=print, seed=0, noise=0.0):
+    play = partial(rollout, model, TOKENIZER, engine=engine, template="{question}", seed=seed,
+                   noise=noise, limits=Limits(turns=4, turn_tokens=60, context=400))  # fmt: skip
+    return collect.collect_with_policy(play, examples, size, batch, say)
 
 
 GOLDS = [("Rome", "x"), ("Oslo",), ("Rome",), ("nothing",)]
@@ -80,7 +80,7 @@ EXAMPLES = [Example(f"q{i}?", golds) for i, golds in enumerate(GOLDS)]
 def test_a_policys_searches_become_rows():
     """Guards labels by another question's gold, and searches that are lost or were not executed."""
     engine, said = Engine(), []
-    rows = run(searches("Rome big", "Oslo"), EXAMPLES, engine, say=said.append)
+    rows = list(run(searches("Rome big", "Oslo"), EXAMPLES, engine, say=said.append))
     expected = {
         (r.query, r.question): any(gold in text for gold in r.answers)
         for r in engine.requests
@@ -107,11 +107,8 @@ def test_rows_come_as_soon_as_they_are_there():
                 raise ServiceError("The server is gone.")
             return super().search(requests)
 
-    rows, limits = [], Limits(turns=4, turn_tokens=60, context=400)
-    found = collect.collect_with_policy(
-        searches("Rome big", "Oslo"), TOKENIZER, EXAMPLES, Failing(), 100, batch=1, limits=limits,
-        template="{question}", say=lambda _: None,
-    )  # fmt: skip
+    rows, model = [], searches("Rome big", "Oslo")
+    found = run(model, EXAMPLES, Failing(), batch=1, say=lambda _: None)
     with pytest.raises(ServiceError):
         rows.extend(found)
     assert [(row["query"], row["question"]) for row in rows] == [("Rome big", "q0?"),
@@ -120,11 +117,7 @@ def test_rows_come_as_soon_as_they_are_there():
 
 def test_rows_of_one_label_are_there_before_they_are_refused():
     """Guards what was paid for, where no balance can be made of it."""
-    rows, limits = [], Limits(turns=4, turn_tokens=60, context=400)
-    found = collect.collect_with_policy(
-        searches("Oslo"), TOKENIZER, EXAMPLES[2:], Engine(), 100, limits=limits,
-        template="{question}", say=lambda _: None,
-    )  # fmt: skip
+    rows, found = [], run(searches("Oslo"), EXAMPLES[2:], Engine(), say=lambda _: None)
     with pytest.raises(UserError, match="there are 2 noisy"):
         rows.extend(found)
     assert [row["label"] for row in rows] == ["noisy"] * 2
@@ -133,8 +126,8 @@ def test_rows_of_one_label_are_there_before_they_are_refused():
 def test_it_is_a_function_of_the_seed():
     """Guards rows that are drawn by a hidden state."""
     one, same, other = (
-        run(searches("Rome big", "Oslo"), EXAMPLES * 4, Engine(), seed=seed, noise=0.3,
-            say=lambda _: None)
+        list(run(searches("Rome big", "Oslo"), EXAMPLES * 4, Engine(), seed=seed, noise=0.3,
+                 say=lambda _: None))
         for seed in (0, 0, 1)
     )  # fmt: skip
     assert one == same != other
@@ -143,8 +136,8 @@ def test_it_is_a_function_of_the_seed():
 def test_the_batch_changes_nothing():
     """Guards random numbers that hang on a question's place in its batch: equal in each batch."""
     one, four = (
-        run(searches("Rome big", "Oslo"), EXAMPLES * 2, Engine(), batch=batch, noise=0.5,
-            say=lambda _: None)
+        list(run(searches("Rome big", "Oslo"), EXAMPLES * 2, Engine(), batch=batch, noise=0.5,
+                 say=lambda _: None))
         for batch in (1, 4)
     )  # fmt: skip
     assert one == four
@@ -153,17 +146,17 @@ def test_the_batch_changes_nothing():
 def test_empty_replies_are_counted_and_left_out():
     """Guards a simulator that learns to write nothing."""
     said = []
-    rows = run(searches("Rome big", "Oslo"), EXAMPLES, Engine(empty=["q3?"]), say=said.append)
+    rows = [*run(searches("Rome big", "Oslo"), EXAMPLES, Engine(empty=["q3?"]), say=said.append)]
     assert all(row["documents"] and row["question"] != "q3?" for row in rows)
     assert said[0].startswith("Replies: 2 empty, 3 noisy, 3 useful.")
     with pytest.raises(UserError, match="there are 4 empty"):
-        run(searches("Rome"), EXAMPLES, NoDocuments(), say=said.append)
+        list(run(searches("Rome"), EXAMPLES, NoDocuments(), say=said.append))
 
 
 def test_it_stops_with_rows_enough():
     """Guards a real engine that is paid for more than what was asked for."""
     engine = Engine()
-    rows = run(searches("Rome big", "Oslo"), EXAMPLES, engine, size=2, batch=1, say=lambda _: None)
-    assert len(rows) == 2 and {r.question for r in engine.requests} == {"q0?"}
+    found = run(searches("Rome big", "Oslo"), EXAMPLES, engine, 2, batch=1, say=lambda _: None)
+    assert len(list(found)) == 2 and {r.question for r in engine.requests} == {"q0?"}
     with pytest.raises(UserError, match="there are none"):
-        run(searches(), EXAMPLES, Engine(), say=lambda _: None)
+        list(run(searches(), EXAMPLES, Engine(), say=lambda _: None))

@@ -1,6 +1,9 @@
 """Settings from flags and files."""
 
+import errno
+import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +119,53 @@ def test_a_users_error_is_one_line(capsys):
     assert capsys.readouterr().err == "error: Give no arguments.\n"
     with pytest.raises(KeyError):
         config.run_script(main, [])
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "run"), "'run'; the disk is full"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected"), "disk is full"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "run"), "another --output"),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "run"), "another --output"),
+        (MemoryError(), "error: MemoryError; lower"),
+        (RuntimeError("CUDA out of memory. Tried\nto allocate"), "Tried to allocate; lower"),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line(capsys, error, words):
+    """Guards a traceback for a full disk, a closed folder or too large a model."""
+
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        config.run_script(main)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert words in said
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk(capsys):
+    """Guards a message of the system's that is not recognised."""
+    with pytest.raises(SystemExit):
+        config.run_script(lambda _: config.save(Settings(), Path("/dev/full")))
+    assert "the disk is full" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_one_line(capsys):
+    """Guards a traceback of forty lines for what the user wanted."""
+
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        config.run_script(main)
+    assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["--lr nan", "--lr inf", "--lr 1e30", "--steps -9" + "9" * 19])
+def test_numbers_that_are_none(flags):
+    """Guards NaN, which passes a check for what is too small, and seeds that torch cannot take."""
+    with pytest.raises(UserError, match="too large, or no number"):
+        parse(Settings, flags.split())

@@ -330,3 +330,18 @@ def test_a_step_is_a_function_of_the_seed():
     assert first == data.batch(list("x" * 100), 9, 16, seed=1)
     assert first != data.batch(range(100), 9, 16, seed=2)
     assert first != data.batch(range(100), 10, 16, seed=1)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_half_characters_are_no_text(tmp_path, name):
+    """Guards a crash, hours in, when such a text is split into tokens; whole ones stay."""
+    row = r'{"question": "a \ud83d\ude00 \uD800?", "answer": ["\udfff", "x\udfff"]}'
+    (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
+    [example] = data.load(str(tmp_path / name), "test")
+    assert example.question == "a \U0001f600 ??" and example.answers == ("x?",)
+
+
+def test_questions_that_are_no_text(tmp_path):
+    """Guards a list, or a number, spelled out as a question."""
+    rows = [{"question": q, "answer": "x"} for q in (["a"], {"a": "b"}, 3, "why?")]
+    assert [e.question for e in data.load(write(tmp_path / "a.json", rows), "test")] == ["why?"]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ def test_a_sharded_run_resumes(work):
     point = "runs/fsdp/checkpoints/step-3"
     same(whole[3:], run(work, 2, *flags, "--resume", point, **SHARDED))
     assert metrics(work / "runs" / "fsdp") == lines
+
+
+@pytest.mark.parametrize("algorithm, how", [("grpo", {}), ("ppo", SHARDED)])
+def test_all_skip_what_is_not_finite_on_one(work, algorithm, how):
+    """Guards ranks that part: a step on one of them, none on the other, or a wait for ever."""
+    (work / "runs").mkdir()
+    flags = ["--algorithm", algorithm, "--save_every", "1", "--output", "runs/two"]
+    rows = run(work, 2, *flags, SPOIL="2", **how)
+    weights = [row["weights"] for row in rows]
+    assert [row["rewards"]["skipped"] for row in rows] == [0, 0, 1, 0, 0]
+    assert [torch.equal(a, b) for a, b in pairwise(weights)] == [False, True, False, False]
+    assert [row["skipped"] for row in metrics(work / "runs" / "two")] == [0, 0, 1, 1, 1]
+    assert len((work / "runs" / "two" / "suspects.jsonl").read_text().splitlines()) > 0
 
 
 def test_half_precision_under_fsdp2(work):

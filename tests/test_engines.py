@@ -135,7 +135,7 @@ def test_files_that_are_no_corpus(tmp_path, name, content, said):
         content = content if isinstance(content, bytes) else content.encode()
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=re.escape(said)):
-        load_corpus(tmp_path / name)
+        BM25.of_corpus(tmp_path / name)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])

@@ -113,8 +113,8 @@ def test_a_runs_policy_stands_beside_what_it_began_as(work, capsys):
     assert "before" not in figures("runs/mine/evaluation-questions.json")
     evaluation(*FILE, "--engine_noise", "0.5")
     evaluation(*FILE, "--engine", "none")  # another kind of test loses no other's figures
-    names = ["evaluation-questions-bm25-noise0.5.json", "evaluation-questions-none.json",
-             "evaluation-questions.json"]  # fmt: skip
+    names = ["evaluation-questions-engine-none.json",
+             "evaluation-questions-engine_noise-0.5.json", "evaluation-questions.json"]  # fmt: skip
     assert sorted(p.name for p in (work / "runs" / "mine").glob("eval*.json")) == names
 
 
@@ -197,8 +197,7 @@ def test_baselines(work, method, capsys, monkeypatch):
     monkeypatch.setattr(stages, "build_engine", spied)
     evaluation("--policy", "mine", *FILE, "--method", method)
     assert searched == ([9] if method == "rag" else [])
-    engine = "-bm25" if method == "rag" else ""
-    out = figures(f"evaluation-questions-{method}{engine}.json")
+    out = figures(f"evaluation-questions-method-{method}.json")
     assert out["overall"]["n"] == 9 and out["settings"]["method"] == method
     assert out["overall"]["searches_per_question"] == (method == "rag")
     capsys.readouterr()
@@ -241,7 +240,7 @@ def test_without_a_run_one_is_made(work, monkeypatch):
         evaluation("--data", "../nowhere.jsonl")
     assert not made
     evaluation(*FILE)
-    assert made == [("train_policy.py",)]
+    assert len(made) == 1 and "train_policy.py" in made[0]
     assert figures("runs/policy-1/evaluation-questions.json")["overall"]["n"] == 9
 
 
@@ -257,7 +256,7 @@ def test_questions_are_spread_over_the_sources(work):
     rows = [{"question": f"q{i}?", "answer": "x", "data_source": "abbbc"[i]} for i in range(5)]
     (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation("--policy", "../base", "--data", "q.jsonl", "--engine", "none", "--questions", "4")
-    out = figures("../evaluation-q-none.json")
+    out = figures("../evaluation-q-engine-none.json")
     assert [out[name]["n"] for name in "abc"] == [1, 2, 1]
 
 
@@ -276,16 +275,80 @@ def test_a_question_is_answered_as_it_unfolds(work, capsys, monkeypatch):
     assert not everything(work)
 
 
+def test_ask_needs_nothing_but_the_repository(work, capsys, monkeypatch):
+    """Guards a question that starts a training, and documents of one's own that need --data."""
+    monkeypatch.setattr(stages, "run_stage", None)
+    evaluate.main(["--ask", "where was Holo Trelmow born?", "--threads", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("No run is finished yet") and lines[1].startswith("question")
+    assert lines[2].startswith("<think>") and lines[-1].startswith("answer")
+    evaluation("--policy", "../base", "--corpus", "../corpus.txt", "--method", "rag", "--ask",
+               "when was Fota Jourer born?")  # fmt: skip
+    assert "    Fota Jourer was born on January\n" in capsys.readouterr().out
+
+
+TURNS = [
+    Turn("<think>a</think> <search>b</search>", "search", "b", ["c", "d"]),
+    Turn("<search>b</search>", "search", "b", [], noisy=True),
+    Turn("hm", "invalid", ""),
+    Turn("<answer></answer>", "answer", ""),
+]
+
+
 def test_every_kind_of_turn_is_shown(capsys):
     """Guards thoughts, empty replies and invalid turns that nobody sees."""
-    evaluate.unfold(Turn("<think>a</think> <search>b</search>", "search", "b", ["c"]))
-    evaluate.unfold(Turn("<search>b</search>", "search", "b", []))
-    evaluate.unfold(Turn("hm", "invalid", ""))
-    evaluate.unfold(Turn("<answer></answer>", "answer", ""))
+    for turn in TURNS:
+        evaluate.show_turn(turn)
     assert capsys.readouterr().out.splitlines() == [
-        "<think>a</think> <search>b</search>", "    c", "<search>b</search>", "    nothing found",
-        "hm", "    no valid action", "<answer></answer>",
+        "<think>a</think> <search>b</search>", "    c", "    d", "<search>b</search>",
+        "    nothing found", "hm", "    no valid action", "<answer></answer>",
     ]  # fmt: skip
+
+
+def test_a_terminal_gets_colours_unless_they_are_not_wished(capsys, monkeypatch):
+    """Guards escapes in a file, or where NO_COLOR is set; a colour that never ends."""
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for plain in ("", "1"):
+        monkeypatch.setenv("NO_COLOR", plain)
+        for turn in TURNS:
+            evaluate.show_turn(turn)
+        text = capsys.readouterr().out
+        assert text.count("\033[0m") == (0 if plain else 8) and text.count("\033[") in (0, 16)
+        assert plain or "\033[33mnothing found\033[0m" in text and "\033[36m<search>b" in text
+
+
+@pytest.mark.parametrize("text", ["\033[2J\033[1;1H", "\x9b31m", "a\rb", "\u202e", "\ud800"])
+def test_documents_do_not_drive_the_terminal(capsys, text):
+    """Guards a document that clears the screen, or writes over what stands there."""
+    evaluate.show_turn(Turn(f"<think>{text}</think>", "search", text, [text, "naïve 日本 😀"]))
+    out = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in out) and "    naïve 日本 😀\n" in out
+
+
+def test_a_test_of_a_runs_policy_joins_its_page(work):
+    """Guards a page that never shows what training changed, and failed searches nobody sees."""
+    policy("--output", "run")
+    evaluation("--policy", "run/policy", *FILE)
+    html = Path("run/report.html").read_text()
+    assert html.count("Before training") == 9 and "before and after 9</label>" in html
+    assert figures("run/evaluation-questions.json")["overall"]["search_errors"] == 0
+
+
+def test_failed_searches_are_counted(work, monkeypatch):
+    """Guards a dead engine that looks like one without documents, and counts of another model."""
+
+    class Dead:
+        failed = 0
+
+        def search(self, requests):
+            self.failed += len(requests)
+            return [[] for _ in requests]
+
+    monkeypatch.setattr(stages, "build_engine", lambda *_: Dead())
+    flags = ["--policy", "../base", "--before", "tiny", *FILE, "--method", "rag"]
+    evaluation(*flags, "--output", "out.json")
+    out = figures()
+    assert out["overall"]["search_errors"] == out["before"]["overall"]["search_errors"] == 9
 
 
 def test_the_simulator_is_made_when_it_is_needed(work, monkeypatch):
@@ -328,7 +391,6 @@ REFUSED = [
     ("--policy ../base --method oracle", "oracle"),
     ("--policy ../base --method rag --engine_noise 0.5", "--engine_noise"),
     ("--policy ../base --engine web", "SERPER_API_KEY"),
-    ("--policy ../base --engine web --web serpapi", "SERPAPI_API_KEY"),
     ("--policy ../base --batch 0", "--batch"),
     ("--policy ../base --config ../bad/unknown.yaml", "stepz"),
 ]

@@ -2,11 +2,12 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from scripts import on_each
 
-from minizs.evaluation import answer_all, as_row, from_row, parts, show, summary, table
+from minizs.evaluation import answer_all, as_line, from_row, show, summary, table
 from minizs.trajectory import Example, Trajectory, Turn
 
 EXAMPLES = [Example(f"q{i}?", (f"{i}", "x"), "ab"[i % 2]) for i in range(11)]
@@ -33,71 +34,69 @@ class Answers:
         return [trajectory(e, key) for e, key in zip(examples, keys, strict=True)]
 
 
-EXPECTED = [from_row(as_row(trajectory(e, (i,)))) for i, e in enumerate(EXAMPLES)]
+def kept(row: Trajectory) -> Trajectory:
+    """A trajectory without its tokens."""
+    return replace(row, ids=[], loss_mask=[], logprobs=[])
+
+
+EXPECTED = [kept(trajectory(e, (i,))) for i, e in enumerate(EXAMPLES)]
 EVERY = [(i,) for i in range(len(EXAMPLES))]
 
 
-def test_a_row_is_kept_but_for_its_tokens():
+def test_a_row_comes_back_from_its_line():
     """Guards an answer, a document or a gold answer that is lost on the way through a file."""
-    row = trajectory(EXAMPLES[3], (3,))
-    again = from_row(json.loads(json.dumps(as_row(row))))
-    assert again.ids == again.loss_mask == again.logprobs == []
-    again.ids, again.loss_mask, again.logprobs = row.ids, row.loss_mask, row.logprobs
-    assert again == row
+    for i, row in enumerate(EXPECTED):
+        line = json.loads(as_line(i, row))
+        assert line["index"] == i and from_row(line) == row
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 20])
 @pytest.mark.parametrize("logged", [True, False])
 def test_every_row_exactly_once_and_in_order(tmp_path, monkeypatch, processes, logged):
     """Guards rows that are padded, dropped or repeated, and random numbers that hang on a share."""
-    answers, log = Answers(), tmp_path / "out.jsonl" if logged else None
+    answers, path = Answers(), tmp_path / "kept" / "name" if logged else None
     main, *others = on_each(
-        processes, lambda a: answer_all(answers, EXAMPLES, a, 2, log, "name"), monkeypatch
+        processes, lambda a: answer_all(answers, EXAMPLES, a, 2, path), monkeypatch
     )
     assert main == EXPECTED and others == [None] * (processes - 1)
     assert sorted(answers.keys) == EVERY and max(answers.sizes) <= 2
-    assert bool(parts(tmp_path / "out.jsonl", "name")) == logged
+    assert (tmp_path / "kept").exists() == logged
     if logged:
         again = Answers(stop_after=0)  # it has nothing to ask
-        call = lambda a: answer_all(again, EXAMPLES, a, 2, log, "name")  # noqa: E731
+        call = lambda a: answer_all(again, EXAMPLES, a, 2, path)  # noqa: E731
         assert on_each(2, call, monkeypatch)[0] == EXPECTED
-        lines = [json.loads(line) for line in log.read_text().splitlines()]
-        assert [line["index"] for line in lines] == list(range(11))
-        assert [from_row(line) for line in lines] == EXPECTED
 
 
 @pytest.mark.parametrize("first, then", [(1, 1), (2, 3), (3, 1)])
 def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, first, then):
     """Guards an engine that is paid twice, a half-written line, and answers that got lost."""
-    log = tmp_path / "out[1].jsonl"  # not a pattern
+    folder = tmp_path / "out[1]"  # not a pattern
 
     def run(processes, answers, name="name"):
-        call = lambda a: answer_all(answers, EXAMPLES, a, 2, log, name)  # noqa: E731
+        call = lambda a: answer_all(answers, EXAMPLES, a, 2, folder / name)  # noqa: E731
         return on_each(processes, call, monkeypatch)[0]
 
     before = Answers(stop_after=5)
     with pytest.raises(ConnectionError):
         run(first, before)
-    assert 5 <= len(before.keys) < 11 and not log.exists()
-    parts(log, "name")[0].open("a").write('{"index": 9, "exa')  # killed while it wrote
-    kept = {path: path.read_text() for path in tmp_path.iterdir()}
-    assert [*kept] and {*kept} == {*parts(log, "name")}
+    assert 5 <= len(before.keys) < 11
+    sorted(folder.iterdir())[0].open("a").write('{"index": 9, "exa')  # killed while it wrote
+    there = {path: path.read_text() for path in folder.iterdir()}
     another = Answers()
     run(1, another, "another")  # of other settings
     assert sorted(another.keys) == EVERY
-    assert {path: path.read_text() for path in parts(log, "name")} == kept
+    assert {path: path.read_text() for path in there} == there
     after = Answers()
     assert run(then, after) == EXPECTED
     assert Counter(before.keys + after.keys) == Counter(EVERY)
-    assert [from_row(json.loads(line)) for line in log.read_text().splitlines()] == EXPECTED
 
 
 def test_interrupted_again_and_again(tmp_path, monkeypatch):
     """Guards a second interruption that loses what was there after the first."""
-    asked, log = [], tmp_path / "out.jsonl"
+    asked, path = [], tmp_path / "kept"
 
     def run(answers):
-        call = lambda a: answer_all(answers, EXAMPLES, a, 2, log, "n")  # noqa: E731
+        call = lambda a: answer_all(answers, EXAMPLES, a, 2, path)  # noqa: E731
         try:
             return on_each(1, call, monkeypatch)
         finally:

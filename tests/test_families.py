@@ -80,7 +80,7 @@ def score(model, tokenizer, rows):
 
 def play(model, tokenizer, **options):
     return rollout(model, tokenizer, QUESTIONS, Documents(), group_size=4,
-                   limits=Limits(turns=2, turn_tokens=25), template="{question}", seed=1,
+                   limits=Limits(turns=2, turn_tokens=25), template="{question} <eos>", seed=1,
                    **options)  # fmt: skip
 
 

@@ -72,7 +72,8 @@ def test_logprobs_of_several_turns_equal_rescoring(family, temperature, vocab_si
         assert len(sampled[row]) > 0
         expected = rescored(model, prompt, pieces[row], **options)
         assert sampled[row] == pytest.approx(expected, abs=1e-4)
-        assert decoder.size(row) == len(prompt) + sum(len(piece) for piece, _ in pieces[row])
+        held = decoder.length[row] + len(decoder.pending[row])
+        assert held == len(prompt) + sum(len(piece) for piece, _ in pieces[row])
 
 
 def test_replaced_head_works():
@@ -143,6 +144,33 @@ def test_every_token_is_computed_once():
     decoder.turn(rows, new, [(row, 1) for row in rows])
     total = len(prompt) - 1 + group * (1 + new + 3 + new - 1)
     assert decoder.positions == sum(fed) == total
+
+
+def test_prompts_of_mixed_lengths_are_computed_with_little_padding(monkeypatch):
+    """Guards against one wide forward pass for all prompts, where short ones are mostly padding,
+    and against cache rows that get another row's prompt when the prompts are sorted."""
+    model, prompts = make_model(dtype=torch.float64), make_prompts((3, 21, 2, 20, 3, 21, 2))
+    prompts += prompts[:2]  # two of them are shared
+    computed = []
+    expected = [generate(model, [p], 5, keys=[i])[0].ids for i, p in enumerate(prompts)]
+    monkeypatch.setattr("minizs.generate.FORWARD_TOKENS", 60)
+    model.model.embed_tokens.register_forward_hook(lambda _m, x, _o: computed.append(x[0].numel()))
+    assert [result.ids for result in generate(model, prompts, 5)] == expected
+    decoder = Decoder(model, prompts)
+    assert sum(computed[-3:]) == 3 * 20 + 3 * 2 + 1 and decoder.positions == 20 + 20 + 19 + 6
+
+
+def test_a_model_can_learn_after_it_has_written():
+    """Guards against tensors of inference mode, which autograd refuses, left in the model."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = make_model(rope_parameters=rope, max_position_embeddings=16)
+    model.config.max_position_embeddings = 64
+    generate(model, make_prompts((30,)), 5)
+    ids = torch.tensor(make_prompts((20,)))
+    ones = torch.ones_like(ids)
+    mask = (torch.arange(20) > 0).long()[None]  # nothing precedes the first
+    token_logprobs(model, ids, ones, mask).sum().backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
 
 
 def test_rows_that_have_stopped_are_not_computed():

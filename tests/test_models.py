@@ -1,12 +1,15 @@
 """Loading and saving models."""
 
 import json
+import pickle
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 from minizs import models
 from minizs.config import UserError
@@ -96,7 +99,8 @@ def test_too_long_a_context_is_refused(folder):
 
 def test_sharded_weights_are_loaded(tmp_path):
     """Guards the many files that any model of some size comes in, and one of them that is lost."""
-    model, tokenizer = make_model(), make_tokenizer()
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
     model.save_pretrained(tmp_path, max_shard_size="10KB")
     tokenizer.save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
@@ -188,3 +192,45 @@ def test_attention_of_a_loaded_model_is_the_chosen_one(folder):
     """Guards a choice that is logged and not made."""
     assert models.load(str(folder))[0].config._attn_implementation == "sdpa"
     assert models.load(str(folder), attention="eager")[0].config._attn_implementation == "eager"
+
+
+def test_a_pickle_is_never_opened(folder):
+    """Guards code that runs when weights are read: a folder with a .bin alone is refused."""
+    ran = folder / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.mkdir, (ran,)
+
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="no .*safetensors"):
+        models.load(str(folder))
+    (folder / "other.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        models.load(str(folder))
+    assert not ran.exists()
+
+
+def test_weights_are_never_made_up(folder):
+    """Guards a layer at random, with a warning at most, where a file does not hold it."""
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lack .*layers.1.mlp.down_proj"):
+        models.load(str(folder))
+
+
+def test_another_models_tokenizer_is_refused(folder):
+    """Guards ids without a row in the embedding, which fail in the first forward that has one."""
+    make_tokenizer(("<a>",)).save_pretrained(folder)
+    with pytest.raises(UserError, match="has 103 tokens, its model 102"):
+        models.load(str(folder))
+
+
+def test_a_prompt_without_a_question_is_refused(folder):
+    """Guards a policy that is never told what to answer."""
+    (folder / models.PROMPT_FILE).write_text("Answer!")
+    with pytest.raises(UserError, match="lacks the word {question}"):
+        models.load_prompt(str(folder))

@@ -25,6 +25,7 @@ import test_engines
 import test_families
 import test_generate
 import test_grpo
+import test_hostile
 import test_learner
 import test_losses
 import test_packed
@@ -91,8 +92,8 @@ DEFECTS = [
            test_learner.test_ppo_puts_the_kl_into_the_reward),
     *[
         Defect(f"D3 answers read from prompt and documents: {test.__name__}", PLAY,
-               "row.reward = reward(row.answer,",
-               "row.reward = reward(protocol._ACTION.findall(tokenizer.decode(row.ids))[-1][1],",
+               "row.reward = f1_score(row.answer,",
+               "row.reward = f1_score(protocol._ACTION.findall(tokenizer.decode(row.ids))[-1][1],",
                test)
         for test in (test_rollout.test_the_prompts_example_is_no_answer,
                      test_rollout.test_documents_cannot_answer)
@@ -159,14 +160,13 @@ DEFECTS = [
            "(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()",
            "torch.ones(len(lengths), max(lengths)).long()",
            test_learner.test_masks_are_never_guessed_from_ids),
-    Defect("D12 an overlong reply is cut", PLAY,
-           "in sorted(zip(replies, chunks, strict=True)):",
-           "in ((r, c[: limits.document_tokens]) for r, c in zip(replies, chunks)):",
-           partial(test_rollout.test_each_limit_ends_a_trajectory_cleanly,
-                   rollout.Limits(document_tokens=test_rollout.BLOCK_TOKENS - 1),
-                   "document_tokens", (test_rollout.SEARCH, 1))),
+    Defect("D12 an overlong reply loses its end", PLAY,
+           "ids = ids[: limits.document_tokens - len(closing)] + closing",
+           "ids = ids[: limits.document_tokens]",
+           partial(test_rollout.test_an_overlong_reply_is_cut_before_its_closing_tag,
+                   test_rollout.BLOCK_TOKENS - 1)),
     Defect("D12 the context limit is not looked at", PLAY,
-           "elif len(rows[i].ids) + len(ids) >= limits.context:", "elif False:",
+           "if len(row.ids) + len(ids) >= limits.context:", "if False:",
            partial(test_rollout.test_each_limit_ends_a_trajectory_cleanly,
                    rollout.Limits(context=test_rollout.EXACT - len(test_rollout.ANSWER)),
                    "context", (test_rollout.SEARCH, 1))),
@@ -187,9 +187,20 @@ DEFECTS = [
            test_simulator.test_all_gold_answers_are_named),
     Defect("D15 a fixed number of documents", simulator.prompt, "str(top_k)", "'5'",
            test_simulator.test_the_number_of_documents_is_the_one_asked_for),
-    Defect("D15 documents write control tokens", PLAY,
-           '"split_special_tokens": True', '"split_special_tokens": False',
+    Defect("D15 documents write control tokens", protocol.reply_ids,
+           "split_special_tokens=True", "split_special_tokens=False",
            test_rollout.test_documents_cannot_write_control_tokens),
+    Defect("documents speak for the policy", PLAY,
+           "[neutralize(text, tokenizer) for text in documents]", "documents",
+           partial(test_hostile.test_rollouts_cannot_be_steered.hypothesis.inner_test,
+                   ["</information>"], "q", "q", 60, test_hostile.TOKENIZERS[1])),
+    Defect("a question speaks for the model", protocol.build_prompt,
+           "neutralize(question, tokenizer)", "question",
+           partial(test_hostile.test_a_question_cannot_add_to_the_prompt.hypothesis.inner_test,
+                   "<|im_end|>", test_hostile.TOKENIZERS[1])),
+    Defect("tags in wide letters", protocol.neutralize,
+           "if marks.search(bare) else text", "if False else text",
+           partial(test_hostile.test_examples, "café ＜answer＞", "cafe (answer>")),
     Defect("D16 the whole batch is one group", LEARN._outcome_advantages,
            "everyone, s.group_size,", "everyone, len(everyone),",
            partial(test_learner.test_equal_rewards_change_nothing, "grpo")),
@@ -204,8 +215,8 @@ DEFECTS = [
     Defect("D18 metrics of the last micro-batch", LEARN._gather,
            "losses.merge_stats(stats)", "stats[-1]",
            partial(test_learner.test_the_split_into_micro_batches_changes_nothing, GRPO)),
-    Defect("D19 a BOS before every document", PLAY,
-           '"add_special_tokens": False', '"add_special_tokens": True',
+    Defect("D19 a BOS before every document", protocol.reply_ids,
+           "add_special_tokens=False", "add_special_tokens=True",
            test_rollout.test_only_the_prompt_gets_a_bos),
     # ---- of others, and what could go wrong here ----
     Defect("noise drawn by place in the batch", PLAY,
@@ -233,8 +244,8 @@ DEFECTS = [
            test_simulator.test_the_loss_is_on_the_documents_and_eos_alone),
     Defect("no eos to learn", sft.encode, "[*marks, True]", "[*marks, False]",
            test_simulator.test_the_loss_is_on_the_documents_and_eos_alone),
-    Defect("a text tokenised as one piece", sft.encode,
-           'add_special_tokens=False)["input_ids"]', 'add_special_tokens=True)["input_ids"]',
+    Defect("a text tokenised as one piece", protocol.reply_ids,
+           "add_special_tokens=False", "add_special_tokens=True",
            test_sft.test_only_the_opening_piece_gets_a_bos),
     Defect("loss of the next but one token", sft.nll,
            "input_ids[marked]", "input_ids.roll(-1, 1)[marked]",
@@ -246,13 +257,13 @@ DEFECTS = [
            "prompt_ids(tokenizer, texts[:1])", 'tokenizer(texts[:1])["input_ids"]',
            test_families.test_training_and_use_open_alike),
     Defect("documents are trained on", PLAY,
-           "rows[i].append(ids)", "rows[i].append(ids, [0.0] * len(ids))",
+           "row.append(ids)", "row.append(ids, [0.0] * len(ids))",
            test_rollout.test_only_what_the_policy_sampled_is_trained_on),
     Defect("PPO's KL in the reward and in the loss", LEARN._policy_loss,
            'is not None and s.algorithm != "ppo"', "is not None",
            test_learner.test_ppo_puts_the_kl_into_the_reward),
-    Defect("noisy replies that hold the answer", engines.Ranking.search,
-           "if not (noisy and self.judge(text, requests[i]))", "if True",
+    Defect("noisy replies that hold the answer", engines.Ranking.kept,
+           "if not (request.noisy and self.judge(text, request))", "if True",
            test_engines.test_noise_takes_the_useful_documents_out),
 ]  # fmt: skip
 

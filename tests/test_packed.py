@@ -96,7 +96,7 @@ def test_supervised_packed_equals_padded():
     losses = []
     for packed in (False, True):
         model.zero_grad()
-        loss, count = sft.Supervised(model, packed)(ids, mask, loss_mask)
+        loss, count = sft.Supervised(model, packed=packed)(ids, mask, loss_mask)
         loss.backward()
         losses.append([loss.detach(), count, *(p.grad.clone() for p in model.parameters())])
     assert losses[0][1] == losses[1][1] == loss_mask[:, 1:].sum()

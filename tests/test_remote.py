@@ -8,9 +8,11 @@ import pytest
 from test_client import SECRET, serving
 from test_engines import DOCUMENTS, ask
 
+from minizs import stages
 from minizs.client import Client, ServiceError
 from minizs.config import UserError
 from minizs.engines import BM25
+from minizs.options import SearchConfig
 from minizs.remote import AT_ONCE, Cached, HttpSearch, WebSearch
 
 SCORED, PLAIN, WIKI = "scored", "plain", "wiki"
@@ -38,8 +40,8 @@ def retriever(shape, documents=DOCUMENTS):
 @pytest.mark.parametrize("shape", [SCORED, PLAIN, WIKI])
 def test_a_retrievers_documents_are_those_of_the_engine_behind_it(shape):
     """Guards a protocol that is misread, noise that is lost, replies to another's query."""
-    requests = [ask(query, noisy) for query in ("Ann born in", "Oslo lies", "works for Acme")
-                for noisy in (False, True)] * 7  # fmt: skip
+    requests = [ask(f"{query} {i}", noisy) for query in ("Ann born in", "Oslo lies", "Acme works")
+                for noisy in (False, True) for i in range(14)]  # fmt: skip
     with serving(retriever(shape)) as (url, seen):
         engine = HttpSearch(Client(url, retries=0), top_k=2, wiki=shape == WIKI)
         assert engine.search(requests) == BM25(DOCUMENTS, 2).search(requests)
@@ -66,27 +68,45 @@ def test_noise_from_a_retriever_is_bounded():
 ])  # fmt: skip
 def test_a_document_is_its_title_and_text_on_a_line(document, text):
     """Guards titles that are lost, and line breaks that look like another document."""
-    for answer in ({"result": [[document]]}, [[document]], [document]):
+    for answer, wiki in (({"result": [[document]]}, 0), ([[document]], 0), ([document], 1)):
         with serving(lambda *_, answer=answer: (200, answer)) as (url, _):
-            assert HttpSearch(Client(url, retries=0)).search([ask("a")]) == [[text]]
+            assert HttpSearch(Client(url, retries=0), wiki=wiki).search([ask("a")]) == [[text]]
 
 
 @pytest.mark.parametrize("answer", [
     {}, {"result": None}, {"result": [[], []]}, [[{"contents": None}]], [[{"body": "x"}]], ["x"],
-    [[{"document": None}]], 3, {"result": [[["x"]]]},
+    [[{"document": None}]], 3, {"result": [[["x"]]]}, "", {"result": {}}, [[{"contents": 5}]], [""],
+    [{}], {"result": ""}, [[{"text": 7}]], [[{"title": "a"}]], [[[]]], [[None]],
 ])  # fmt: skip
-def test_answers_of_another_form(answer):
+@pytest.mark.parametrize("wiki", [False, True])
+def test_answers_of_another_form(answer, wiki):
     """Guards a policy that is tested on empty replies because the server is no retriever."""
     with serving(lambda *_: (200, answer)) as (url, _):
         with pytest.raises(ServiceError, match="/retrieve did not answer in the expected form"):
-            HttpSearch(Client(url, retries=0)).search([ask("a")])
+            HttpSearch(Client(url, retries=0), wiki=wiki).search([ask("a")])
 
 
 def test_no_result_is_no_failure():
     """Guards retries for a query that nothing is found for."""
-    for answer in ({"result": [[]]}, [[]], []):
+    for answer, wiki in (({"result": [[]]}, False), ([[]], False), ([], True)):
         with serving(lambda *_, answer=answer: (200, answer)) as (url, _):
-            assert HttpSearch(Client(url, retries=0)).search([ask("a")]) == [[]]
+            assert HttpSearch(Client(url, retries=0), wiki=wiki).search([ask("a")]) == [[]]
+
+
+def test_a_query_that_fails_empties_no_other():
+    """Guards a part of which one query is refused; a failure that is not counted, or twice."""
+
+    def answer(path, body, headers):
+        if any("bad" in query for query in body["queries"]):
+            return 500, "no"
+        return 200, {"result": [[{"contents": query}] for query in body["queries"]]}
+
+    requests = [ask("bad" if i % 10 == 3 else f"q{i}", noisy=i % 2) for i in range(80)]
+    with serving(answer) as (url, _):
+        engine = HttpSearch(Client(url, retries=0, on_error="empty"), top_k=2)
+        with pytest.warns(UserWarning, match="answered 500"):
+            found = engine.search(requests)
+    assert found == [[] if r.query == "bad" else [r.query] for r in requests] and engine.failed == 8
 
 
 # ---- the web ------------------------------------------------------------------------------------
@@ -96,91 +116,64 @@ ROWS = [{"title": "Ann", "snippet": "born in\nRome", "link": "x"}, {"title": "On
 LINES = ["Ann born in Rome", "Only", "a snippet", "Oslo a town"]
 
 
-@pytest.fixture
-def keys(monkeypatch):
-    for name in ("SERPER_API_KEY", "SERPAPI_API_KEY"):
-        monkeypatch.setenv(name, SECRET)
-
-
 def page(path, body, headers):
-    """What the two services say, as their manuals have it."""
-    if body is None:  # SerpAPI
-        assert f"api_key={SECRET}" in path and "engine=google" in path and "q=Ann+born" in path
-        return 200, {"search_metadata": {}, "organic_results": ROWS}
-    assert headers["X-API-KEY"] == SECRET and body == {"q": "Ann born", "num": 10}
-    return 200, {"searchParameters": {}, "organic": ROWS}
+    """What the service says, as its manual has it."""
+    assert path == "/search" and headers["X-API-KEY"] == SECRET
+    assert body == {"q": "Ann born", "num": 10}
+    return 200, {"searchParameters": {"q": "Ann born"}, "organic": ROWS}
 
 
-@pytest.mark.parametrize("provider", ["serper", "serpapi"])
-def test_web_results_are_title_and_snippet(provider, keys):
-    """Guards a provider's form that is misread, and a noisy reply that is paid for twice."""
+def web(url, top_k=3, **options):
+    return WebSearch(Client(url, retries=0, headers={"X-API-KEY": SECRET}, **options), top_k)
+
+
+def test_web_results_are_title_and_snippet():
+    """Guards a form that is misread, and a noisy reply that is paid for twice."""
     with serving(page) as (url, seen):
-        engine = WebSearch(provider, 3, url=url, retries=0)
-        found = engine.search([ask("Ann born"), ask("Ann born", noisy=True)])
-    assert found == [LINES[:3], LINES[1:]]
-    assert len(seen) == 2 and {path.split("?")[0] for path, _ in seen} == {"/search"}
+        found = web(url).search([ask("Ann born"), ask("Ann born", noisy=True)])
+    assert found == [LINES[:3], LINES[1:]] and len(seen) == 2
 
 
-def test_a_web_search_that_finds_nothing(keys):
-    """Guards SerpAPI's "error" for no results, and other errors that pass for no results."""
-    with serving(lambda *_: (200, {"error": "Google hasn't returned any results for this query."})
-                 ) as (url, _):  # fmt: skip
-        assert WebSearch("serpapi", url=url, retries=0).search([ask("a")]) == [[]]
-    for provider, answer in (
-        ("serper", {"organic": []}), ("serper", {"answerBox": {"answer": "x"}}),
-        ("serper", {"organic": None}), ("serpapi", {"search_metadata": {}}),
-    ):  # fmt: skip
-        with serving(lambda *_, answer=answer: (200, answer)) as (url, _):
-            assert WebSearch(provider, url=url, retries=0).search([ask("a")]) == [[]]
+def test_a_web_search_that_finds_nothing():
+    """Guards a failure for no results, and other answers that pass for no results."""
+    asked = {"searchParameters": {"q": "a"}}
+    for more in ({"organic": []}, {"answerBox": {"answer": "x"}}, {"organic": None}):
+        with serving(lambda *_, more=more: (200, asked | more)) as (url, _):
+            assert web(url).search([ask("a")]) == [[]]
+    for nonsense in ({}, {"organic": []}, [], asked | {"organic": [{"title": 5}]},
+                     asked | {"organic": ["x"]}, asked | {"organic": 3}):  # fmt: skip
+        with serving(lambda *_, nonsense=nonsense: (200, nonsense)) as (url, _):
+            with pytest.raises(ServiceError, match="expected form"):
+                web(url).search([ask("a")])
 
 
-@pytest.mark.parametrize("provider", ["serper", "serpapi"])
-def test_a_web_searchs_error_is_told(provider, keys):
-    """Guards errors that pass for no results, are not named, or repeat the key."""
-    answer = {"error": f"The account of {SECRET} has\nno searches left."}
-    with serving(lambda *_: (200, answer)) as (url, seen):
-        with pytest.raises(ServiceError, match="/search answered .*has no searches left") as error:
-            WebSearch(provider, url=url, retries=0).search([ask("a")])
-    assert SECRET not in str(error.value) and "\n" not in str(error.value)
-    assert error.value.__cause__ is error.value.__context__ is None and len(seen) == 1
-
-
-def test_missing_titles_and_snippets(keys):
+def test_missing_titles_and_snippets():
     """Guards "None" in a document."""
     rows = [{"title": None, "snippet": "a"}, {"title": "b", "snippet": None}, {"title": None}]
-    with serving(lambda *_: (200, {"organic": rows})) as (url, _):
-        assert WebSearch("serper", url=url, retries=0).search([ask("q")]) == [["a", "b", ""]]
+    with serving(lambda *_: (200, {"searchParameters": {"q": "q"}, "organic": rows})) as (url, _):
+        assert web(url).search([ask("q")]) == [["a", "b", ""]]
 
 
-def test_a_key_with_a_line_break(monkeypatch):
-    """Guards a key that is refused for how it came into the variable."""
+def test_the_web_engine_of_the_settings(monkeypatch):
+    """Guards a key that is refused for how it came into the variable, or missed at a search."""
+    config = SearchConfig(engine="web", on_search_error="empty")
     monkeypatch.setenv("SERPER_API_KEY", f" {SECRET}\n")
     with serving(page) as (url, _):
-        assert WebSearch("serper", url=url, retries=0).search([ask("Ann born")]) == [LINES[:3]]
+        monkeypatch.setattr("minizs.remote.SERPER", url)
+        assert stages.build_engine(config, "test", None).search([ask("Ann born")]) == [LINES[:3]]
     monkeypatch.setenv("SERPER_API_KEY", " \n")
     with pytest.raises(UserError, match="SERPER_API_KEY"):
-        WebSearch("serper")
+        stages.build_engine(config, "test", None)
 
 
-@pytest.mark.parametrize("provider, variable", [("serper", "SERPER_API_KEY"),
-                                                ("serpapi", "SERPAPI_API_KEY")])  # fmt: skip
-def test_a_missing_key_is_named(provider, variable, monkeypatch):
-    """Guards a run that ends at its first search."""
-    monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(UserError, match=variable):
-        WebSearch(provider)
-
-
-@pytest.mark.parametrize("provider", ["serper", "serpapi"])
-def test_web_keys_stay_secret(provider, keys, tmp_path, caplog, capfd):
+def test_web_keys_stay_secret(tmp_path, caplog, capfd):
     """Guards keys that leak into errors, logs or the cache."""
     caplog.set_level(0)
     with serving(lambda *_: (403, "")) as (url, _):
         with pytest.raises(ServiceError) as error:
-            WebSearch(provider, url=url).search([ask("Ann born")])
+            web(url).search([ask("Ann born")])
     with serving(page) as (url, _):
-        engine = Cached(WebSearch(provider, url=url), str(tmp_path / "c"), provider)
-        engine.search([ask("Ann born")])
+        Cached(web(url), str(tmp_path / "c"), url).search([ask("Ann born")])
     texts = [str(error.value), repr(vars(error.value)), caplog.text, *capfd.readouterr()]
     assert SECRET not in "".join(texts)
     assert SECRET.encode() not in (tmp_path / "c").read_bytes()
@@ -190,16 +183,18 @@ def test_web_keys_stay_secret(provider, keys, tmp_path, caplog, capfd):
 
 
 class Counting:
-    """BM25 that notes what it was asked, and fails at a query "broken"."""
+    """BM25 that notes what it was asked, ends at a query "broken", and has none to "failing"."""
 
     def __init__(self, top_k=2):
         self.engine, self.top_k, self.asked = BM25(DOCUMENTS, top_k), top_k, []
 
-    def search(self, requests):
+    def find(self, requests):
         if any(request.query == "broken" for request in requests):
             raise ServiceError("The server is gone.")
         self.asked += requests
-        return self.engine.search(requests)
+        found = self.engine.find(requests)
+        return [None if request.query == "failing" else documents
+                for request, documents in zip(requests, found, strict=True)]  # fmt: skip
 
 
 def test_nothing_is_asked_twice(tmp_path):
@@ -209,9 +204,8 @@ def test_nothing_is_asked_twice(tmp_path):
     first, later = Counting(), Counting()
     engine = Cached(first, path, "a")
     assert engine.search(requests) == expected and engine.search([]) == []
-    assert (engine.hits, engine.misses, len(first.asked)) == (1, 3, 3)
     assert engine.search(requests[::-1]) == expected[::-1]
-    assert (engine.hits, engine.misses) == (5, 3)
+    assert len(first.asked) == 3
     assert Cached(later, path, "a").search(requests) == expected and later.asked == []
 
 
@@ -219,14 +213,24 @@ def test_what_differs_is_asked_anew(tmp_path):
     """Guards replies of another engine, number of documents, or (noisy ones) another question."""
     path, engine = str(tmp_path / "cache"), Counting()
     Cached(engine, path, "a").search([ask("Ann born"), ask("Ann born", noisy=True)])
-    for other in (Cached(engine, path, "b"), Cached(Counting(3), path, "a")):
-        other.search([ask("Ann born")])
-        assert other.misses == 1
-    again = Cached(engine, path, "a")
+    for other, name in ((Counting(), "b"), (Counting(3), "a")):
+        Cached(other, path, name).search([ask("Ann born")])
+        assert len(other.asked) == 1
+    again = Counting()
     cats = ask("Ann born", noisy=True, answers=("cats",))
-    assert again.search([cats]) == BM25(DOCUMENTS, 2).search([cats]) and again.misses == 1
-    again.search([ask("Ann born", answers=("cats",))])
-    assert again.hits == 1
+    assert Cached(again, path, "a").search([cats]) == BM25(DOCUMENTS, 2).search([cats])
+    Cached(again, path, "a").search([ask("Ann born", answers=("cats",))])
+    assert again.asked == [cats]
+
+
+def test_failures_are_counted_and_not_kept(tmp_path):
+    """Guards "no information" that is kept for good where a server was away for a minute."""
+    engine = Cached(inner := Counting(), str(tmp_path / "cache"), "a")
+    for _ in range(2):
+        found = engine.search([ask("failing"), ask("Oslo"), ask("failing")])
+        assert [len(documents) for documents in found] == [0, 2, 0]
+    assert engine.failed == 4
+    assert [request.query for request in inner.asked] == ["failing", "Oslo", "failing"]
 
 
 def test_what_came_before_a_failure_is_kept(tmp_path):
@@ -234,8 +238,8 @@ def test_what_came_before_a_failure_is_kept(tmp_path):
     requests, path = [ask(f"Ann {i}") for i in range(AT_ONCE)], str(tmp_path / "cache")
     with pytest.raises(ServiceError):
         Cached(Counting(), path, "a").search([*requests, ask("broken")])
-    engine = Cached(Counting(), path, "a")
-    assert len(engine.search(requests)) == engine.hits == AT_ONCE
+    Cached(again := Counting(), path, "a").search(requests)
+    assert again.asked == []
 
 
 def search_much(path, number):
@@ -265,10 +269,8 @@ def test_files_that_are_no_cache(tmp_path):
             Cached(Counting(), str(path), "a")
 
 
-@pytest.mark.parametrize("columns", ["id, author, text", "request", "documents, request"])
-def test_anothers_table_is_no_cache(tmp_path, columns):
+def test_anothers_table_is_no_cache(tmp_path):
     """Guards an error at the first reply, which has been paid for, and rows in another's table."""
-    file = sqlite3.connect(tmp_path / "c")
-    file.execute(f"CREATE TABLE replies ({columns})")
-    with pytest.raises(UserError, match="cannot be a cache: its table 'replies'"):
+    sqlite3.connect(tmp_path / "c").execute("CREATE TABLE replies (id, author, text)")
+    with pytest.raises(UserError, match="cannot be a cache: no such column"):
         Cached(Counting(), str(tmp_path / "c"), "a")

@@ -1,22 +1,31 @@
 """Stage 1 from end to end, through `main(argv)`, on a tiny model."""
 
 import json
+import os
+import random
 import shutil
+import signal
 import subprocess
+import sys
+import threading
+import time
 from collections import Counter
+from dataclasses import make_dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
-from scripts import SIM, everything, refused, simulator, status, two_processes, weights
+from counts import COUNTS
+from filelock import FileLock
+from scripts import ROOT, SIM, everything, refused, simulator, status, two_processes, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train_sim
 from benchmarks import tiny_base as base
 from minizs import collect, models, sft, stages
-from minizs.config import UserError
-from minizs.pairs import pairs
+from minizs.config import UserError, option
 from minizs.simulator import training_text
 
 COLLECTED = "../collected/collected.jsonl"
@@ -37,9 +46,11 @@ def test_a_simulator_is_a_model_folder_with_its_prompt_and_report(work, capsys):
     """Guards a folder that `transformers` cannot load, half of one, or another prompt in it."""
     simulator("--seed", "3")
     folder = work / "runs" / "simulator"
-    assert [p.name for p in (work / "runs").iterdir()] == ["simulator"]  # nothing ".partial"
+    there = {p.name for p in (work / "runs").iterdir()}
+    assert there == {"simulator", "simulator.lock"} and not (folder / "checkpoints").exists()
+    assert [row["step"] for row in losses(folder)] == [1, 2, 3]
     assert (folder / "simulator_prompt.txt").read_text() == base.SIMULATOR_PROMPT
-    settings = yaml.safe_load((folder / "settings.yaml").read_text())
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert settings["seed"] == 3 and settings["base"] == "../base"
     report = json.loads((folder / "report.json").read_text())
     for hop in ("final", "first"):
@@ -58,7 +69,7 @@ def test_collected_rows_are_balanced_and_read_back(work, collected, capsys):
     """Guards a simulator that learns one word only, and a file that the same script cannot read."""
     assert Counter(row["label"] for row in collected) == {"useful": 20, "noisy": 20}
     assert all(0 < len(row["documents"]) <= 3 and row["answers"] for row in collected)
-    assert pairs(COLLECTED, base.SIMULATOR_PROMPT) == [
+    assert collect.pairs(collected, base.SIMULATOR_PROMPT) == [
         training_text(base.SIMULATOR_PROMPT, collect.request_of(row), row["documents"])
         for row in collected
     ]
@@ -133,22 +144,19 @@ def test_the_seed_decides_the_weights(work, collected):
     assert weights(work / "one") == weights(work / "same") != weights(work / "other")
 
 
-def test_the_loss_goes_down_on_the_documents(work, collected, monkeypatch):
+def losses(folder) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_goes_down_on_the_documents(work, collected):
     """Guards a learning rate, mask or optimiser with which nothing is learnt."""
-    losses = []
-    train = train_sim.train
-
-    def spied(*arguments):
-        losses.append(train(*arguments))
-
-    monkeypatch.setattr(train_sim, "train", spied)
-    for steps in ("1", "40"):
-        simulator("--data", COLLECTED, "--output", steps, "--steps", steps, "--lr", "0.01")
-    assert losses[1] < 0.6 * losses[0]  # the last 20 steps' mean
+    simulator("--data", COLLECTED, "--output", "out", "--steps", "40", "--lr", "0.01")
+    first, *_, last = losses("out")
+    assert last["loss"] < 0.6 * first["loss"] and last["step"] == 40
 
 
 def test_the_prompt_may_be_ones_own(work, collected):
-    """Guards a --template that trains with one wording and saves another."""
+    """Guards a template that trains with one wording and saves another."""
     (work / "mine.txt").write_text("Answer: {answers} Query: {query} {quality} documents:")
     seen = []
     encode = sft.encode
@@ -159,7 +167,7 @@ def test_the_prompt_may_be_ones_own(work, collected):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "encode", spied)
-        simulator("--data", COLLECTED, "--template", "mine.txt", "--output", "out")
+        simulator("--data", COLLECTED, "--simulator_template", "mine.txt", "--output", "out")
     row = collected[0]
     assert seen[0] == f"Answer: {row['answers'][0]} Query: {row['query']} {row['label']} documents:"
     assert (work / "out" / "simulator_prompt.txt").read_text() == (work / "mine.txt").read_text()
@@ -178,21 +186,31 @@ def test_a_killed_run_leaves_no_simulator(work, collected, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(work)
     simulator("--data", COLLECTED)
-    assert [p.name for p in (work / "runs").iterdir()] == ["simulator"]
+    assert {p.name for p in (work / "runs").iterdir()} == {"simulator", "simulator.lock"}
     assert not (work / "runs" / "simulator" / "report.json").exists()  # no world to test it on
 
 
-def test_of_two_processes_the_first_wins(work, collected, monkeypatch, capsys):
+def test_of_two_processes_the_second_waits(work, collected, monkeypatch, capsys):
     """Guards a crash, or a simulator that changes under the run that has begun to use it."""
+    load, begun = stages.load, threading.Event()
+
+    def other():
+        with FileLock("runs/simulator.lock"):
+            begun.set()
+            time.sleep(2)
+            shutil.copytree("../base", "runs/simulator")
 
     def overtaken(*arguments):
-        shutil.copytree("../base", "runs/simulator")
+        threading.Thread(target=other).start()
+        assert begun.wait(20)
+        return load(*arguments)
 
-    monkeypatch.setattr(train_sim, "train", overtaken)
+    monkeypatch.setattr(stages, "load", overtaken)
+    monkeypatch.setattr(train_sim, "train", lambda *_: pytest.fail("it has not waited"))
     simulator("--data", COLLECTED)
-    assert "Another process" in capsys.readouterr().out
-    assert [p.name for p in (work / "runs").iterdir()] == ["simulator"]
-    assert not (work / "runs" / "simulator" / "settings.yaml").exists()  # theirs
+    assert "Another run has made runs/simulator" in capsys.readouterr().out
+    assert {p.name for p in (work / "runs").iterdir()} == {"simulator", "simulator.lock"}
+    assert not (work / "runs" / "simulator" / "config.yaml").exists()  # theirs
 
 
 def test_nothing_trained_is_lost(work, collected, monkeypatch):
@@ -204,15 +222,141 @@ def test_nothing_trained_is_lost(work, collected, monkeypatch):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_sim, "train", blocked)
-        with pytest.raises(UserError, match="stays in .*partial"):
+        with pytest.raises(OSError, match="out.partial"):
             simulator("--data", COLLECTED, "--output", "out")
-    [kept] = work.glob("*.partial")
-    models.load(str(kept))
+    models.load("out.partial")
     assert [p.name for p in (work / "out").iterdir()] == ["notes.txt"]
     monkeypatch.setattr(collect, "report", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         simulator()
     models.load("runs/simulator")
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """`stop(4, SIGTERM)`: the fourth step from now on gets this signal; without one, it is the last
+    thing that the process does."""
+
+    def at(step: int, number: signal.Signals | None = None) -> None:
+        steps, collate = iter(range(1, step + 1)), sft.collate
+
+        def patched(*arguments):
+            if next(steps, 0) == step:
+                monkeypatch.setattr(sft, "collate", collate)
+                if number is None:
+                    raise MemoryError
+                signal.raise_signal(number)
+            return collate(*arguments)
+
+        monkeypatch.setattr(sft, "collate", patched)
+
+    return at
+
+
+LONG = ["--data", COLLECTED, "--steps", "6", "--save_every", "2"]
+
+
+def same(one: str, other: str) -> None:
+    assert weights(Path(one)) == weights(Path(other)) and losses(one) == losses(other)
+
+
+def test_it_goes_on_where_it_was_killed(work, collected, stop, capsys):
+    """Guards optimiser states, an order of the data or a log that a resumed run does not get back:
+    of the same command, of one that only names the output, and of a checkpoint that is named."""
+    simulator(*LONG, "--output", "whole")
+    ways = {
+        "same": [*SIM, *LONG, "--output", "same"],
+        "bare": ["--resume", "--output", "bare"],
+        "named": ["--resume", "named.partial/checkpoints/step-2", "--output", "named"],
+    }
+    for name, flags in ways.items():
+        stop(6)  # two checkpoints are there, and step 5 is lost
+        with pytest.raises(MemoryError):
+            simulator(*LONG, "--output", name)
+        assert len(losses(f"{name}.partial")) == 5 and not Path(name).exists()
+        train_sim.main(flags)
+        same("whole", name)
+        assert not Path(f"{name}.partial").exists()
+    out = capsys.readouterr().out
+    assert out.count("Going on from step 4") == 2 and "Going on from step 2 of named" in out
+    train_sim.main(ways["bare"])  # exits well where all is done
+    assert "The simulator is in bare already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(work, collected, stop, number):
+    """Guards work that is thrown away, and a simulator of half its steps."""
+    simulator(*LONG, "--output", "whole")
+    stop(3, number)
+    with pytest.raises(SystemExit, match="after step 3, .* --output out --resume"):
+        simulator(*LONG, "--output", "out")
+    assert Path("out.partial/checkpoints/step-3").is_dir() and not Path("out").exists()
+    simulator(*LONG, "--output", "out", "--resume")
+    same("whole", "out")
+
+
+def test_other_settings_do_not_go_on(work, collected, stop, monkeypatch, capsys):
+    """Guards a simulator of two settings; the default one begins anew, since stage 2 waits for it,
+    and so does what --overwrite begins."""
+    for flags in ([], ["--output", "out"]):
+        stop(3)
+        with pytest.raises(MemoryError):
+            simulator(*LONG, *flags)
+    before = everything(work / "out.partial")
+    for flags in (["--lr", "0.5"], ["--lr", "0.5", "--resume"]):
+        with pytest.raises(UserError, match="--lr was 0.004 and is 0.5"):
+            simulator(*LONG, "--output", "out", *flags)
+    assert everything(work / "out.partial") == before
+    simulator(*LONG, "--output", "out", "--lr", "0.5", "--overwrite")
+    small = dict(base="../base", worlds=2, examples=40, steps=3, batch_tokens=400,
+                 save_every=1, report_queries=2, threads=1)  # fmt: skip
+    fields = [(name, type(value), option(value, "")) for name, value in small.items()]
+    monkeypatch.setattr(train_sim, "SimConfig",
+                        make_dataclass("Small", fields, bases=(train_sim.SimConfig,)))  # fmt: skip
+    stop(3)
+    with pytest.raises(MemoryError):
+        train_sim.main([])
+    train_sim.main([])
+    said = [line for line in capsys.readouterr().out.splitlines() if "runs/simulator.p" in line]
+    assert [line.split()[0] for line in said] == ["A", "A", "Going"]
+    assert Path("runs/simulator/report.json").is_file()
+
+
+def killed(command: list[str], folder: Path, line: int, rng: random.Random) -> None:
+    """Run it, and kill all of its processes a moment after this line of the log is there."""
+    settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, env=os.environ | settings, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)  # fmt: skip
+    log = folder / "metrics.jsonl"
+    while not log.exists() or len(log.read_bytes().splitlines()) < line:
+        assert run.poll() is None
+        time.sleep(0.005)
+    time.sleep(rng.uniform(0, 0.15))
+    for process in [*psutil.Process(run.pid).children(recursive=True), run]:
+        process.kill()
+    run.wait()
+    COUNTS["kills survived"] += 1
+
+
+@pytest.mark.parametrize("processes, kills", [
+    (1, 1), pytest.param(1, 5, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_kill_9(work, collected, processes, kills):
+    """Guards half a checkpoint that is taken for a whole one, and whatever a kill leaves behind."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    flags = [*SIM, *LONG, "--steps", "12", "--save_every", "1", "--output"]
+    script = [*(launch if processes > 1 else []), str(ROOT / "train_sim.py"), *flags]
+    rng = random.Random(kills)
+    for kill in range(kills):
+        killed([sys.executable, *script, "out"], work / "out.partial", 2 + kill, rng)
+        assert not Path("out").exists()
+    for folder in ("out", "whole"):
+        if processes > 1:
+            two_processes("train_sim.py", *flags, folder)
+        else:
+            train_sim.main([*flags, folder])
+    same("whole", "out")
+    assert {p.name for p in work.iterdir()} == {"out", "out.lock", "whole", "whole.lock"}
 
 
 def test_the_default_simulator_is_made_once(work, capsys):
@@ -250,8 +394,12 @@ REFUSED = [
     ("--data ../bad/letters.jsonl", "Row 1"),
     ("--data ../bad/empty.jsonl", "empty"),
     ("--data ../base", "../base"),
-    ("--template ../nowhere.txt", "../nowhere.txt"),
-    ("--template ../corpus.txt", "{query}"),
+    ("--simulator_template ../nowhere.txt", "../nowhere.txt"),
+    ("--simulator_template ../corpus.txt", "{query}"),
+    ("--simulator_template ../bad/blind.txt", "{quality}"),
+    ("--resume ../nowhere", "../nowhere"),
+    ("--save_every -1", "--save_every"),
+    ("--keep 0", "--keep"),
     ("--base ../bad/lora", "is a LoRA"),
     ("--collect --data ../questions.jsonl", "--corpus"),
     ("--collect --data ../questions.jsonl --engine http", "--engine_url"),
@@ -266,6 +414,7 @@ REFUSED = [
 @pytest.mark.parametrize("flags, names", REFUSED)
 def test_bad_input_is_refused_before_anything_is_made(work, bad, flags, names):
     """Guards tracebacks, minutes spent before a typo shows, and folders left behind."""
+    (bad / "blind.txt").write_text("{query}")
     refused(simulator, flags, names, work.parent)
 
 

@@ -1,0 +1,81 @@
+"""Runs of train_policy that are killed: imported once, forked for each, in a process of its own.
+
+    python killed.py FOLDER KILLS SEED FLAGS...
+
+In FOLDER, `whole` is the run that nobody disturbs; then runs `cut-0`, `cut-1`, ... are killed with
+SIGKILL at random moments of their lives and resumed, until there have been KILLS. Prints how many.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import accelerate  # noqa: F401 (here, so that no child has to)
+import torch  # noqa: F401
+import tqdm  # noqa: F401
+import transformers  # noqa: F401
+
+import train_policy
+from minizs import (  # noqa: F401
+    adapters,
+    alarms,
+    checkpoint,
+    data,
+    evaluation,
+    learner,
+    metrics,
+    report,
+    rollout,
+    stages,
+)
+from minizs.config import run_script
+
+
+def lives(flags: list[str], seconds: float | None) -> bool:
+    """Whether a run with these flags comes to its end before so many seconds are over."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run_script(train_policy.main, flags)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    end = time.monotonic() + (seconds if seconds is not None else 600)
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            assert status == 0, status
+            return True
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert seconds is not None, "a run that hangs"
+    return False
+
+
+def main(folder: str, kills: str, seed: str, *flags: str) -> None:
+    os.chdir(folder)
+    rng, killed, name = random.Random(int(seed)), 0, "whole"
+    started = time.monotonic()
+    assert lives([*flags, "--output", name], None)
+    whole = time.monotonic() - started
+    for run in range(int(kills)):
+        name = f"cut-{run}"
+        while killed < int(kills):
+            if lives([*flags, "--output", name, "--resume"], rng.uniform(0, whole)):
+                break
+            killed += 1
+        if killed == int(kills):
+            Path(name).mkdir(exist_ok=True)  # which may have been killed before it began
+            assert lives([*flags, "--output", name, "--resume"], None)
+            break
+    print(f"{killed} kills")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,39 @@
+"""The README's pictures are made by a command, from a run and from what a terminal shows."""
+
+import sys
+from xml.etree import ElementTree
+
+import pytest
+from scripts import policy
+from test_report import CHROMIUM
+
+from benchmarks import pictures
+
+
+def test_a_terminals_text_becomes_a_picture():
+    """Guards colours that are lost or run on, lines outside of the picture, and text as markup."""
+    text = "plain \033[32m<green>\033[0m plain\n" + "word " * 40 + "\n\n    \033[33mnoisy\033[0m"
+    lines = pictures.lines(text)
+    assert lines[0][0] == ("", "plain")
+    assert all(sum(len(word) for _, word in line) <= pictures.WIDTH for line in lines)
+    tree = ElementTree.fromstring(pictures.svg(text))
+    rows = [row for row in tree if row.tag.endswith("text")]
+    shown = ["".join(span.text or "" for span in row) for row in rows]
+    assert shown[0] == "plain <green> plain" and shown[-1] == "    noisy" and len(shown) == 5
+    assert "".join(shown[1:3]).split() == ["word"] * 40
+    colours = {span.text: span.get("fill") for row in rows for span in row}
+    assert colours["<green>"] == pictures.COLOURS["32"] and colours["noisy"] == "#ffa657"
+    assert colours["plain"] == colours["word"] == "#e6edf3"
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
+def test_every_picture_is_made_of_a_run(work, monkeypatch):
+    """Guards a README whose pictures cannot be made again."""
+    policy("--output", "run")
+    # The run's policy has a small context; the question is one of its world.
+    monkeypatch.setattr(sys, "argv", ["pictures.py", "run", "--docs", "docs", "--ask", "who?"])
+    pictures.main()
+    made = {path.name: path.stat().st_size for path in (work / "docs").iterdir()}
+    assert sorted(made) == ["ask.svg", "report-phone.png", "report.png", "trajectory.png"]
+    assert min(made.values()) > 500 and "who?" in (work / "docs" / "ask.svg").read_text()

@@ -63,9 +63,9 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
     rows = [Trajectory(example) for example in examples for _ in range(group_size)]
     for i, row in enumerate(rows):
         row.append(starts[i // group_size])
-    decoder = Decoder(model, [row.ids for row in rows], capacity=min(limits.context, 256),
+    decoder = Decoder(model, [row.ids for row in rows], temperature=temperature, seed=seed,
                       vocab_size=protocol.vocabulary_size(tokenizer), tokenizer=tokenizer,
-                      temperature=temperature, seed=seed, stop=protocol.STOP)  # fmt: skip
+                      stop=protocol.STOP)  # fmt: skip
     live = list(range(len(rows)))
     for turn in range(limits.turns):
         room = [min(limits.turn_tokens, limits.context - len(rows[i].ids)) for i in live]

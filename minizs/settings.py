@@ -30,7 +30,7 @@ class PolicyConfig(SearchConfig):
     merge: bool = option(False, "With LoRA: make the final policy a plain model.")
     gradient_checkpointing: bool = option(False, "Less memory, a third more work in the update.")
     minibatches: int = option(1, "Optimiser steps a batch of rollouts.")
-    micro_tokens: int = option(8192, "Positions in a forward pass, padding too: bounds memory.")
+    micro_tokens: int = option(2048, "Positions in a forward pass, padding too: bounds memory.")
     clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.")
     clip_high: float = option(0.28, "And above 1 plus this (clip-higher, arXiv 2503.14476).")
     ratio_level: str = option("token", "'sequence' is GSPO, arXiv 2507.18071.",

@@ -23,7 +23,8 @@ HERE = Path(__file__).resolve().parent.parent
 ARMS = {
     "grpo": [],
     "ppo": ["--algorithm", "ppo"],
-    "reinforce": ["--algorithm", "reinforce"],
+    # Its advantages are not divided by their deviation, so the same KL would weigh more.
+    "reinforce": ["--algorithm", "reinforce", "--kl_coef", "0.01"],
     "grpo_real_search": ["--engine", "bm25", "--engine_noise", "0.1"],
 }
 TESTS = {

@@ -93,8 +93,7 @@ def write(model, point: Point, seed: int) -> list[Trajectory]:
     for i, row in enumerate(rows):
         row.append(prompts[i // GROUP])
         row.reward = rng.random()
-    capacity = PROMPT + point.turns * (point.response + DOCUMENTS)
-    decoder = Decoder(model, [row.ids for row in rows], capacity=capacity, seed=seed, eos_id=())
+    decoder = Decoder(model, [row.ids for row in rows], seed=seed, eos_id=())
     everyone = range(point.rows)
     for turn in range(point.turns):
         written = decoder.turn(everyone, point.response, [(i, turn) for i in everyone])

@@ -243,8 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     texts = (sft.encode(tokenizer, segments, end) for segments, end in drawn)
     batches = sft.batches(texts, config.batch_tokens, rng, pool=256)
     if rank == 0:
-        runs.RunFolder(folder, config.overwrite)
-        save(config, folder / "settings.yaml")
+        runs.begin(folder, overwrite=config.overwrite)
+        save(config, folder / "config.yaml")
     steps = tqdm(range(1, config.steps + 1), disable=rank > 0, dynamic_ncols=True, mininterval=2)
     for step in steps:
         progress = step / config.steps

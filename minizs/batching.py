@@ -1,7 +1,4 @@
-"""From lists of token ids to padded tensors: micro-batches by token budget, sorted by length.
-
-A budget in positions, not rows, bounds memory. Lengths make the masks, never a pad id.
-"""
+"""From lists of token ids to padded tensors. Lengths make the masks, never a pad id."""
 
 from dataclasses import dataclass
 
@@ -47,14 +44,11 @@ class Batch:
     advantages: Tensor | None = None
     returns: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Batch":
-        for name in ("ids", "attention", "mask", "sampled_logprobs"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
 
-
-def collate(trajectories: list[Trajectory], rows: list[int]) -> Batch:
+def collate(trajectories: list[Trajectory], rows: list[int],
+            device: torch.device | str = "cpu") -> Batch:  # fmt: skip
     chosen = [trajectories[i] for i in rows]
-    return Batch(rows, pad([t.ids for t in chosen]), attention([len(t.ids) for t in chosen]),
-                 pad([t.loss_mask for t in chosen]),
-                 pad([t.logprobs for t in chosen], dtype=torch.float32))  # fmt: skip
+    logprobs = pad([t.logprobs for t in chosen], dtype=torch.float32)
+    tensors = (pad([t.ids for t in chosen]), attention([len(t.ids) for t in chosen]),
+               pad([t.loss_mask for t in chosen]), logprobs)  # fmt: skip
+    return Batch(rows, *(tensor.to(device) for tensor in tensors))

@@ -1,8 +1,6 @@
-"""A key-value cache for `transformers` models whose rows each have their own length.
-
-The library's own caches pad prompts on the left, and copy everything to append a column. Here each
-row is written at its own end, in memory taken ahead, and attention reads a view of what is in use.
-Left out: paged memory, sliding windows (refused beyond the window), quantised keys.
+"""A key-value cache whose rows each have their own length, written at their ends in memory taken
+ahead. (The `transformers` ones pad on the left, and copy everything to append a column.)
+Left out: paged memory, sliding windows (refused beyond them), quantised keys.
 """
 
 from collections.abc import Sequence
@@ -14,6 +12,16 @@ from transformers import Cache
 from minizs.batching import pad
 
 
+def row_limit(model: nn.Module) -> int:
+    """The most tokens a row may have: the model's positions, or its sliding window if shorter (such
+    a layer is an ordinary one inside it). Raises ValueError for layers that keep another state."""
+    kinds = set(getattr(model.config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"not supported: layers of type {sorted(kinds)}")
+    names = "max_position_embeddings", "sliding_window"
+    return min(getattr(model.config, name, None) or 2**31 for name in names)
+
+
 class RowCache(Cache):
     """Keys and values of every layer, (B, H, capacity, D) each, every row with its own length."""
 
@@ -22,17 +30,27 @@ class RowCache(Cache):
         self.rows, self.capacity = rows, capacity
         self.stores: list[Tensor] = []  # layer 0's keys, its values, layer 1's keys, ...
 
-    def aim(self, first: int, positions: Tensor, width: int, needed: int) -> None:
-        """Next: write rows `first`... at `positions` (n, C), all below `needed`, and read their
-        columns up to `width`. A capacity that is too small at least doubles: growing stays rare."""
-        if needed > self.capacity:
-            extra = max(needed, 2 * self.capacity) - self.capacity
+    def feed(self, model: nn.Module, first: int, parts: list[tuple[int, list[int]]]) -> Tensor:
+        """One forward pass: parts[i] = (start, chunk) continues row `first + i` of `start` tokens.
+        Returns the chunks' last hidden states, (n, d). A short chunk is padded behind its row's
+        end, where the mask hides the padding until tokens overwrite it."""
+        (starts, chunks), n, device = zip(*parts, strict=True), len(parts), model.device
+        ids, rows = pad(chunks).to(device), torch.arange(n, device=device)  # (n, C), (n,)
+        steps = torch.arange(ids.shape[1], device=device)
+        self.positions = torch.tensor(starts, device=device)[:, None] + steps  # (n, C)
+        self.window, self.index = slice(first, first + n), first + rows[:, None]
+        self.width = max(start + len(chunk) for start, chunk in parts)
+        if (needed := max(starts) + len(steps)) > self.capacity:  # at least doubles: that is rare
+            extra = max(needed - self.capacity, self.capacity)
             self.capacity += extra
             for i, store in enumerate(self.stores):  # one by one: never the whole cache twice
                 self.stores[i] = nn.functional.pad(store, (0, 0, 0, extra))
-        end = first + len(positions)
-        self.window, self.width, self.positions = slice(first, end), width, positions
-        self.index = torch.arange(first, end, device=positions.device)[:, None]  # (n, 1)
+        # A query at position p sees keys at positions up to p: (n, 1, C, width), for every head.
+        mask = torch.arange(self.width, device=device) <= self.positions[:, None, :, None]
+        output = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=True,
+                                     position_ids=self.positions, past_key_values=self)  # fmt: skip
+        ends = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
+        return output.last_hidden_state[rows, ends]
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_, **__) -> tuple[Tensor, Tensor]:
         """Attention hands in new keys and values, (n, H, C, D), and gets all, (n, H, width, D)."""
@@ -49,33 +67,3 @@ class RowCache(Cache):
         """Row targets[i] becomes what row sources[i] was, in its first `width` columns."""
         for store in self.stores:
             store[targets, :, :width] = store[sources, :, :width]
-
-
-def row_limit(model: nn.Module) -> int:
-    """The most tokens a row may have: the model's positions, or its sliding window if shorter (such
-    a layer is an ordinary one inside it). Raises ValueError for layers that keep another state."""
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"not supported: layers of type {sorted(kinds)}")
-    window = getattr(model.config, "sliding_window", None)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return min(positions or 2**31, window or 2**31)
-
-
-def feed(model: nn.Module, cache: RowCache, first: int, starts: list[int],
-         chunks: list[list[int]]) -> Tensor:  # fmt: skip
-    """One forward pass: `chunks[i]` follows the `starts[i]` tokens of the cache's row `first + i`.
-    Returns each chunk's last hidden state, (n, d). Chunks may have different lengths: the padding
-    of a short one goes behind its row's end, where the mask hides it until tokens overwrite it."""
-    device, counts = model.device, [len(chunk) for chunk in chunks]
-    ids = pad(chunks).to(device)  # (n, C)
-    steps = torch.arange(ids.shape[1], device=device)
-    positions = torch.tensor(starts, device=device)[:, None] + steps  # (n, C)
-    width = max(start + count for start, count in zip(starts, counts, strict=True))
-    cache.aim(first, positions, width, needed=max(starts) + len(steps))
-    # A query at position p sees the keys at positions up to p: (n, 1, C, width), for every head.
-    mask = (torch.arange(width, device=device) <= positions[..., None])[:, None]
-    output = model.get_decoder()(input_ids=ids, attention_mask=mask, position_ids=positions,
-                                 past_key_values=cache, use_cache=True)  # fmt: skip
-    ends = torch.tensor(counts, device=device)
-    return output.last_hidden_state[torch.arange(len(ends), device=device), ends - 1]

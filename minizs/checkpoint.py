@@ -1,9 +1,8 @@
 """Save, resume, and stop in time. A checkpoint is a folder `checkpoints/step-N`, whole or none.
 
 All randomness is a function of (seed, step, question, sample, ...), so models, optimisers and the
-step number are the whole state: there is no generator or data cursor to save. Weights are
-safetensors; for the optimisers' states Accelerate uses `torch.load(weights_only=True)`, which
-builds tensors and runs nothing.
+step number are the whole state. Weights are safetensors; for the optimisers' states Accelerate uses
+`torch.load(weights_only=True)`, which builds tensors and runs nothing.
 """
 
 import json
@@ -17,104 +16,74 @@ from pathlib import Path
 
 from minizs.config import UserError, brief, require
 from minizs.metrics import total
-from minizs.runs import remove
+from minizs.runs import checkpoints, remove, write_lines
 
-DONE = "step.json"  # the step, whether the weights are sharded, and a checksum of each file
-# Tied weights are saved once, as they should be: no line about it amid the progress bar.
-logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+SUMS = "checksums.json"  # of all files; written last
+logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "tied weights saved once"
 
 
-def save(accelerator, folder: Path, step: int, keep: int = 2) -> None:
-    """Write all that Accelerate prepared as `folder/step-N`, if it is not there (nor is N 0); drop
-    all but the newest `keep`."""
-    if step == 0 or (folder / f"step-{step}").exists():
+def save(accelerator, run: Path, step: int, keep: int = 2) -> None:
+    """Write what Accelerate prepared as `checkpoints/step-N`; drop all but the newest `keep`."""
+    folder = run / "checkpoints"
+    partial, whole = folder / "partial", folder / f"step-{step}"
+    if step == 0 or whole.exists():
         return
-    partial = folder / f"partial-{step}"
     if accelerator.is_main_process:
-        for left in folder.glob("partial-*"):  # by a run that was killed here
-            remove(left)
+        remove(partial)  # by a run that was killed here
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+        files = [path for path in partial.rglob("*") if path.is_file()]
         sums = {str(path.relative_to(partial)): checksum(path) for path in files}
-        mark = {"step": step, "sharded": accelerator.is_fsdp2, "files": sums}
-        (partial / DONE).write_text(json.dumps(mark))
-        for path in [*files, partial / DONE]:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        partial.rename(folder / f"step-{step}")
-        for old in complete(folder)[:-keep]:
-            remove(old)
+        write_lines(partial / SUMS, [sums])
+        partial.rename(whole)
+        for old in checkpoints(run)[:-keep]:
+            remove(folder / f"step-{old}")
     accelerator.wait_for_everyone()
 
 
 def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
+    """CRC-32 of a file, which is on the disk then."""
     value = 0
     with open(path, "rb") as file:
+        os.fsync(file.fileno())
         while piece := file.read(1 << 20):
             value = zlib.crc32(piece, value)
     return value
 
 
-def complete(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first. Renaming made each whole; see `damage`."""
-    return sorted(folder.glob("step-*[0-9]"), key=step_of)
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def damage(path: Path) -> str:
-    """What has happened to a checkpoint since it was saved; "" if nothing."""
+def is_whole(path: Path) -> bool:
+    """Whether each file of a checkpoint is what was saved."""
     try:
-        for name, expected in json.loads((path / DONE).read_text())["files"].items():
-            if checksum(path / name) != expected:
-                return f"{name} is not what was saved"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        sums = json.loads((path / SUMS).read_text())
+        return all(checksum(path / name) == value for name, value in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
-def find(resume: str, folder: Path) -> Path | None:
+def find(resume: str, run: Path) -> Path | None:
     """The checkpoint that `--resume` means: a named one, or ("latest") the newest without damage,
-    None if none. Raises UserError for one that is damaged, or not in `folder`."""
-    if resume == "latest":
-        for path in reversed(complete(folder)):
-            if not (reason := damage(path)):
-                return path
-            if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
-                print(f"Warning: the checkpoint {path} is damaged and skipped: {reason}")
-        return None
-    path = Path(resume)
-    require(path.is_dir(), f"There is no checkpoint {resume}; --resume alone takes the newest.")
-    require(path.resolve().parent == folder.resolve(), f"The checkpoint {resume} does not lie in "
-            f"{folder}; give its own run's folder as --output.")  # fmt: skip
-    require(not (reason := damage(path)), f"The checkpoint {resume} is damaged ({reason}); "
-            "--resume alone takes the newest whole one.")  # fmt: skip
-    return path
-
-
-def cut(folder: Path, step: int) -> None:
-    """Delete the checkpoints after `step`, the newest first: a resumed run writes them again."""
-    for path in reversed(complete(folder)):
-        if step_of(path) > step:
-            remove(path)
+    None if none. Raises UserError for one that is damaged, or not this run's."""
+    paths = [run / "checkpoints" / f"step-{step}" for step in reversed(checkpoints(run))]
+    if resume != "latest":
+        paths = [path for path in paths if path.resolve() == Path(resume).resolve()]
+        require(bool(paths), f"There is no checkpoint {resume} in {run}; give its run as --output.")
+    for path in paths:
+        if is_whole(path):
+            return path
+        require(resume == "latest", f"{path} is damaged; --resume alone finds a whole one.")
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
+            print(f"Warning: the checkpoint {path} is damaged and skipped.")
 
 
 def load(accelerator, path: Path) -> int:
     """Restore all that Accelerate prepared; the step that was done last. Raises UserError."""
-    sharded = json.loads((path / DONE).read_text())["sharded"]
-    require(sharded == accelerator.is_fsdp2, f"{path} was saved {'with' if sharded else 'without'} "
-            "FSDP2; go on with the same launcher settings.")  # fmt: skip
     try:
         accelerator.load_state(str(path))
     except Exception as error:
         raise UserError(f"{path} cannot be loaded, go on from another: {brief(error)}") from error
-    return step_of(path)
+    return int(path.name[5:])
 
 
 @contextmanager
@@ -124,16 +93,12 @@ def stopping() -> Iterator[Callable]:
     seen = []
 
     def note(number: int, frame) -> None:
-        if signal.SIGINT in seen and number == signal.SIGINT:
-            raise KeyboardInterrupt
         seen.append(number)
-
-    def asked(accelerator) -> bool:
-        return total(accelerator, len(seen)) > 0
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield lambda accelerator: total(accelerator, len(seen)) > 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,30 +1,33 @@
-"""JSON over HTTP to one server or several alike: served simulators and remote engines ask by it.
+"""Other machines: JSON over HTTP to one server or several alike, and the engines that ask by it.
 
 A request that fails is sent again, to the next address, after a growing, partly random wait, and a
-bounded number of times. Nothing hangs: a try ends after `timeout`, however its bytes drip, and a
-wait after `LONGEST_WAIT`. Messages hold the address alone: keys travel in headers.
+bounded number of times. Messages hold no server's own words, which might repeat the key.
 """
 
 import asyncio
-import itertools
+import json
 import logging
 import random
 import re
+import sqlite3
 import threading
 import warnings
 from collections.abc import Callable, Iterable
-from functools import cache, partial
-from http.client import responses
 from typing import Any
 
 import httpx2
 
 from minizs.config import UserError, require
+from minizs.engines import Engine, Ranking, titled
+from minizs.trajectory import SearchRequest
 
 for name in ("httpx2", "httpcore2"):
     logging.getLogger(name).setLevel(logging.WARNING)  # below it they write what servers say
 RETRIED = (429, 500, 502, 503, 504)  # it may work later; any other refusal is final
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
+SERPER = "https://google.serper.dev"
+AT_ONCE = 8  # queries in one request to a retriever, which fail together
+BETWEEN_WRITES = 32  # queries: what an interrupted run may have paid for in vain
 Read = Callable[[Any, dict | None], Any]  # (answer, what was posted) -> what is wanted, or raises
 
 
@@ -32,37 +35,26 @@ class ServiceError(UserError):
     """A server does not answer as it should: which one, what happened, what to do."""
 
 
-@cache
-def shared() -> tuple[asyncio.AbstractEventLoop, httpx2.AsyncClient]:
-    """What sends all requests, and the loop that it runs in: a thread of its own, since a
-    notebook's is taken already. Raises UserError."""
-    try:  # no redirects: the headers, and so the key, would go wherever the server says
-        http = httpx2.AsyncClient(timeout=None)
-    except (ImportError, OSError, ValueError):  # whose words might hold a password
-        raise UserError("The proxy or the certificates that the environment names are of no use; "
-                        "mend HTTPS_PROXY, SSL_CERT_FILE and the like.") from None  # fmt: skip
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True).start()
-    return loop, http
-
-
 class Client:
-    """Asks `urls` (commas between) by turns. `timeout`: seconds of a try; `concurrency`: most
-    requests at a time; `on_error`: what has failed for good is a ServiceError ("stop"), or None and
-    a warning ("empty"). Raises UserError for an address that is none."""
+    """Asks `urls` (commas between), with at most `concurrency` requests at a time and `timeout`
+    seconds for each try. `on_error`: what has failed for good is a ServiceError ("stop"),
+    or None and a warning ("empty"). Raises UserError for an address that is none."""
 
     def __init__(self, urls: str, timeout: float = 60.0, retries: int = 5,
                  headers: dict[str, str] | None = None, on_error: str = "stop",
                  concurrency: int = 16) -> None:  # fmt: skip
         self.urls = [url.strip().rstrip("/") for url in urls.split(",")]
-        for url in self.urls:  # one with a user or a query might not be shown
-            good = re.fullmatch(r"https?://[^/?#@\s]+?(:\d+)?(/[^?#@\s]*)?", url)
-            require(bool(good) and 0 < int((good[1] or ":80")[1:]) < 65536,
-                    "A server's address is http://HOST:PORT, with no user or query.")  # fmt: skip
-        self.timeout, self.retries, self.concurrency = timeout, retries, concurrency
-        self.headers, self.on_error, self._turns = headers, on_error, itertools.count()
-        self._lost = 0  # requests that failed for good since one was answered
-        self._loop, self._http = shared()
+        require(all(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", url) for url in self.urls),
+                "A server's address is http://HOST:PORT, with no user or query.")  # fmt: skip
+        self.timeout, self.retries, self.on_error = timeout, retries, on_error
+        try:  # no redirects: the headers, and so the key, would go wherever the server says
+            self._http = httpx2.AsyncClient(timeout=None, headers=headers)
+        except (ImportError, OSError, ValueError):  # whose words might hold a password
+            raise UserError("The environment's proxy or certificates are of no use; mend "
+                            "HTTPS_PROXY, SSL_CERT_FILE and the like.") from None  # fmt: skip
+        self._room, self._loop = asyncio.Semaphore(concurrency), asyncio.new_event_loop()
+        # In a thread of its own: a notebook's loop runs already, and cannot be waited for.
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def get(self, path: str, read: Read) -> Any:
         """`read(answer, None)`. Raises ServiceError."""
@@ -70,62 +62,122 @@ class Client:
 
     def post(self, path: str, payloads: Iterable[dict], read: Read) -> list:
         """`read(answer, payload)` for each of these JSON bodies, in their order; see `on_error`."""
-        posts = self._post(path, payloads, read)
-        return asyncio.run_coroutine_threadsafe(posts, self._loop).result()
 
-    async def _post(self, path: str, payloads: Iterable[dict], read: Read) -> list:
-        room = asyncio.Semaphore(self.concurrency)
+        async def ask_all() -> list:
+            tasks = [asyncio.create_task(self._ask(path, read, payload)) for payload in payloads]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:  # the first failure ends it all
+                for task in tasks:
+                    task.cancel()
 
-        async def one(payload: dict) -> Any:
-            async with room:
-                try:
-                    return await self._ask(path, read, payload)
-                except ServiceError as error:
-                    if self.on_error == "stop":
-                        raise
-                    warnings.warn(f"A search has failed: {error}", stacklevel=1)
-
-        tasks = [asyncio.create_task(one(payload)) for payload in payloads]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:  # the first failure ends it all
-            for task in tasks:
-                task.cancel()
+        return asyncio.run_coroutine_threadsafe(ask_all(), self._loop).result()
 
     async def _ask(self, path: str, read: Read, payload: dict | None = None) -> Any:
-        first = next(self._turns)
-        send = partial(self._http.request, "GET" if payload is None else "POST", json=payload,
-                       headers=self.headers)  # fmt: skip
-        # Where all that went out together is lost, patience with the rest would take hours.
-        tries = self.retries + 1 if self._lost < self.concurrency else 1
-        for attempt in range(tries):
+        method, first = "GET" if payload is None else "POST", random.randrange(len(self.urls))
+        for attempt in range(self.retries + 1):
+            wait = min(LONGEST_WAIT, FIRST_WAIT * (2**attempt - 1))  # none before the first try
+            await asyncio.sleep(wait * random.uniform(0.5, 1))
             base = self.urls[(first + attempt) % len(self.urls)]
             # Many give an address with its first step, as in http://host:8000/v1: that is as good.
             url = base.removesuffix("/" + path.split("/")[1]) + path
-            wait = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
             try:
-                async with asyncio.timeout(self.timeout):
-                    response = await send(url)
-                status = response.status_code
-                if status == 200:
-                    found = read(response.json(), payload)
-                    self._lost = 0
-                    return found
-                # Not in the server's own words, which might repeat the key.
-                problem = f"answered {status} ({responses.get(status)})"
-                if status not in RETRIED:
+                async with self._room, asyncio.timeout(self.timeout):
+                    response = await self._http.request(method, url, json=payload)
+                if response.status_code == 200:
+                    return read(response.json(), payload)
+                problem = f"answered {response.status_code}"
+                if response.status_code not in RETRIED:
                     break
-                after = response.headers.get("Retry-After", "")  # seconds; dates are left out
-                wait = min(LONGEST_WAIT, float(after if after.isdecimal() else 0)) or wait
             except TimeoutError:
                 problem = f"did not answer within {self.timeout:g} seconds"
             except (httpx2.HTTPError, httpx2.InvalidURL, ExceptionGroup):
                 problem = "cannot be reached, or broke off"
             except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
                 problem = "did not answer in the expected form"
-            if attempt + 1 < tries:
-                await asyncio.sleep(wait)
-        self._lost += 1
         # Not chained to its cause, whose text might hold the key.
-        raise ServiceError(f"{url} {problem} (try {attempt + 1}); check that this server runs, its "
-                           "address, and the key and the model's name if any.")  # fmt: skip
+        error = ServiceError(f"{url} {problem} (try {attempt + 1}); check that this server runs, "
+                             "its address, and the key and the model's name if any.")  # fmt: skip
+        if self.on_error == "stop" or payload is None:
+            raise error
+        warnings.warn(f"A search has failed: {error}", stacklevel=1)
+
+
+class HttpSearch(Ranking):
+    """A retriever behind POST /retrieve: Search-R1's or ours (retriever.py), which take many
+    queries at a time, or with `wiki` ZeroSearch's, which takes one. Raises ServiceError."""
+
+    def __init__(self, client: Client, top_k: int = 3, wiki: bool = False) -> None:
+        super().__init__(top_k, deepest=16 * top_k)
+        self.client, self.wiki = client, wiki
+
+    def rank(self, queries: list[str], n: int) -> list[list[str] | None]:
+        size = 1 if self.wiki else AT_ONCE
+        asked = [queries[i : i + size] for i in range(0, len(queries), size)]
+        bodies = [{"query": some[0], "top_k": n} if self.wiki else
+                  {"queries": some, "topk": n, "return_scores": True}
+                  for some in asked]  # fmt: skip
+        replies = self.client.post("/retrieve", bodies, read_retrieved)
+        return [documents for some, reply in zip(asked, replies, strict=True)
+                for documents in reply or [None] * len(some)]  # fmt: skip
+
+
+def read_retrieved(answer: Any, asked: dict) -> list[list[str]]:
+    """The documents for each query out of an answer of Search-R1's server, with scores or not, or
+    out of that of ZeroSearch's wiki server, `[{"text": ...}]`. Raises what odd answers raise."""
+    rows = answer["result"] if isinstance(answer, dict) else answer
+    rows = rows if "queries" in asked else [rows]
+    if len(rows) != len(asked.get("queries", [0])) or not all(isinstance(r, list) for r in rows):
+        raise ValueError("not a list of documents for each query")
+    found = [[row.get("document", row) for row in some] for some in rows]
+    return [[(d["contents"] if "contents" in d else titled(d.get("title"), d["text"])).strip()
+             for d in some] for some in found]  # fmt: skip
+
+
+class WebSearch(Ranking):
+    """Google's results through Serper: title and snippet. A noisy request gets what is left of the
+    first page. Raises ServiceError."""
+
+    def __init__(self, client: Client, top_k: int = 3) -> None:
+        super().__init__(top_k, deepest=top_k)
+        self.client = client
+
+    def rank(self, queries: list[str], n: int) -> list[list[str] | None]:
+        # A page of ten costs what one result does.
+        asked = [{"q": query, "num": max(10, self.top_k)} for query in queries]
+        return self.client.post("/search", asked, read_page)
+
+
+def read_page(answer: dict, asked: dict) -> list[str]:
+    """What Serper found. There may be no results, but what was asked is always repeated."""
+    rows = answer["searchParameters"] and answer.get("organic") or []
+    return [" ".join([row.get("title") or "", row.get("snippet") or ""]) for row in rows]
+
+
+class Cached(Engine):
+    """An engine whose replies, failures apart, are kept in the SQLite file `path`: none is paid for
+    twice. `name` tells the engines of one file apart. Raises UserError for a file of no use."""
+
+    def __init__(self, engine: Engine, path: str, name: str) -> None:
+        self.engine, self.name = engine, name
+        try:  # 60 seconds are what it waits while another process writes
+            self.file = sqlite3.connect(path, timeout=60)
+            self.file.execute("CREATE TABLE IF NOT EXISTS replies (request PRIMARY KEY, documents)")
+            self.kept = dict(self.file.execute("SELECT request, documents FROM replies"))
+        except sqlite3.Error as error:
+            raise UserError(f"{path} cannot be a cache: {error}; give another file.") from error
+
+    def find(self, requests: list[SearchRequest]) -> list[list[str] | None]:
+        # A noisy reply depends on what its question needs, any other on the query alone.
+        keys = [json.dumps([self.name, self.engine.top_k, request.query,
+                            [request.question, request.answers] if request.noisy else None])
+                for request in requests]  # fmt: skip
+        new = {k: r for k, r in zip(keys, requests, strict=True) if k not in self.kept}
+        for start in range(0, len(new), BETWEEN_WRITES):
+            some = list(new)[start : start + BETWEEN_WRITES]
+            found = zip(some, self.engine.find([new[key] for key in some]), strict=True)
+            rows = {key: json.dumps(reply) for key, reply in found if reply is not None}
+            self.kept |= rows
+            with self.file:
+                self.file.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows.items())
+        return [json.loads(self.kept.get(key, "null")) for key in keys]

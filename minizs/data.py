@@ -1,18 +1,15 @@
-"""Questions with their gold answers: the tiny world's, local files' or the hub's.
-
-Which columns hold them is told by their names: ZeroSearch, Search-R1 and FlashRAG (`golden_answers`
-or `reward_model.ground_truth.target`), HotpotQA and NQ-open (`answer`, a text or a list), TriviaQA
-(`answer.value` and `.aliases`), SQuAD (`answers.text`) and plain `question` and `answers`.
-"""
+"""Questions with their gold answers: the tiny world's, local files' or the hub's. The golds are in
+`golden_answers` (FlashRAG, ZeroSearch), `reward_model.ground_truth.target` (Search-R1), `answer`
+(HotpotQA, NQ-open) or `answers`."""
 
 import json
 import re
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from minizs.config import UserError, brief, require
 from minizs.randomness import hash64
@@ -21,41 +18,33 @@ from minizs.trajectory import Example
 from minizs.world import embedded
 
 PAPER = "nq triviaqa popqa hotpotqa 2wikimultihopqa musique bamboogle".split()  # its seven sets
-PAPER_HUB = "RUC-NLPIR/FlashRAG_datasets"  # where each of them is a configuration
-HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?(?:@([\w./-]+))?")
+HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w.-]+))?")
 FILES = (".json", ".jsonl", ".parquet", ".txt")
-SPLITS = {"train": ["train"], "dev": ["train"], "test": ["test", "validation", "dev", "train"]}
 GOLDS = ("golden_answers", "answers", "answer", "reward_model")
-NESTED = ("value", "aliases", "text", "ground_truth", "target")  # where in a column golds can be
 LONGEST = 2000  # characters; what is longer is a passage in the wrong column, and fills a context
 
 
 def check(spec: str) -> list[str]:
-    """The files and hub names of a spec, which has commas between them; ["world"] for the world.
-    Raises UserError if `load` could not even begin to read one. The hub is not asked."""
+    """The files and hub names (`org/name:config`, those of `PAPER`, or "paper" for all of these) of
+    a spec with commas between; or ["world"]. Raises UserError; the hub is not asked."""
     names = [spec] if Path(spec).is_file() else map(str.strip, spec.split(","))
     parts = [part for name in names for part in (PAPER if name == "paper" else [name])]
     for part in parts:
-        path, hub = Path(part), part in PAPER or spec == "world" or HUB_NAME.fullmatch(part)
-        known = path.is_file() if path.suffix in FILES else hub and not path.is_file()
-        require(bool(known), f"--data {part!r} is neither 'world' nor a {', '.join(FILES)} file "
-                "that is there nor a hub name such as org/name; check the path.")  # fmt: skip
+        path, named = Path(part), part in PAPER or spec == "world" or HUB_NAME.fullmatch(part)
+        there = path.is_file() if path.suffix in FILES else named and not path.is_file()
+        require(bool(there), f"--data {part!r} is neither 'world', a {', '.join(FILES)} file that "
+                "is there, nor a hub name such as org/name; check the path.")  # fmt: skip
     return parts
 
 
 def load(spec: str, role: str, say: Callable[[str], None] = print) -> list[Example]:
-    """The examples of "world", or of files and hub names with commas between. Raises UserError.
-
-    A hub name is `org/name`, `:config` and `@revision` at will, or one of `PAPER`; "paper" is all
-    of these. Each `role` ("train", "dev", "test") has its own world. Of a file, or the hub's split
-    "train", about one question in ten, told by its hash, is "dev" (there may be none), the rest
-    "train"; "test" is every row, from the hub those of the split that comes nearest to a test.
-    `say` is told how many questions were left out: empty, over-long and repeated ones."""
+    """The examples of a spec for "train", "dev" or "test", each with its own world. Of a file, or
+    the hub's "train", about one question in ten, told by its hash, is "dev", the rest "train";
+    "test" is every row. Raises UserError."""
     if spec == "world":
         return [Example(q.text, (q.answer,), q.kind) for q in embedded(role).questions()]
-    kept: dict[tuple[str, str], Example] = {}
-    left_out = Counter()
-    for example in (e for part in check(spec) for e in _examples(part, role, say)):
+    kept, left_out = {}, Counter()
+    for example in (example for part in check(spec) for example in _examples(part, role)):
         key = normalize_answer(example.question), example.source
         if not example.question or not example.answers:
             left_out["without question or answer"] += 1
@@ -73,49 +62,41 @@ def load(spec: str, role: str, say: Callable[[str], None] = print) -> list[Examp
     return chosen
 
 
-def _examples(part: str, role: str, say: Callable[[str], None]) -> Iterator[Example]:
+def _examples(part: str, role: str) -> Iterator[Example]:
     """Every row of a file or hub name, with the golds of its first column that has some."""
-    path, there = Path(part), {}
-    source = path.stem if path.is_file() else part.partition("@")[0].rpartition("/")[2]
-    for row in rows(part, role, say):
-        there |= row
-        found = ([*filter(normalize_answer, _golds(row.get(name)))] for name in GOLDS)
-        golds = tuple(dict.fromkeys(next(filter(None, found), [])))
+    path, columns = Path(part), {}
+    source = path.stem if path.is_file() else part.rpartition("/")[2]
+    for row in rows(part, role):
+        columns |= row
+        golds = next(filter(None, (_golds(row.get(name)) for name in GOLDS)), [])
         text = row["question"].strip() if isinstance(row.get("question"), str) else ""
-        yield Example(text, golds, str(row.get("data_source") or source))
-    for names in (("question",), GOLDS):
-        missing = f"no column {' or '.join(map(repr, names))}; it has {list(there) or 'no rows'}."
-        require(not there.keys().isdisjoint(names), f"{part} has {missing}")
+        yield Example(text, tuple(dict.fromkeys(golds)), str(row.get("data_source") or source))
+    require("question" in columns and not columns.keys().isdisjoint(GOLDS), f"{part} needs columns "
+            f"'question' and one of {GOLDS}; it has {list(columns) or 'no rows'}.")  # fmt: skip
 
 
-def _golds(value: Any) -> list[str]:
-    """All texts of a gold, whether it is one text, a list, or a mapping (see NESTED) of these."""
+def _golds(value) -> list[str]:
+    """All golds of a column, whether it is a text, a number, a list, or a `reward_model`."""
     if isinstance(value, dict):
-        value = [value.get(name) for name in NESTED]
-    if isinstance(value, list):
-        return [gold for one in value for gold in _golds(one)]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of whole numbers with gaps is often one of floats
-    return [] if value is None or value != value else [str(value)]
+        return _golds(value.get("ground_truth") or value.get("target"))
+    golds = value if isinstance(value, list) else [value]
+    return [str(g) for g in golds if isinstance(g, str | int | float) and normalize_answer(str(g))]
 
 
-def rows(part: str, role: str = "train", say: Callable[[str], None] = print) -> Iterator[dict]:
+def rows(part: str, role: str = "train") -> Iterator[dict]:
     """The rows of one file or hub name. Raises UserError."""
     if Path(part).is_file():
         return (yield from read(Path(part)))
     import datasets
 
-    datasets.disable_progress_bars()
-    name = f"{PAPER_HUB}:{part}" if part in PAPER else part
     try:
-        name, config, revision = HUB_NAME.fullmatch(name).groups()
-        splits = datasets.load_dataset(name, config, revision=revision)
+        whole = f"RUC-NLPIR/FlashRAG_datasets:{part}" if part in PAPER else part
+        splits = datasets.load_dataset(*HUB_NAME.fullmatch(whole).groups())
     except Exception as error:  # the library raises its own kinds for every format
         raise UserError(f"{part} cannot be read: {brief(error.__cause__ or error)}") from error
-    found = [split for split in SPLITS[role] if split in splits]
+    wanted = ["test", "validation", "dev", "train"] if role == "test" else ["train"]
+    found = [split for split in wanted if split in splits]
     require(bool(found), f"{part} has no split {role!r}; it has {', '.join(splits)}.")
-    if role == "test" and found == ["train"]:
-        say(f"{part} has no split to test on; its 'train' is taken.")
     yield from splits[found[0]]
 
 
@@ -131,7 +112,7 @@ def read(path: Path) -> Iterator[dict]:
         raise UserError(f"{path} cannot be read near row {number + 1}: {brief(error)}") from error
 
 
-def _parsed(path: Path) -> Iterator[Any]:
+def _parsed(path: Path) -> Iterator:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -148,7 +129,7 @@ def _parsed(path: Path) -> Iterator[Any]:
             yield from map(_json, filter(str.strip, file))
 
 
-def _json(text: str) -> Any:
+def _json(text: str):
     """Half a character (a lone surrogate), which JSON can spell and no tokenizer takes, is "?"."""
     value = json.loads(text)
     if "\\ud" in text.lower():
@@ -158,18 +139,15 @@ def _json(text: str) -> Any:
 
 def spread(examples: Sequence[Example], n: int) -> list[Example]:
     """`n` examples (0: all), a source each by turns: a file may hold its sources one by one."""
-    sources = defaultdict(list)
-    for example in examples:
-        sources[example.source].append(example)
-    turns = zip_longest(*sources.values())
+    names = dict.fromkeys(example.source for example in examples)
+    turns = zip_longest(*([e for e in examples if e.source == name] for name in names))
     return [example for turn in turns for example in turn if example][: n or None]
 
 
 def batch(examples: Sequence[Example], step: int, size: int, seed: int) -> list[int]:
-    """The indices that step `step` (from 1) trains on, as a function of the seed alone: a resumed
-    run needs no cursor. Every epoch is a fresh permutation; batches run across its end."""
+    """The indices that a step (from 1) trains on, a function of the seed: a resumed run needs no
+    cursor. Every epoch is a fresh permutation; batches run across its end."""
     n, first = len(examples), (step - 1) * size
-    places = [divmod(place, n) for place in range(first, first + size)]  # (epoch, place in it)
-    orders = {epoch: sorted(range(n), key=lambda i, epoch=epoch: hash64(seed, epoch, i))
-              for epoch in {epoch for epoch, _ in places}}  # fmt: skip
-    return [orders[epoch][place] for epoch, place in places]
+    epochs = range(first // n, (first + size - 1) // n + 1)
+    order = [i for epoch in epochs for i in sorted(range(n), key=partial(hash64, seed, epoch))]
+    return order[first % n : first % n + size]

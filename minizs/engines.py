@@ -1,14 +1,13 @@
 """The real search engines: what the policy meets at test time, and the simulator learns from.
 
 An engine is any object with `search(requests: list[SearchRequest]) -> list[list[str]]`. A request
-that is marked noisy gets the best-ranked documents that do *not* hold what it needs, which a judge
-decides: a real engine can be as noisy as a simulated one. Other machines' are in remote.py.
+that is marked noisy gets the best-ranked documents that a judge finds useless to it: a real engine
+can be as noisy as a simulated one. Other machines' are in client.py.
 """
 
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from shutil import rmtree
+from tempfile import TemporaryDirectory
 
 import bm25s
 
@@ -17,6 +16,7 @@ from minizs.config import require
 from minizs.trajectory import SearchRequest
 
 Judge = Callable[[str, SearchRequest], bool]  # does this document hold what this request needs?
+WORDS = {"token_pattern": r"\w+|[^\w\s]", "stopwords": [], "show_progress": False}
 
 
 def holds_answer(document: str, request: SearchRequest) -> bool:
@@ -40,8 +40,8 @@ class Ranking(Engine):
     """An engine whose method `rank(queries, n)` gives the `n` best documents for each query. What
     is taken out of a noisy reply is made up for from further down, as far as `deepest`."""
 
-    def __init__(self, top_k: int, judge: Judge, deepest: int) -> None:
-        self.top_k, self.judge, self.deepest = top_k, judge, deepest
+    def __init__(self, top_k: int, deepest: int, judge: Judge = holds_answer) -> None:
+        self.top_k, self.deepest, self.judge = top_k, deepest, judge
 
     def find(self, requests: list[SearchRequest]) -> list[list[str] | None]:
         results: list[list[str] | None] = [None] * len(requests)
@@ -50,17 +50,14 @@ class Ranking(Engine):
             found = self.rank([requests[i].query for i in short], depth)
             for i, ranked in zip(short, found, strict=True):
                 results[i] = ranked and self.kept(ranked, requests[i])
-            if depth == self.deepest:
-                break
-            short = [i for i in short if requests[i].noisy and results[i] is not None
-                     and len(results[i]) < self.top_k]  # fmt: skip
+            short = [i for i in short if depth < self.deepest and requests[i].noisy
+                     and results[i] is not None and len(results[i]) < self.top_k]  # fmt: skip
             depth = min(2 * depth, self.deepest)
         return results
 
     def kept(self, ranked: list[str], request: SearchRequest) -> list[str]:
         texts = [" ".join(text.split()) for text in ranked]
-        return [text for text in texts
-                if not (request.noisy and self.judge(text, request))][: self.top_k]  # fmt: skip
+        return [t for t in texts if not (request.noisy and self.judge(t, request))][: self.top_k]
 
 
 class BM25(Ranking):
@@ -69,61 +66,43 @@ class BM25(Ranking):
 
     def __init__(self, documents: Sequence, top_k: int = 3, judge: Judge = holds_answer,
                  index: bm25s.BM25 | None = None) -> None:  # fmt: skip
-        super().__init__(top_k, judge, deepest=len(documents))
+        super().__init__(top_k, len(documents), judge)
         self.documents, self.index = documents, index or make_index(documents)
 
     @classmethod
     def of_corpus(cls, path: str | Path, top_k: int = 3) -> "BM25":
-        """Over a file (`load_corpus`), whose index is kept beside it."""
-        index = saved_index(Path(path))
-        documents, index.corpus = index.corpus, None  # else it would give documents, not places
-        return cls(documents, top_k, index=index)
+        """Over a file (`load_corpus`), mapped into memory with an index that is made once, in a
+        folder beside it that has its size and time in its name. Raises UserError."""
+        path = Path(path)
+        require(path.is_file(), f"There is no corpus {str(path)!r}; check the path.")
+        saved = Path(f"{path}.{path.stat().st_size}-{path.stat().st_mtime_ns}.bm25")
+        if not saved.is_dir():
+            documents = load_corpus(path)
+            try:  # whole or not at all
+                with TemporaryDirectory(dir=path.parent) as partial:
+                    make_index(documents).save(f"{partial}/bm25", documents, show_progress=False)
+                    Path(partial, "bm25").rename(saved)
+            except OSError as error:  # no harm where another process has been faster
+                require(saved.is_dir(), f"The index of {path} cannot be saved beside it: {error}")
+        index = bm25s.BM25.load(saved, mmap=True, load_corpus=True)
+        return cls(index.corpus, top_k, index=index)
 
     def rank(self, queries: list[str], n: int) -> list[list[str]]:
         return [[text for text, _ in found] for found in self.scored(queries, n)]
 
     def scored(self, queries: list[str], n: int) -> list[list[tuple[str, float]]]:
         """The `n` best documents (or all there are) for each query, with their scores."""
-        words, n = _words(queries, return_ids=False), min(n, len(self.documents))
-        found = self.index.retrieve(words, k=n, show_progress=False)
-        return [[(self.text(int(i)), float(score)) for i, score in zip(*row, strict=True)]
+        words, n = bm25s.tokenize(queries, return_ids=False, **WORDS), min(n, len(self.documents))
+        found = self.index.retrieve(words, self.documents, k=n, show_progress=False)
+        return [[(text if isinstance(text, str) else text["text"], float(score))  # as it is saved
+                 for text, score in zip(*row, strict=True)]
                 for row in zip(*found, strict=True)]  # fmt: skip
-
-    def text(self, i: int) -> str:
-        document = self.documents[i]
-        return document if isinstance(document, str) else document["text"]  # as `bm25s` saves it
-
-
-def _words(texts: Sequence[str], return_ids: bool):
-    return bm25s.tokenize(texts, token_pattern=r"\w+|[^\w\s]", stopwords=[], show_progress=False,
-                          return_ids=return_ids)  # fmt: skip
 
 
 def make_index(documents: Sequence[str]) -> bm25s.BM25:
     index = bm25s.BM25()
-    index.index(_words(documents, return_ids=True), show_progress=False)
+    index.index(bm25s.tokenize(documents, **WORDS), show_progress=False)
     return index
-
-
-def saved_index(path: Path) -> bm25s.BM25:
-    """The index of a corpus file as it is now (its size and time), with its documents, mapped into
-    memory. It is made once, in a folder beside the file, whole or not at all. Raises UserError."""
-    require(path.is_file(), f"There is no corpus {str(path)!r}; check the path.")
-    folder, file = Path(f"{path}.bm25"), path.stat()
-    current = folder / f"{file.st_size}-{file.st_mtime_ns}-texts"
-    if not current.is_dir():
-        documents = load_corpus(path)
-        try:
-            folder.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as partial:
-                made = Path(partial, "index")
-                make_index(documents).save(made, documents, show_progress=False)
-                for old in set(folder.glob("[0-9]*-*")) - {current}:
-                    rmtree(old)
-                made.rename(current)
-        except OSError as error:  # no harm where another process has been faster
-            require(current.is_dir(), f"The index of {path} cannot be saved beside it: {error}")
-    return bm25s.BM25.load(current, mmap=True, load_corpus=True)
 
 
 def titled(title: str | None, text: str) -> str:

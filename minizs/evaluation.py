@@ -1,40 +1,58 @@
-"""Stage 3 as a function: questions in, EM, substring match and F1 with their standard errors out.
+"""Stage 3 as functions: questions in, EM, substring match and F1 with their standard errors out.
 
-Every row counts, also one that never answered. Greedy by default (the paper's code sampled, defect
-D5), and EM is equality after normalisation (the paper's code tests for a substring, D4).
+Every row counts, also one without an answer; EM is equality, not containment (defect D4).
 """
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
 from minizs.metrics import searched_again
+from minizs.protocol import build_prompt, neutralize, number_documents
 from minizs.reward import exact_match, f1_score, substring_match
+from minizs.rollout import Limits, rollout
 from minizs.runs import read_lines
-from minizs.trajectory import Example, Trajectory, Turn
+from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
 
 METRICS = {"f1": f1_score, "em": exact_match, "sub_em": substring_match}
-Answer = Callable[..., list[Trajectory]]  # (examples, keys=...) -> one trajectory each
 
 
-def answer_all(answer: Answer, examples: Sequence[Example], accelerator, batch: int = 250,
+def baseline(method: str, model, tokenizer, examples: Sequence[Example], engine, *, max_tokens: int,
+             on_turn: Callable | None = None, **options) -> list[Trajectory]:  # fmt: skip
+    """Paper section 4.2, a turn for each example: "direct", "cot" (chain of thought), or "rag", on
+    what one search for the question finds. The wording lies in `prompts/`; `options`: `rollout`."""
+    wording = (Path(__file__).parent / "prompts" / f"{method}.txt").read_text(encoding="utf-8")
+    found: list[list[str] | None] = [None for _ in examples]
+    if method == "rag":
+        asked = [neutralize(example.question, tokenizer) for example in examples]
+        requests = [SearchRequest(q, q, e.answers) for q, e in zip(asked, examples, strict=True)]
+        found = [[neutralize(text, tokenizer) for text in some] for some in engine.search(requests)]
+    shown = [wording.replace("{documents}", number_documents(some or [])) for some in found]
+    prompts = [build_prompt(e.question, w, tokenizer) for e, w in zip(examples, shown, strict=True)]
+    rows = rollout(model, tokenizer, examples, engine, prompts=prompts,
+                   limits=Limits(1, max_tokens, context=sys.maxsize), **options)  # fmt: skip
+    for row, documents in zip(rows, found, strict=True):
+        row.turns[0].documents = documents
+        if on_turn:
+            on_turn(row.turns[0])
+    return rows
+
+
+def answer_all(answer: Callable, examples: Sequence[Example], accelerator, batch: int = 250,
                kept: Path | None = None) -> list[Trajectory] | None:  # fmt: skip
-    """One trajectory for each example, in order, over all processes: None but on the main one.
-
-    Every example is answered exactly once, with its index as its key, so that neither batch nor
-    processes change an answer. With `kept` each batch is appended to a file `kept.RANK` when it is
-    done: called again after an interruption, with any number of processes, it goes on from there.
-    Of a trajectory the text is kept, not the tokens.
-    """
+    """`answer(examples, keys=...)` for all, in order, over all processes: None but on the main one.
+    A key is an index: neither batch nor processes change an answer. With `kept`, what is done lies
+    in files `kept.RANK`, tokens left out: called again after an interruption, it goes on there."""
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
     rank, world, mine = accelerator.process_index, accelerator.num_processes, {}
     files = kept.parent.glob(f"{kept.name}.*") if kept else []
-    done = {row["index"]: from_row(row) for file in files for row in read_lines(file)}
+    done = {row.pop("index"): from_row(row) for file in files for row in read_lines(file)}
     accelerator.wait_for_everyone()  # all have read before one writes
     todo = [i for i in range(len(examples)) if i not in done][rank::world]
     for start in tqdm(range(0, len(todo), batch), disable=not kept or rank > 0, leave=False):
@@ -51,15 +69,14 @@ def answer_all(answer: Answer, examples: Sequence[Example], accelerator, batch: 
 
 
 def as_line(index: int, trajectory: Trajectory) -> str:
-    """A line of a log of answers."""
     return json.dumps({"index": index} | asdict(trajectory)) + "\n"
 
 
 def from_row(row: dict) -> Trajectory:
-    """Undo `as_line`, once it is read."""
-    fields = {name: value for name, value in row.items() if name != "index"}
-    fields["example"] = Example(**row["example"] | {"answers": tuple(row["example"]["answers"])})
-    return Trajectory(**fields | {"turns": [Turn(**turn) for turn in row["turns"]]})
+    """Undo `as_line`, read and without its index."""
+    example = row["example"] | {"answers": tuple(row["example"]["answers"])}
+    turns = [Turn(**turn) for turn in row["turns"]]
+    return Trajectory(**row | {"example": Example(**example), "turns": turns})
 
 
 def summary(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -73,8 +90,7 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     out["searches_per_question"] = fmean(t.searches for t in trajectories)
     out["truncated"] = fmean(bool(t.truncated) for t in trajectories)
     for noisy, name in ((True, "again_after_noisy"), (False, "again_after_useful")):
-        again, searches = map(sum, zip(*(searched_again(t, noisy) for t in trajectories),
-                                       strict=True))  # fmt: skip
+        again, searches = searched_again(trajectories, noisy)
         if searches:
             out[name] = again / searches
     return out
@@ -87,9 +103,8 @@ def table(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
     average: dict[str, float] = {"n": len(trajectories)}
     for name in (*METRICS, "searches_per_question"):
         average[name] = fmean(out[s][name] for s in sources)
-    for name in METRICS:  # of a mean of independent means
-        average[f"{name}_stderr"] = math.hypot(*(out[s][f"{name}_stderr"] for s in sources))
-        average[f"{name}_stderr"] /= len(sources)
+    for name in (f"{metric}_stderr" for metric in METRICS):  # of a mean of independent means
+        average[name] = math.hypot(*(out[s][name] for s in sources)) / len(sources)
     return out | {"overall": summary(trajectories), "average": average}
 
 

@@ -5,12 +5,9 @@
     decoder.append(rows, documents)                         # documents join the next forward
     results = decoder.turn(rows, ...)                       # and so on; finished rows just stay out
 
-- **No padding between tokens.** Each row of the cache is written at its own length, with its own
-  positions and mask, so rows of any lengths share a batch and none sees a pad on its left.
-- **Every token is computed once.** A turn's last token is *pending*: it has been sampled but not
-  been through the model, and is fed with whatever follows it. The cache outlives the turn.
-- **Rows that have stopped leave.** Live rows are swapped to the front of the cache: the decode
-  batch is a view of it, `cache[:n]`.
+Each cache row has its own length: no padding. Every token is computed once: the cache outlives the
+turn, whose last token is *pending*: sampled, but fed to the model with whatever follows it. Rows
+that have stopped leave: the live ones are swapped to the front, and the batch is `cache[:n]`.
 Left out: beam search, top-k and top-p, paged memory, compiled graphs.
 """
 
@@ -18,18 +15,17 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from minizs.cache import RowCache, feed, row_limit
+from minizs.cache import RowCache, row_limit
 from minizs.logprobs import check_supported, log_distribution
 from minizs.randomness import hash64
 from minizs.sampling import StopStrings, draw, uniforms
 
 Ints = int | Sequence[int]  # one number or several
-FORWARD_TOKENS = 8192  # most positions in one forward pass: more go in groups of rows
+FORWARD_TOKENS = 2048  # most positions in one forward pass: more go in groups of rows
 
 
 @dataclass
@@ -43,8 +39,7 @@ class Generated:
 
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """No gradients, eval mode and SDPA inside; afterwards all is as it was. Only SDPA takes our
-    boolean mask of four dimensions: eager attention would add its ones to the scores."""
+    """No gradients, eval mode, and SDPA: eager attention would add a boolean mask to the scores."""
     config, attention = model.config, model.config._attn_implementation
     training = [module for module in model.modules() if module.training]
     config._attn_implementation = "sdpa"
@@ -59,15 +54,10 @@ def decoding(model: nn.Module) -> Iterator[None]:
 
 
 class Decoder:
-    """Rows (one a prompt, numbered from 0) that grow turn by turn; see the top of this file.
-    `eos_id`: an id or several; None is the model's own, `()` is none. `capacity`: tokens a row is
-    expected to reach (the cache doubles when that was too few); `limit`: the most it may reach.
-    `positions` counts the tokens that have been through the model. A prompt's last token is pending
-    like any turn's: a shared prompt is computed once but for this token, which each row feeds.
-    Raises ValueError for an empty prompt, an id that the model does not have, a row that may
-    outgrow `limit`, stop strings without a tokenizer, and models that this loop would get wrong."""
+    """Rows, one a prompt, that grow turn by turn. `eos_id`: None is the model's own, `()` is none.
+    `positions` counts tokens fed. Raises ValueError for what it, or the model, would get wrong."""
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], *, capacity: int = 0,
+    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], *,
                  vocab_size: int | None = None, temperature: float = 1.0, seed: int = 0,
                  eos_id: Ints | None = None, tokenizer=None, stop: Sequence[str] = ()):  # fmt: skip
         check_supported(model)
@@ -77,26 +67,26 @@ class Decoder:
         for source in (model.generation_config, model.config):
             eos_id = getattr(source, "eos_token_id", None) if eos_id is None else eos_id
         self.eos = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
-        self._check(prompts)
-        heads, rows = [tuple(prompt[:-1]) for prompt in prompts], range(len(prompts))
-        # The longest first: where they go through the model in groups, there is little padding.
+        size = model.config.vocab_size
+        if not all(len(ids) and min(ids) >= 0 and max(ids) < size for ids in prompts):
+            raise ValueError(f"a prompt is empty, or outside the model's vocabulary of {size}")
+        # A prompt's last token is pending like any turn's; its head is computed once. The longest
+        # come first: where they go through the model in groups, there is little padding.
+        rows, heads = range(len(prompts)), [tuple(ids[:-1]) for ids in prompts]
         place = {head: i for i, head in enumerate(sorted(dict.fromkeys(heads), key=len)[::-1])}
-        self.cache = RowCache(len(rows), max(capacity, *map(len, prompts)))
-        # The row that each slot of the cache holds, and each row's tokens that it holds.
-        self.order, self.length = list(rows), [0] * len(rows)
-        self.pending = [list(head) for head in place]  # tokens of each row still to be fed
+        self.cache = RowCache(len(rows), max(map(len, prompts), default=0))
+        # The row in each slot of the cache; each row's tokens that it holds, and those to be fed.
+        self.order, self.length, self.pending = list(rows), [0] * len(rows), list(map(list, place))
         with decoding(model):
-            if any(place):  # not if every prompt is a single token
-                self._feed(len(place))
+            if long := sum(map(bool, place)):  # prompts of more than one token
+                self._feed(range(long))
             self.order.sort(key=lambda row: place[heads[row]])
             if len(place) < len(rows):  # a group's rows are copies
                 self.cache.copy([place[heads[row]] for row in self.order], rows, max(self.length))
-        self.length = [len(head) for head in heads]
-        self.pending = [[prompt[-1]] for prompt in prompts]
+        self.length, self.pending = list(map(len, heads)), [[ids[-1]] for ids in prompts]
 
     def append(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
         """Remember tokens (documents) that follow each row; the row's next turn feeds them."""
-        self._check(chunks)
         for row, chunk in zip(rows, chunks, strict=True):
             self.pending[row] += chunk
 
@@ -107,60 +97,46 @@ class Decoder:
         `keys`, which must differ from turn to turn, and the position, not on the batch's layout."""
         if isinstance(max_new_tokens, int):
             max_new_tokens = [max_new_tokens] * len(rows)
-        budget = dict(zip(rows, max_new_tokens, strict=True))
-        for row, new in budget.items():
-            if (longest := self.length[row] + len(self.pending[row]) + new) > self.limit:
-                raise ValueError(f"a row may reach {longest} tokens, which exceeds {self.limit}")
+        budget, live = dict(zip(rows, max_new_tokens, strict=True)), rows
+        if any(self.length[r] + len(self.pending[r]) + budget[r] > self.limit for r in rows):
+            raise ValueError(f"a row may exceed the model's limit of {self.limit} tokens")
         keys = [(key,) if isinstance(key, int) else key for key in keys]
         states = {row: hash64(self.seed, *key) for row, key in zip(rows, keys, strict=True)}
         results = {row: Generated() for row in rows}
         with decoding(self.model):
-            live = rows
-            for position in count():
+            for position in range(max(max_new_tokens, default=0)):
                 live = [r for r in live if results[r].reason == "length" and position < budget[r]]
                 if not live:
-                    return list(results.values())
-                live = self._to_front(live)
-                numbers = uniforms([states[row] for row in live], position)
-                drawn = self._sample(self._feed(len(live)), numbers)
+                    break
+                live, hidden = self._feed(live)
+                drawn = self._sample(hidden, uniforms([states[row] for row in live], position))
                 for row, token, logprob in zip(live, *drawn, strict=True):
                     self.pending[row], result = [token], results[row]
                     result.ids.append(token)
                     result.logprobs.append(logprob)
-                    if token in self.eos:
-                        result.reason = "eos"
-                    elif self.stop.complete(result.ids):
-                        result.reason = "stop"
+                    if token in self.eos or self.stop.complete(result.ids):
+                        result.reason = "eos" if token in self.eos else "stop"
+        return list(results.values())
 
-    def _check(self, chunks: Sequence[Sequence[int]]) -> None:
-        size = self.model.config.vocab_size
-        if not all(len(chunk) and min(chunk) >= 0 and max(chunk) < size for chunk in chunks):
-            raise ValueError(f"an empty chunk, or an id outside the model's vocabulary of {size}")
-
-    def _to_front(self, rows: Sequence[int]) -> list[int]:
-        """Make these rows the first in the cache; returns them in the order they then have."""
-        wanted, n = set(rows), len(rows)
+    def _feed(self, rows: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Swap these rows to the front of the cache and put their pending tokens through the model.
+        Returns the rows in the order they then have, and their last hidden states (n, d)."""
+        wanted, n, states = set(rows), len(rows), []
         holes = [slot for slot in range(n) if self.order[slot] not in wanted]
         if holes:
             movers = [slot for slot in range(n, len(self.order)) if self.order[slot] in wanted]
             self.cache.copy(movers + holes, holes + movers, max(self.length))
             for a, b in zip(holes, movers, strict=True):
                 self.order[a], self.order[b] = self.order[b], self.order[a]
-        return self.order[:n]
-
-    def _feed(self, n: int) -> Tensor:
-        """Pending tokens of the first n slots go through the model: their last states, (n, d)."""
-        rows, states = self.order[:n], []
+        rows = self.order[:n]
         size = max(1, FORWARD_TOKENS // max(len(self.pending[row]) for row in rows))
         for first in range(0, n, size):
-            some = rows[first : first + size]
-            starts, chunks = [self.length[r] for r in some], [self.pending[r] for r in some]
-            states.append(feed(self.model, self.cache, first, starts, chunks))
+            parts = [(self.length[r], self.pending[r]) for r in rows[first : first + size]]
+            states.append(self.cache.feed(self.model, first, parts))
         for row in rows:
             self.length[row] += len(self.pending[row])
             self.positions += len(self.pending[row])
-            self.pending[row] = []
-        return torch.cat(states)
+        return rows, torch.cat(states)
 
     def _sample(self, hidden: Tensor, uniform: Tensor) -> tuple[list[int], list[float]]:
         """A token and its log-probability for each of the hidden states (n, d)."""
@@ -172,7 +148,7 @@ class Decoder:
         tokens, logprobs = torch.stack([ids.float(), chosen.float()]).tolist()
         if any(map(math.isnan, logprobs)):
             raise FloatingPointError("the model's logits are NaN")
-        return [int(token) for token in tokens], logprobs
+        return list(map(int, tokens)), logprobs
 
 
 def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: Ints,
@@ -180,9 +156,6 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens:
              keys: Sequence[Ints] | None = None, vocab_size: int | None = None,
              tokenizer=None, eos_id: Ints | None = None) -> list[Generated]:  # fmt: skip
     """One turn for each prompt: see `Decoder`. `keys`: by default a row's index."""
-    if not prompts:
-        return []
     decoder = Decoder(model, prompts, vocab_size=vocab_size, temperature=temperature, seed=seed,
                       eos_id=eos_id, tokenizer=tokenizer, stop=stop)  # fmt: skip
-    rows = range(len(prompts))
-    return decoder.turn(rows, max_new_tokens, rows if keys is None else keys)
+    return decoder.turn(range(len(prompts)), max_new_tokens, keys or range(len(prompts)))

@@ -19,17 +19,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from minizs import adapters, grpo, losses, ppo, reinforce
+from minizs import grpo, losses, ppo, reinforce
 from minizs.batching import Batch, by_budget, collate
 from minizs.logprobs import Scorer
-from minizs.models import cast_weights, checkpoint_layers
+from minizs.models import cast_weights, checkpoint_layers, lora_off
 from minizs.trajectory import Trajectory
 
 
@@ -52,49 +51,43 @@ class Learner:
         """Learn from this process's trajectories, the rows of a group adjacent. Returns metrics."""
         s = self.settings
         self.suspects, self.advantages = set(), {}
-        minibatches = self._split(trajectories)
-        parts = [part for minibatch in minibatches for part in minibatch]
+        batches = self._split(trajectories)
+        parts = [part for batch in batches for part in batch]
         rewards = torch.tensor([t.reward for t in trajectories], device=self.accelerator.device)
         # With one update a batch the ratio is 1 by construction and needs no old log-probabilities.
         if s.minibatches > 1:
             self._score(self.scorer, parts, "old_logprobs")
         if self.reference is not None:
             self._score(self.reference, parts, "ref_logprobs")
-        metrics = {"kl": 0.0}  # where there is no reference
         if s.algorithm == "ppo":
             self._score(self.critic, parts, "values")
-            metrics["kl"] = self._ppo_advantages(parts, rewards)
+            metrics = {"kl": self._ppo_advantages(parts, rewards)}
         else:
             advantages = self._outcome_advantages(rewards)  # (N,)
             for part in parts:
                 part.advantages = advantages[part.rows][:, None] * part.mask
-            flat = grpo.flat_groups(rewards, s.group_size).float().mean()
-            metrics["flat_groups"] = self.accelerator.reduce(flat, "mean").item()
-
+            flat = self.accelerator.reduce(grpo.flat_groups(rewards, s.group_size).float(), "mean")
+            metrics = {"kl": 0.0, "flat_groups": flat.mean().item()}
         for part in parts:
             for row, values in zip(part.rows, part.advantages.cpu(), strict=True):
                 self.advantages.setdefault(row, values)  # the first: a filler has zeros
 
-        policy, critic = [], []  # (statistics, gradient norm) of each optimiser step
-        for parts in minibatches:
-            policy.append(self._step(self.scorer, self.optimizer, parts, self._policy_loss,
-                                     s.loss_average))  # fmt: skip
-            if s.algorithm == "ppo":
-                critic.append(self._step(self.critic, self.critic_optimizer, parts,
-                                         self._value_loss, "token"))  # fmt: skip
-        for steps in filter(None, (policy, critic)):
-            metrics |= self._gather([part for stats, _ in steps for part in stats])
-        metrics["grad_norm"] = sum(norm for _, norm in policy) / len(policy)
-        return metrics | {"skipped": int(any(math.isnan(norm) for _, norm in policy + critic))}
+        policy = self._learn(self.scorer, self.optimizer, batches, self._policy_loss,
+                             s.loss_average)  # fmt: skip
+        critic = {"grad_norm": 0.0}
+        if s.algorithm == "ppo":
+            critic = self._learn(self.critic, self.critic_optimizer, batches, self._value_loss)
+        skipped = math.isnan(policy["grad_norm"] + critic["grad_norm"])
+        return metrics | critic | policy | {"skipped": int(skipped)}
 
     def tokens(self, row: int, trajectory: Trajectory, tokenizer) -> dict[str, list]:
-        """For the page of a run: each token's text and what the last update made of it."""
+        """For the page of a run: each token's text and its advantage in the last update."""
         ids = trajectory.ids
-        alone = tokenizer.batch_decode([[token] for token in ids])
-        both = tokenizer.batch_decode([list(pair) for pair in pairwise(ids)])
         # What a token adds to the one before it: some tokenizers put spaces only between words.
-        pieces = alone[:1] + [b[len(a) :] for a, b in zip(alone, both, strict=False)]
-        advantages = self.advantages[row][: len(pieces)].tolist()
+        before = ["", *tokenizer.batch_decode([[token] for token in ids[:-1]])]
+        both = tokenizer.batch_decode([ids[max(0, i - 1) : i + 1] for i in range(len(ids))])
+        pieces = [b[len(a) :] for a, b in zip(before, both, strict=True)]
+        advantages = self.advantages[row][: len(ids)].tolist()
         return {"pieces": pieces, "advantages": [round(a, 4) for a in advantages]}
 
     def _outcome_advantages(self, rewards: Tensor) -> Tensor:
@@ -109,70 +102,72 @@ class Learner:
 
     def _ppo_advantages(self, parts: list[Batch], rewards: Tensor) -> float:
         """Sets advantages (whitened over the whole batch) and returns; gives the mean k1 KL."""
-        s = self.settings
-        totals = torch.zeros(3, dtype=torch.float64, device=self.accelerator.device)
-        kl_sum = torch.zeros((), device=self.accelerator.device)
+        s, totals, kl_sum = self.settings, 0.0, 0.0
         for part in parts:
             kl = torch.zeros_like(part.sampled_logprobs)
             if part.ref_logprobs is not None:
-                old = part.sampled_logprobs if part.old_logprobs is None else part.old_logprobs
-                kl = losses.kl(old, part.ref_logprobs, "k1", part.mask)
-            token_rewards = ppo.token_rewards(rewards[part.rows], kl, part.mask, s.kl_coef)
-            part.advantages, part.returns = ppo.gae(token_rewards, part.values, part.mask,
-                                                    s.gamma, s.lam)  # fmt: skip
-            totals += ppo.moments(part.advantages, part.mask)
-            kl_sum += kl.sum()
+                kl = losses.kl(part.sampled_logprobs, part.ref_logprobs, "k1", part.mask)
+            reward = ppo.token_rewards(rewards[part.rows], kl, part.mask, s.kl_coef)
+            part.advantages, part.returns = ppo.gae(reward, part.values, part.mask, s.gamma, s.lam)
+            totals = totals + ppo.moments(part.advantages, part.mask)
+            kl_sum = kl_sum + kl.sum()
         totals = self.accelerator.reduce(totals, "sum")
         for part in parts:
             part.advantages = ppo.whiten(part.advantages, part.mask, totals)
         return (self.accelerator.reduce(kl_sum, "sum") / totals[2].clamp(min=1)).item()
 
-    def _policy_loss(self, part: Batch, normalizer: Tensor) -> losses.Loss:
+    def _policy_loss(self, part: Batch, weights: Tensor, normalizer: Tensor) -> losses.Loss:
         s = self.settings
-        weights, _ = self._weights(part, s.loss_average)
         logprobs, entropy = self.scorer(part.ids, part.attention, part.mask)
         old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-        loss, stats = losses.policy_loss(
-            logprobs, old, part.advantages, part.mask, s.clip_low, s.clip_high, normalizer, weights,
-            s.ratio_level)  # fmt: skip
+        loss, stats = losses.policy_loss(logprobs, old, part.advantages, part.mask, s.clip_low,
+                                         s.clip_high, normalizer, weights)  # fmt: skip
         if part.ref_logprobs is not None and s.algorithm != "ppo":
             kl = losses.kl(logprobs, part.ref_logprobs, s.kl_kind, part.mask)
             loss = loss + s.kl_coef * losses.average(kl * weights, part.mask, normalizer)
             stats["kl"] = losses.average(kl.detach(), part.mask)
         if s.entropy_coef:
-            bonus = losses.average(entropy * weights, part.mask, normalizer)
-            loss = loss - s.entropy_coef * bonus
+            loss = loss - s.entropy_coef * losses.average(entropy * weights, part.mask, normalizer)
         stats["entropy"] = losses.average(entropy.detach(), part.mask)
         # Sampler and scorer are the same model: what they disagree on is rounding, and stays small.
         gap = losses.keep(old - part.sampled_logprobs, part.mask).abs()
-        stats["logprob_gap_max"] = gap.max().detach()
-        return loss, stats
+        return loss, stats | {"logprob_gap_max": gap.max().detach()}
 
-    def _value_loss(self, part: Batch, normalizer: Tensor) -> losses.Loss:
-        values = self.critic(part.ids, part.attention)
-        return ppo.value_loss(values, part.values, part.returns, part.mask,
-                              self.settings.value_clip, normalizer)  # fmt: skip
+    def _value_loss(self, part: Batch, _: Tensor, normalizer: Tensor) -> losses.Loss:
+        return ppo.value_loss(self.critic(part.ids, part.attention), part.values, part.returns,
+                              part.mask, self.settings.value_clip, normalizer)  # fmt: skip
+
+    def _learn(self, module: nn.Module, optimizer, minibatches: list[list[Batch]],
+               loss_of: Callable, average: str = "token") -> dict[str, float]:  # fmt: skip
+        """A step on each minibatch: everyone's statistics, the mean gradient norm (NaN: a skip)."""
+        steps = [self._step(module, optimizer, parts, loss_of, average) for parts in minibatches]
+        merged = losses.merge_stats([part for stats, _ in steps for part in stats])
+        rows = self.accelerator.gather(torch.stack([v.float() for v in merged.values()])[None])
+        everyone = losses.merge_stats([dict(zip(merged, row, strict=True)) for row in rows])
+        norm = sum(norm for _, norm in steps) / len(steps)
+        return {name: value.item() for name, value in everyone.items()} | {"grad_norm": norm}
 
     def _step(self, module: nn.Module, optimizer, parts: list[Batch], loss_of: Callable,
               average: str) -> tuple[list[dict[str, Tensor]], float]:  # fmt: skip
         """One optimiser step on the sum of the parts' losses: (statistics, gradient norm). If that
         sum or its gradient is not finite there is none, on any process, and the norm is NaN."""
-        normalizer = self._normalizer(parts, average)
-        all_stats, values = [], []
-        for i, part in enumerate(parts):
+        s, accelerator, all_stats, values = self.settings, self.accelerator, [], []
+        longest = s.max_turns * s.max_turn_tokens
+        weights, counts = zip(*(losses.token_weights(part.mask, average, longest)
+                                for part in parts), strict=True)  # fmt: skip
+        normalizer = accelerator.reduce(sum(counts).float(), "sum").clamp(min=1)
+        for part, part_weights in zip(parts, weights, strict=True):
             # Gradients are reduced over processes once, with the last micro-batch.
-            last = i == len(parts) - 1
             # (Shards: with each, or every process would hold them whole.)
-            alone = not last and not self.accelerator.is_fsdp2
-            with self.accelerator.no_sync(module) if alone else nullcontext():
-                loss, stats = loss_of(part, normalizer)
-                self.accelerator.backward(loss * self.accelerator.num_processes)
+            alone = part is not parts[-1] and not accelerator.is_fsdp2
+            with accelerator.no_sync(module) if alone else nullcontext():
+                loss, stats = loss_of(part, part_weights, normalizer)
+                accelerator.backward(loss * accelerator.num_processes)
             all_stats.append(stats)
             values.append(loss.detach().float())
-        norm = float(self.accelerator.clip_grad_norm_(module.parameters(),
-                                                      self.settings.max_grad_norm))  # fmt: skip
+        norm = float(accelerator.clip_grad_norm_(module.parameters(), s.max_grad_norm))
         guard = torch.stack([sum(values), torch.full_like(values[0], norm)])
-        finite = self.accelerator.reduce(guard, "sum").isfinite()  # the same on all processes
+        finite = accelerator.reduce(guard, "sum").isfinite()  # the same on all processes
         if finite.all():
             optimizer.step()
         else:  # with finite losses, any of them may have made the gradient
@@ -190,73 +185,44 @@ class Learner:
             setattr(part, name, out)
 
     def _split(self, trajectories: list[Trajectory]) -> list[list[Batch]]:
-        """Minibatches (one optimiser step each) of micro-batches (one forward pass each).
-
-        Every process gets the same number of micro-batches, with empty ones added where it has
-        fewer: one that did fewer passes than the others would leave them waiting for ever.
-        """
-        s, minibatches = self.settings, []
+        """Minibatches (an optimiser step each) of micro-batches (a forward pass each), as many as
+        other processes have, by empty ones: they would wait for ever for a pass that is lacking."""
+        s, device, minibatches = self.settings, self.accelerator.device, []
         for first in range(s.minibatches):
-            rows = list(range(first, len(trajectories), s.minibatches))
+            rows = range(first, len(trajectories), s.minibatches)
             groups = by_budget([len(trajectories[i].ids) for i in rows], s.micro_tokens)
-            parts = [collate(trajectories, [rows[i] for i in group]) for group in groups]
-            count = torch.tensor(len(parts), device=self.accelerator.device)
-            most = int(self.accelerator.gather(count.view(1)).max())
+            parts = [collate(trajectories, [rows[i] for i in group], device) for group in groups]
+            most = int(self.accelerator.gather(torch.tensor([len(parts)], device=device)).max())
             for _ in range(most - len(parts)):
-                empty = collate(trajectories, rows[:1])
-                empty.mask.zero_()
-                parts.append(empty)
-            minibatches.append([part.to(self.accelerator.device) for part in parts])
+                parts.append(collate(trajectories, [first], device))
+                parts[-1].mask.zero_()
+            minibatches.append(parts)
         return minibatches
-
-    def _weights(self, part: Batch, kind: str) -> tuple[Tensor, Tensor]:
-        longest = self.settings.max_turns * self.settings.max_turn_tokens
-        return losses.token_weights(part.mask, kind, longest)
-
-    def _normalizer(self, parts: list[Batch], kind: str) -> Tensor:
-        """What the losses of all these parts, of all processes, are divided by."""
-        total = torch.stack([self._weights(part, kind)[1].float() for part in parts]).sum()
-        return self.accelerator.reduce(total, "sum").clamp(min=1)
-
-    def _gather(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Statistics of all micro-batches of all processes as one dictionary of numbers."""
-        merged = losses.merge_stats(stats)
-        rows = self.accelerator.gather(torch.stack([v.float() for v in merged.values()])[None])
-        everyone = [dict(zip(merged, row, strict=True)) for row in rows]
-        return {name: value.item() for name, value in losses.merge_stats(everyone).items()}
 
 
 def build_learner(accelerator, settings, model, vocab_size: int,
                   dtype: torch.dtype = torch.float32) -> Learner:  # fmt: skip
-    """Scorer, reference, critic and optimisers for a policy, prepared by Accelerate.
-
-    The reference never changes: it is kept whole, in the type that the run computes in (`dtype`),
-    or is the policy with its LoRA switched off.
-    """
+    """Scorer, critic and optimisers for a policy, prepared by Accelerate. The reference is a whole
+    copy, in the type that the run computes in (`dtype`), or the policy with its LoRA off."""
     packed = model.config._attn_implementation == "flash_attention_2"
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
     make_scorer = partial(Scorer, temperature=settings.temperature, vocab_size=vocab_size,
                           packed=packed)  # fmt: skip
-    reference = None
-    if settings.kl_coef and not settings.lora_rank:
-        reference = make_scorer(cast_weights(copy.deepcopy(model), dtype)).requires_grad_(False)
-        reference = reference.to(accelerator.device)
 
     def prepare(module: nn.Module, lr: float):
         learned = [weight for weight in module.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW(learned, lr, weight_decay=settings.weight_decay)
         return accelerator.prepare(module, optimizer)
 
-    critic = critic_optimizer = None
+    reference = critic = critic_optimizer = None
+    if settings.kl_coef and not settings.lora_rank:
+        frozen = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False)
+        reference = make_scorer(frozen.to(accelerator.device))
     if settings.algorithm == "ppo":  # the critic starts as the policy does (paper appendix F)
         critic = ppo.Critic(copy.deepcopy(model.base_model), packed)
         critic, critic_optimizer = prepare(critic, settings.critic_lr)
     scorer, optimizer = prepare(make_scorer(model), settings.lr)
-    if settings.kl_coef and settings.lora_rank:
-
-        def reference(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            with adapters.switched_off(model):
-                return scorer(*inputs)
-
+    if settings.kl_coef and settings.lora_rank:  # (a context manager decorates, too)
+        reference = lora_off(model)(lambda *inputs: scorer(*inputs))
     return Learner(accelerator, settings, scorer, optimizer, reference, critic, critic_optimizer)

@@ -1,9 +1,8 @@
 """Log-probabilities (and entropies) of given tokens, computed only where they are needed.
 
-A language model's logits over a whole batch are its largest tensor by far: 64 sequences of 2,000
-tokens with a vocabulary of 150,000 are 77 GB in float32. So the backbone runs over everything, but
-the head only where the *next* token has loss mask 1 (most are prompt or documents), in chunks that
-the backward pass computes anew (checkpointing). Modules are called, never their weights by hand.
+Logits over a whole batch are by far the largest tensor: 77 GB for 64 sequences of 2,000 tokens and
+150,000 words. So the head runs only where the *next* token has loss mask 1, in chunks that the
+backward pass computes anew. Modules are called, never their weights by hand.
 Left out: fused kernels, models that change their logits after the head.
 """
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK, LOGITS = 1024, 2**24  # most positions, and logits (64 MB), that leave the head at once
-# Configuration entries with which a family changes its logits after the head (Gemma, Cohere, ...).
+# With these settings a family changes its logits after the head (Gemma, Cohere, ...).
 AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -24,9 +23,8 @@ def check_supported(model: nn.Module) -> None:
 
 
 def log_distribution(logits: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
-    """(..., V) logits -> (..., vocab_size) log-probabilities in float32 at least, to sample and to
-    score with. Ids from `vocab_size` on (rows that only pad the embedding) are cut off before the
-    softmax. At temperature 0, greedy decoding, they are those of temperature 1."""
+    """(..., V) logits -> (..., vocab_size) log-probabilities in float32 at least: ids that only pad
+    the embedding are cut off before the softmax. Those of temperature 0 are those of 1."""
     logits = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
 
@@ -39,10 +37,9 @@ def predictable(attention_mask: Tensor) -> Tensor:
 def states_before(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor,
                   packed: bool = False) -> Tensor:  # fmt: skip
     """The decoder's last hidden states just before each of the M wanted tokens: (M, d), row by row.
-    input_ids, attention_mask, wanted (bool): (B, T). `packed` spends nothing on padding: all real
-    tokens are one row, where positions restart with each sequence. By them `transformers`, given no
-    mask, keeps sequences apart: flash attention with its variable-length kernel, SDPA with a
-    block-diagonal causal mask. Raises ValueError where padding or a first token is wanted."""
+    input_ids, attention_mask, wanted (bool): (B, T). `packed` computes no padding: all real tokens
+    are one row, whose sequences `transformers`, given no mask, keeps apart by their positions.
+    Raises ValueError where padding or a first token is wanted."""
     if (wanted & ~predictable(attention_mask)).any():
         raise ValueError("the loss mask holds padding, or a first token, which nothing precedes")
     real = attention_mask.bool()
@@ -59,8 +56,7 @@ def score(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask
           temperature: float = 1.0, vocab_size: int | None = None, packed: bool = False,
           ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(B, T) each -> (B, T) float32, differentiable, 0 where the loss mask is 0: log-probability of
-    `input_ids[b, t]` given what precedes it, and entropy of the distribution it was drawn from.
-    `packed` changes the speed alone. Raises ValueError by `check_supported` and `states_before`."""
+    `input_ids[b, t]` given what precedes it, and entropy of the distribution it was drawn from."""
     check_supported(model)
     wanted = loss_mask.bool()  # (B, T)
     hidden = states_before(model.get_decoder(), input_ids, attention_mask, wanted, packed)  # (M, d)
@@ -71,14 +67,14 @@ def score(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask
         chosen = logp.gather(-1, targets[:, None]).squeeze(-1)
         return chosen.float(), -(logp.exp() * logp).sum(-1).float()
 
-    # With nothing to score there is one empty chunk, and every parameter's gradient is zero, not
-    # missing: under DDP, the other processes would wait for it for ever.
+    # With nothing to score there is one empty chunk: every gradient is zero, not missing, or under
+    # DDP the other processes would wait for it for ever.
     size = max(1, min(CHUNK, LOGITS // model.config.vocab_size))
     pieces = zip(hidden.split(size), input_ids[wanted].split(size), strict=True)
     chunks = [checkpoint(through_head, *piece, use_reentrant=False) for piece in pieces]
-    logprobs, entropy = map(torch.cat, zip(*chunks, strict=True))  # (M,) each
+    scores = map(torch.cat, zip(*chunks, strict=True))  # (M,) each
     blank = torch.zeros(input_ids.shape, device=input_ids.device)  # (B, T)
-    return blank.masked_scatter(wanted, logprobs), blank.masked_scatter(wanted, entropy)
+    return tuple(blank.masked_scatter(wanted, values) for values in scores)
 
 
 def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor,
@@ -88,15 +84,13 @@ def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, 
 
 
 class Scorer(nn.Module):
-    """`score` as a module: what Accelerate prepares, so that its hooks see every forward."""
+    """`score` with its options as a module: what Accelerate prepares and sees every call of."""
 
-    def __init__(self, model: nn.Module, temperature: float = 1.0, vocab_size: int | None = None,
-                 packed: bool = False) -> None:  # fmt: skip
+    def __init__(self, model: nn.Module, **options) -> None:
         super().__init__()
-        self.model, self.packed = model, packed
-        self.temperature, self.vocab_size = temperature, vocab_size
-        # FSDP looks here for the layer classes to shard; without it, it shards none.
+        self.model, self.options = model, options
+        # FSDP looks here for the layer classes to shard, and else shards none.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        return score(self.model, *inputs, self.temperature, self.vocab_size, self.packed)
+        return score(self.model, *inputs, **self.options)

@@ -4,14 +4,11 @@ GRPO, PPO and REINFORCE minimise the same thing and differ in the advantage:
 
     loss = sum_t w_t * (surrogate_t + beta * KL_t - c * entropy_t) / normalizer
 
-over the tokens that the policy sampled, which `Trajectory.append` marked 1. Else it would learn to
-write the engine's documents. All tensors are `(B, T)`: B sequences, T tokens. Positions with mask 0
-(prompt, documents, padding) can hold anything, infinities and NaN too: inputs are replaced there
-before any arithmetic, because inf * 0 is NaN, in gradients as well.
-
-`normalizer` belongs to the whole batch of an optimiser step: add up its parts, give the sum to all
-micro-batches and processes, and add the losses, so that the split of a batch changes nothing.
-Left out: dual clip, CISPO, corrections for a sampler other than the scored model (here the same).
+over the tokens that the policy sampled, mask 1 (else it would learn to write the documents). All
+tensors are `(B, T)`: B sequences, T tokens. Where the mask is 0 they can hold anything, NaN too: it
+is replaced before any arithmetic, because inf * 0 is NaN, in gradients as well. `normalizer` is the
+whole batch's: given to all micro-batches and processes, their losses add up.
+Left out: GSPO, dual clip, CISPO, corrections for a sampler that is not the scored model (it is).
 """
 
 import torch
@@ -33,58 +30,43 @@ def average(per_token: Tensor, mask: Tensor, normalizer: float | Tensor | None =
 
 
 def token_weights(mask: Tensor, kind: str = "token", max_tokens: int = 0) -> tuple[Tensor, Tensor]:
-    """Weights w `(B, T)`, and this batch's part of the normalizer. Rows of mask 0 count nowhere.
+    """Weights w `(B, T)`, and this batch's part of the normalizer: its tokens, or else sequences.
 
-    - "token" (DAPO, arXiv 2503.14476): w = 1, normalizer = the number of tokens.
-    - "sequence" (GRPO, arXiv 2402.03300): w = 1 / |sequence|, normalizer = the number of sequences:
-      a token of a long one counts less.
-    - "constant" (Dr. GRPO, arXiv 2503.20783): w = 1 / max_tokens, the length that a sequence may
-      have, not the one it has; normalizer = the number of sequences.
-    """
+    - "token" (DAPO, arXiv 2503.14476): w = 1.
+    - "sequence" (GRPO, arXiv 2402.03300): w = 1 / |sequence|: a token of a long one counts less.
+    - "constant" (Dr. GRPO, arXiv 2503.20783): w = 1 / max_tokens, the most that one may have."""
     weights = mask.float()
     lengths = weights.sum(dim=1, keepdim=True)  # (B, 1)
-    sequences = (lengths > 0).sum()
     if kind == "token":
         return weights, lengths.sum()
     if kind == "sequence":
-        return weights / lengths.clamp(min=1), sequences
+        return weights / lengths.clamp(min=1), (lengths > 0).sum()
     if kind == "constant" and max_tokens:
-        return weights / max_tokens, sequences
+        return weights / max_tokens, (lengths > 0).sum()
     raise ValueError(f'token weights: "token", "sequence", "constant" (max_tokens); got "{kind}"')
 
 
 def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
                 clip_low: float = 0.2, clip_high: float = 0.2,
-                normalizer: float | Tensor | None = None, weights: Tensor | None = None,
-                ratio_level: str = "token") -> Loss:  # fmt: skip
+                normalizer: float | Tensor | None = None,
+                weights: Tensor | None = None) -> Loss:  # fmt: skip
     """The clipped surrogate of PPO (arXiv 1707.06347), negated so that it is minimised:
 
         rho_t = exp(logprobs_t - old_logprobs_t)
         l_t   = -min(rho_t A_t, clip(rho_t, 1 - clip_low, 1 + clip_high) A_t)
         loss  = sum_t w_t l_t / normalizer
 
-    `clip_high` > `clip_low` is DAPO's clip-higher. `ratio_level="sequence"` is GSPO (2507.18071):
-    one ratio per sequence, the geometric mean of its tokens', for "sequence" weights, clip 3e-4.
-
-    With one update per batch of rollouts rho is exactly 1: the loss is then minus the mean
-    advantage, which says nothing, but its gradient is the policy gradient, A_t grad logprobs_t.
-    Clipping begins to matter with the second update on the same batch.
-    """
-    if weights is not None and normalizer is None:
-        raise ValueError("weights need the normalizer that token_weights gives with them")
-    log_rho = keep(logprobs - old_logprobs.detach(), mask)  # (B, T)
-    log_rho = log_rho.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    rho = log_rho.exp()
-    if ratio_level == "sequence":
-        mean = log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-        rho = mean.exp().expand_as(log_rho)
-    advantages = keep(advantages.detach(), mask)
+    `clip_high` > `clip_low` is DAPO's clip-higher. With one update per batch of rollouts rho is 1:
+    the loss is minus the mean advantage, which says nothing, but its gradient is the policy
+    gradient, A_t grad logprobs_t. Clipping begins to matter with a second update."""
+    log_rho = keep(logprobs - old_logprobs.detach(), mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    rho, advantages = log_rho.exp(), keep(advantages.detach(), mask)
     unclipped = rho * advantages
     clipped = rho.clamp(1 - clip_low, 1 + clip_high) * advantages
     per_token = -torch.minimum(unclipped, clipped)
     loss = average(per_token if weights is None else per_token * weights, mask, normalizer)
     stats = statistics(mask, clip_fraction=(clipped < unclipped).float(), ratio_mean=rho,
-                       approx_kl_k3=log_rho.exp() - 1 - log_rho)  # KL(old || new)  # fmt: skip
+                       approx_kl_k3=rho - 1 - log_rho)  # KL(old || new)  # fmt: skip
     return loss, stats | {"ratio_max": keep(rho.detach(), mask).max()}
 
 
@@ -97,14 +79,13 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str, mask: Tensor | None = 
         k2 = d^2 / 2            biased, small variance
         k3 = exp(-d) - 1 + d    unbiased, never negative
 
-    A good estimate of a value need not have the right gradient (arXiv 2506.09477). As a loss, k2
-    has in expectation exactly the gradient of the token's KL, d * grad logprobs; k3 has that of the
-    KL the other way round, close to it while d is small; k1 has none (the mean of grad logprobs is
-    0). In the reward, where no gradient flows, k1 is the right one. Choose one place, not both.
+    A good value need not have the right gradient (arXiv 2506.09477). As a loss, k2 has in mean that
+    of the token's KL, d * grad logprobs; k3 that of the KL the other way round, close while d is
+    small; k1 none (the mean of grad logprobs is 0), but it is the right one in the reward, where no
+    gradient flows: only there does a token answer for the KL of later ones. Choose one place.
 
     The caller ADDS beta * kl to a loss it minimises. (The paper's code subtracts it, which rewards
     moving away from the reference; with beta = 0.001 this stays hidden for long.)
-    Left out: what a token's choice does to the KL of later tokens; only k1 in the reward sees it.
     """
     d = logprobs - ref_logprobs.detach()
     d = d if mask is None else keep(d, mask)
@@ -121,8 +102,7 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str, mask: Tensor | None = 
 @torch.no_grad()
 def statistics(mask: Tensor, **values: Tensor) -> dict[str, Tensor]:
     """The number of tokens, and the mean of each of these values over them: for `merge_stats`."""
-    means = {name: average(value, mask) for name, value in values.items()}
-    return {"tokens": mask.sum().float()} | means
+    return {"tokens": mask.sum().float()} | {k: average(v, mask) for k, v in values.items()}
 
 
 def merge_stats(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

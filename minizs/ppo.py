@@ -1,9 +1,8 @@
 """PPO: rewards per token, generalised advantages, a critic, and the critic's loss.
 
 Where GRPO compares a trajectory with others, PPO compares it with what a critic expected, token by
-token (arXiv 1707.06347). A trajectory has holes: documents, between the tokens that the policy
-sampled (mask 1). For the policy a document is part of the step from one state to the next: no
-reward, value, discount or statistic comes from masked positions. Shapes are `(B, T)`.
+token (arXiv 1707.06347). A document between sampled tokens (mask 1) is part of the step from one
+state to the next: no reward, value, discount or statistic comes from it.
 Left out: adaptive KL, bootstrapping of truncated trajectories (they are worth what they scored, 0).
 """
 
@@ -29,11 +28,10 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
         delta_t = r_t + gamma * V_next - V_t
         A_t     = delta_t + gamma * lam * A_next        returns_t = A_t + V_t
 
-    "Next" is the next sampled token, however long the document before it; after the last one both
-    are 0. `values[b, t]` is the value of the state before token t. Returns `(advantages, returns)`,
-    not whitened, 0 at masked positions. The paper uses gamma = lam = 1: A_t = (sum of rewards from
-    t on) - V_t. With lam < 1, walking through documents would make credit fade with their length.
-    """
+    "Next" is the next sampled token, and both are 0 after the last one: through the documents,
+    credit would fade with their length (lam < 1). `values[b, t]` is that of the state before token
+    t. Returns `(advantages, returns)`, not whitened, 0 at masked positions. The paper uses gamma =
+    lam = 1: A_t = (sum of rewards from t on) - V_t."""
     rewards, values, sampled = keep(rewards, mask), keep(values, mask), mask.bool()
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
@@ -52,10 +50,10 @@ def moments(values: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([values.sum(), values.square().sum(), mask.sum().double()])
 
 
-def whiten(advantages: Tensor, mask: Tensor, batch_moments: Tensor | None = None) -> Tensor:
+def whiten(advantages: Tensor, mask: Tensor, totals: Tensor | None = None) -> Tensor:
     """(A - mean) / (std + 1e-8) over the mask's tokens, 0 elsewhere; std is a sample's (n - 1).
-    `batch_moments`: of the whole batch, summed over parts and processes."""
-    total, squares, count = moments(advantages, mask) if batch_moments is None else batch_moments
+    `totals`: the `moments` of the whole batch, summed over parts and processes."""
+    total, squares, count = moments(advantages, mask) if totals is None else totals
     mean = total / count.clamp(min=1)
     variance = (squares - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
     whitened = (advantages.double() - mean) / (variance.sqrt() + 1e-8)
@@ -64,36 +62,31 @@ def whiten(advantages: Tensor, mask: Tensor, batch_moments: Tensor | None = None
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float,
                normalizer: float | Tensor | None = None) -> Loss:  # fmt: skip
-    """Half the squared error, where a value gains nothing by moving more than `clip` at a time:
+    """Half the squared error, without gradient once a value has moved by `clip` towards its return:
 
         V_clip = V_old + clip(V - V_old, -clip, clip)
         loss   = sum_t 1/2 max((V - R)^2, (V_clip - R)^2) / normalizer
 
-    The maximum takes the gradient away from a value that has already moved by `clip` towards its
-    return, never from one that moved away. Rewards are at most 1: 0.5 (the paper's code) is wide.
-    """
-    values = keep(values, mask)
-    old_values, returns = keep(old_values.detach(), mask), keep(returns.detach(), mask)
+    Rewards are at most 1: a clip of 0.5 (the paper's code) is wide."""
+    inputs = values, old_values.detach(), returns.detach()
+    values, old_values, returns = (keep(tensor, mask) for tensor in inputs)
     moved = old_values + (values - old_values).clamp(-clip, clip)
     unclipped, clipped = (values - returns).square(), (moved - returns).square()
     loss = average(0.5 * torch.maximum(unclipped, clipped), mask, normalizer)
-    held = (clipped > unclipped).float()  # 1 where the clip takes the gradient away
-    return loss, statistics(mask, value_clip_fraction=held, value_error=unclipped,
-                            value_mean=values, return_mean=returns)  # fmt: skip
+    return loss, statistics(mask, value_clip_fraction=(clipped > unclipped).float(),
+                            value_error=unclipped, value_mean=values, return_mean=returns)
 
 
 class Critic(nn.Module):
-    """The value of the state before each token, from a scalar head on a `backbone` of its own (a
-    `transformers` model without a head, such as a causal model's `base_model`). The head starts at
-    zero, so that the first advantages are the rewards, and not a random opinion."""
+    """The value of the state before each token: a scalar head on a `backbone` of its own (a causal
+    model's `base_model`). It starts at 0: the first advantages are the rewards."""
 
     def __init__(self, backbone: nn.Module, packed: bool = False):
         super().__init__()
         self.backbone, self.packed = backbone, packed
         self.head = nn.Linear(backbone.config.hidden_size, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-        # Sharding looks for the layer class on the outermost module, and finds nothing without it.
+        for weight in self.head.parameters():
+            nn.init.zeros_(weight)
         self._no_split_modules = getattr(backbone, "_no_split_modules", None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

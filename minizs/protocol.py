@@ -1,9 +1,4 @@
-"""The language of policy and search engine: tags, prompt, actions, blocks of documents. No torch.
-
-Paper section 3.6 and Table 1. A turn of the policy is `<think> ... </think>` followed by either
-`<search> query </search>` or `<answer> answer </answer>`; the engine's reply stands between
-`<information>` and `</information>`. A model folder's `prompt.txt` may word the prompt otherwise.
-"""
+"""The language of policy and engine (paper 3.6, Table 1): tags, prompt, actions, documents."""
 
 import re
 import unicodedata
@@ -21,7 +16,6 @@ Question: {question}
 INVALID_ACTION = "\n\nThat action is not valid. Let me try again.\n\n"
 CLOSING = "\n</information>\n\n"
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
-_DOCUMENT = re.compile(r"Doc \d+:")
 _TAG = r"<[\s/\\]*(?:think|search|information|answer)|<\s*\|[^>]{0,80}\|\s*>"
 
 
@@ -41,12 +35,9 @@ def parse_action(text: str) -> Action:
 
 def neutralize(text: str, tokenizer=None) -> str:
     """Data made harmless: whatever begins like one of our tags, `<|...|>` or a special token of the
-    tokenizer, in any case and spacing, gets "(" for its first character. Other text stays as it is.
-
-    A tokenizer's normalizer may see a tag where we do not, in wide letters or behind accents and
-    hidden characters: a text that hides one comes back without these. A lone surrogate, which no
-    tokenizer takes, becomes "?". Left out: letters of other scripts that only look like Latin.
-    """
+    tokenizer, in any case and spacing, gets "(" for its first character; a lone surrogate is "?". A
+    text whose tag hides in wide letters or behind accents and hidden characters (a tokenizer's
+    normalizer may see it) comes back without these; all other text stays as it is."""
     marks = _marks(tokenizer)
     text = marks.sub("(", text.encode("utf-8", "replace").decode())
     bare = "".join(c for c in unicodedata.normalize("NFKD", text)
@@ -56,9 +47,8 @@ def neutralize(text: str, tokenizer=None) -> str:
 
 @cache
 def _marks(tokenizer) -> re.Pattern:
-    """Matches a character where a mark begins, however marks overlap. A special token of a single
-    character (some "?" for what is unknown) is none."""
-    added = () if tokenizer is None else tokenizer.added_tokens_decoder.values()
+    """Matches where a mark begins. A special token of one character (an unknown's "?") is none."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = [re.findall(r"\w+|\S", token.content) for token in added if token.special]
     spaced = [r"\s*".join(map(re.escape, parts)) for parts in special if len("".join(parts)) > 1]
     return re.compile(f"(?={'|'.join([_TAG, *spaced])}).", re.IGNORECASE | re.DOTALL)
@@ -77,8 +67,7 @@ def vocabulary_size(tokenizer) -> int:
 
 
 def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids that a model starts from, for each text, in training and in use alike: with a chat
-    template a user's message and the reply's opening, else the text behind any opening token."""
+    """The ids that a model starts from: of its chat template, if any, up to the reply's opening."""
     if not tokenizer.chat_template:
         return tokenizer(texts)["input_ids"]
     chats = [[{"role": "user", "content": text}] for text in texts]
@@ -86,8 +75,7 @@ def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def reply_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of texts that join a context: no opening token and, as a second guard, no special
-    token for the text of one."""
+    """The ids of texts that join a context: no opening token, no special token for a text's own."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -98,7 +86,7 @@ def number_documents(documents: list[str]) -> str:
 
 def split_documents(text: str, limit: int) -> list[str]:
     """Undo `number_documents` on a simulator's text: at most `limit` documents, none empty."""
-    parts = [" ".join(part.split()) for part in _DOCUMENT.split(text)[1:]]
+    parts = [" ".join(part.split()) for part in re.split(r"Doc \d+:", text)[1:]]
     return [part for part in parts if part][:limit]
 
 

@@ -2,10 +2,8 @@
 
     u = uniform(seed, step, question, sample, turn, position)
 
-is the same number in [0, 1) for the same integers, whoever asks, in whatever order. A rollout then
-does not depend on its batch's layout, the number of processes, or a resume. All arithmetic is
-modulo 2^64, so that sampling.py's version for arrays gives the same bits.
-Left out: cryptographic strength. These numbers decide which token is drawn, nothing else.
+is the same number in [0, 1) whoever asks, in whatever order: a rollout does not depend on its
+batch's layout, the number of processes, or a resume. Left out: cryptographic strength.
 """
 
 MASK64 = 2**64 - 1
@@ -20,8 +18,7 @@ def mix64(x: int) -> int:
 
 
 def hash64(*keys: int) -> int:
-    """Fold keys into one number, in [0, 2^64): h_0 = 0, h_k = mix64((h_{k-1} XOR key_k) + GOLDEN).
-    Their order and number count; a negative one is taken modulo 2^64 (its two's complement)."""
+    """Keys folded into one number: h_0 = 0, h_k = mix64((h_{k-1} XOR key_k) + GOLDEN)."""
     state = 0
     for key in keys:
         state = mix64(((state ^ (key & MASK64)) + GOLDEN) & MASK64)

@@ -1,15 +1,12 @@
 """One self-contained page about a run: its curves, and what training did with every token.
 
 The page (report.html, a Jinja template) loads nothing and runs no script; its filters are radio
-buttons and CSS. Documents are written by a model or come from the web, so all that is data is
-escaped on its way into the template; the page's content policy would stop what slipped by.
+buttons and CSS. Whatever is data is escaped; a content policy would stop what slipped by.
 """
 
-import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
-from itertools import groupby, islice, pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import yaml
@@ -28,76 +25,58 @@ FIRST, LAST, TESTS = 8, 24, 16  # trajectories shown of a log's two ends, and qu
 
 
 def visible(words: str) -> str:
-    """Text in which what hides, moves or colours text, in a terminal or by turning the direction of
-    writing, and half a pair of surrogates is a mark that can be seen."""
+    """Text in which what hides, moves or colours other text is a mark that can be seen."""
     return "".join(c if c.isprintable() or c in "\n\u200c\u200d" else " " if c.isspace() else "�"
                    for c in words)  # fmt: skip
 
 
 def write(folder: Path) -> None:
     """Write `report.html` from the logs in `folder`, whatever there is; replaced in one go."""
-    shown = [(kinds(*pair), pair) for pair in tests(folder)]
-    shown += [(kinds(row), [row]) for row in ends(folder / "trajectories.jsonl")]
+    rows = read_lines(folder / "trajectories.jsonl")
+    shown = [*tests(folder), *([row] for row in rows[:FIRST] + rows[FIRST:][-LAST:])]
     html = render(folder.resolve().name, read_lines(folder / "metrics.jsonl"), shown)
     temporary = folder / "report.html.tmp"
     temporary.write_text(html, encoding="utf-8")
     temporary.replace(folder / "report.html")  # os.replace: a reader never sees half a page
 
 
-def render(name: str, metrics: list[dict], shown: list[tuple[list[str], list[dict]]]) -> str:
-    """The page; `shown` are trajectories, each alone or in a pair, with their filters (`kinds`)."""
-    counts = Counter(kind for some, _ in shown for kind in some)
+def render(name: str, metrics: list[dict], shown: list) -> str:
+    """The page; `shown` are trajectories, each alone or before and after training."""
+    filtered = [(kinds(*rows), rows) for rows in shown]
+    counts = Counter(kind for some, _ in filtered for kind in some)
     plots = {title: plot(metrics, **form) for title, form in PLOTS.items() if metrics}
-    return PAGE.render(name=name, plots=plots, shown=shown, counts=counts, blocks=blocks,
-                       number=number)  # fmt: skip
-
-
-def number(value: float | None) -> str:
-    if value is None:  # it was no finite number
-        return "none"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return PAGE.render(name=name, plots=plots, shown=filtered, counts=counts, blocks=blocks,
+                       number=lambda y: f"{y:,.0f}" if abs(y) >= 1000 else f"{y:.3g}")  # fmt: skip
 
 
 def plot(metrics: list[dict], series: dict[str, str], healthy: str) -> dict:
-    """Where the lines of a plot run, in a box of 314 by 76: those that ever had a finite value.
-    `series` names them; `healthy` is handed on."""
+    """Where the lines of a plot run, in a box of 314 by 76: those that ever had a finite value."""
     named = {label: [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
              for name, label in series.items()}  # fmt: skip
-    named = {label: points for label, points in named.items() if points}
-    values = [y for points in named.values() for _, y in points] or [0.0]
+    lines = {label: points for label, points in named.items() if points}
+    values = [y for points in lines.values() for _, y in points] or [0.0]
     first, last, low, high = metrics[0]["step"], metrics[-1]["step"], min(values), max(values)
     across, up = 314 / (last - first or 1), 76 / (high - low or 1)
-    lines = {label: [(across * (x - first), 96 - up * (y - low)) for x, y in points]
-             for label, points in named.items()}  # fmt: skip
-    return {"lines": lines, "now": {label: points[-1][1] for label, points in named.items()},
+    return {"lines": {label: [(across * (x - first), 96 - up * (y - low)) for x, y in points]
+                      for label, points in lines.items()},
+            "now": {label: points[-1][1] for label, points in lines.items()},
             "healthy": healthy, "x": (first, last), "y": (low, high)}  # fmt: skip
 
 
-def ends(path: Path) -> Iterator[dict]:
-    """The first and the last rows of a log that may be long, but for an unfinished line."""
-    if path.exists():
-        with open(path, "rb") as file:
-            for line in [*islice(file, FIRST), *deque(file, LAST)]:
-                with suppress(ValueError):
-                    yield json.loads(line)
-
-
 def tests(folder: Path) -> list[tuple[dict, dict]]:
-    """The same question before and after training, from the newest test: spread evenly, not chosen
-    by how they ended."""
-    logs = sorted(folder.glob("evaluation*.before.jsonl"), key=lambda path: path.stat().st_mtime)
-    both = [(log, log.with_name(log.name.replace(".before.", "."))) for log in logs[-1:]]
-    rows = [pair for logs in both for pair in zip(*map(read_lines, logs), strict=False)
-            if pair[0]["example"] == pair[1]["example"]]  # fmt: skip
-    return rows[:: -(-len(rows) // TESTS) or 1]
+    """Questions before and after training, from the newest test, evenly spread over it."""
+    log = max(folder.glob("evaluation*.before.jsonl"), key=lambda path: path.stat().st_mtime,
+              default=folder / "none")  # fmt: skip
+    both = map(read_lines, (log, log.with_name(log.name.replace(".before.", "."))))
+    pairs = [(a, b) for a, b in zip(*both, strict=False) if a["example"] == b["example"]]
+    return pairs[:: -(-len(pairs) // TESTS) or 1]
 
 
 def kinds(first: dict, after: dict | None = None) -> list[str]:
     """The filters that show a trajectory, or the one after training where there are two."""
     row = after or first
     right = exact_match(row["answer"], row["example"]["answers"])
-    again = any(a["documents"] is not None and a["noisy"] and b["action"] == "search"
-                for a, b in pairwise(row["turns"]))  # fmt: skip
+    again = any(a["noisy"] and b["action"] == "search" for a, b in pairwise(row["turns"]))
     found = {"all": True, "test": after, "train": not after, "right": right, "wrong": not right,
              "changed": first["answer"] != row["answer"], "again": again}  # fmt: skip
     return [kind for kind, holds in found.items() if holds]

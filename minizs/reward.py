@@ -1,13 +1,11 @@
 """The reward: how well an answer matches the gold answers, as a number in [0, 1].
 
-Training uses F1 (paper §3.5): it gives part of the reward for a partly right answer, so that the
-samples of one question differ more often, and its precision makes every extra word cost something.
-- The paper's code calls "EM" whether the gold answer is contained in the prediction, so that naming
-  many candidates scores 1 (and led to long answers). Here that is the substring match.
-- It looks for the answer in the prompt and the documents too, so that a rollout without one is
-  scored on the prompt's example. Here the caller passes the policy's own answer; None scores 0.
-- A gold answer that normalises to nothing ("The") is contained in everything. Here it scores 0.
-Left out: a reward for the format (the paper found none to be needed), and any judge model.
+Training uses F1 (paper §3.5): a partly right answer gets its part, so that samples of a question
+differ more often, and every extra word costs precision. In the paper's code, unlike here,
+- "EM" asks whether the prediction contains a gold answer: naming many candidates scores 1;
+- a rollout without an answer (here None, 0) is scored on the example in its prompt;
+- a gold answer that normalises to nothing ("The", here 0) is contained in everything.
+Left out: a reward for the format (the paper needed none), and any judge model.
 """
 
 import operator

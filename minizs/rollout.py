@@ -1,20 +1,15 @@
 """The multi-turn loop: the policy generates, an engine answers, and again until there is an answer.
 
-Paper section 3.1 and 3.6. All rows advance together, turn by turn: one batched generation of the
-policy, then one `search` for all queries of that turn (one batched generation of the simulator).
-A row's key-value cache lives through all its turns, and the token ids that were sampled are the
-ids that are trained on: they are decoded to be parsed, never tokenised again (defect D10).
+Paper sections 3.1 and 3.6. All rows advance together: one batched generation of the policy, then
+one `search` for all queries of that turn. Sampled ids are never tokenised again (defect D10).
 
-How a trajectory can end without an answer, each marked in `truncated`, with reward 0 and its tokens
-in the loss: "turns" (its last turn did not answer; a search in it is not executed), "turn_tokens"
-(a turn ran out of tokens before it closed a tag) and "context" (the next piece does not fit).
-An overlong reply is cut before its closing tag; nothing is ever cut out of a context.
+A trajectory can end without an answer, with reward 0 and its tokens in the loss; `truncated` says
+why: "turns" (its last turn did not answer; a search in it is not executed), "turn_tokens" (a turn
+ran out of them before it closed a tag), "context" (the next piece does not fit: none is cut out).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from minizs import protocol
 from minizs.config import require
@@ -37,29 +32,23 @@ class Limits:
     context: int = 4096
 
 
-@torch.no_grad()
 def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size: int = 1,
-            limits: Limits = Limits(),  # noqa: B008 (frozen)
-            noise: float = 0.0, temperature: float = 1.0, seed: int = 0,
+            limits: Limits = Limits(), noise: float = 0.0, temperature: float = 1.0, seed: int = 0,
             keys: Sequence[tuple[int, ...]] | None = None, template: str = protocol.PROMPT,
             prompts: list[str] | None = None,
-            on_turn: Callable[[Turn], None] | None = None) -> list[Trajectory]:  # fmt: skip
-    """`group_size` trajectories for each example, the rows of a group adjacent.
-    `noise` is the probability that a search asks the engine for noisy documents, drawn once a
-    search (paper equation 1). `keys` gives each example the integers that its random numbers hang
-    on (by default its index), whatever the batch and the process. Rows start from the `template`
-    with its question filled in, or from `prompts`. `on_turn` is shown each turn as soon as its
-    documents are there. Raises UserError for a limit that leaves no room."""
+            on_turn: Callable[[Turn], None] = lambda turn: None) -> list[Trajectory]:  # fmt: skip
+    """`group_size` trajectories for each example, the rows of a group adjacent, from the `template`
+    with its question or from `prompts`. `noise`: how probably a search asks for noisy documents
+    (paper equation 1). `keys`: what each example's random numbers hang on, by default its index.
+    `on_turn` sees each turn with its documents. Raises UserError where a limit leaves no room."""
     keys = keys or [(i,) for i in range(len(examples))]
     row_keys = [(*key, sample) for key in keys for sample in range(group_size)]
     texts = prompts or [protocol.build_prompt(e.question, template, tokenizer) for e in examples]
     starts = protocol.prompt_ids(tokenizer, texts)
     longest = max(map(len, starts), default=0)
-    require(longest < limits.context, f"--max_context {limits.context} is too small for a prompt "
-            f"of {longest} tokens; raise it.")  # fmt: skip
-    empty, closing = protocol.reply_ids(tokenizer, [protocol.wrap_documents(""), protocol.CLOSING])
-    require(len(empty) <= limits.document_tokens, "--max_document_tokens "
-            f"{limits.document_tokens} is too small for the tags alone; raise it.")  # fmt: skip
+    require(longest < limits.context, f"--max_context must be more than a prompt's {longest}.")
+    tags, closing = protocol.reply_ids(tokenizer, [protocol.wrap_documents(""), protocol.CLOSING])
+    require(len(tags) <= limits.document_tokens, f"--max_document_tokens < {len(tags)}: raise it.")
     rows = [Trajectory(example) for example in examples for _ in range(group_size)]
     for i, row in enumerate(rows):
         row.append(starts[i // group_size])
@@ -85,33 +74,28 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
             elif turn == limits.turns - 1:
                 row.truncated = "turns"
             elif action.kind == "search":
-                draw = uniform(seed, NOISE, *row_keys[i], turn)
-                example, key = row.example, (ENGINE, *row_keys[i], turn)
-                asked = [neutralize(x, tokenizer) for x in (action.content, example.question)]
-                requests[i] = SearchRequest(*asked, example.answers, draw < noise, key)
+                asked = [neutralize(t, tokenizer) for t in (action.content, row.example.question)]
+                draw, key = uniform(seed, NOISE, *row_keys[i], turn), (ENGINE, *row_keys[i], turn)
+                requests[i] = SearchRequest(*asked, row.example.answers, draw < noise, key)
             else:
                 replies[i] = protocol.INVALID_ACTION
-
         found = engine.search(list(requests.values())) if requests else []
         for (i, request), documents in zip(requests.items(), found, strict=True):
             last = rows[i].turns[-1]
-            last.documents = [neutralize(text, tokenizer) for text in documents]
             last.noisy = request.noisy
+            last.documents = [neutralize(text, tokenizer) for text in documents]
             replies[i] = protocol.wrap_documents(protocol.number_documents(last.documents))
-        for i in live if on_turn else ():
+        for i in live:
             on_turn(rows[i].turns[-1])
         if not replies:
             break
-
         for i, ids in zip(replies, protocol.reply_ids(tokenizer, [*replies.values()]), strict=True):
-            row = rows[i]
             if i in requests and len(ids) > limits.document_tokens:
                 ids = ids[: limits.document_tokens - len(closing)] + closing
-                row.turns[-1].cut = True
-            if len(row.ids) + len(ids) >= limits.context:
-                row.truncated = "context"
+            if len(rows[i].ids) + len(ids) >= limits.context:
+                rows[i].truncated = "context"
             else:
-                row.append(ids)
+                rows[i].append(ids)
                 decoder.append([i], [ids])
         live = [i for i in live if i in replies and not rows[i].truncated]
     for row in rows:

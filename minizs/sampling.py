@@ -1,9 +1,9 @@
 """One step of sampling: which token comes next, and does it end the turn?
 
-A token is drawn by inverting the cumulative distribution at a hash of where it stands
-(randomness.py); a turn ends where its text completes a stop string.
 Left out: top-k and top-p. The distribution that is sampled must be the one that is scored.
 """
+
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,31 +34,25 @@ def draw(logp: Tensor, uniform: Tensor) -> Tensor:
 
 class StopStrings:
     """Whether the token just sampled completes a stop string. A tag can be several tokens, and its
-    last one can hold what follows (`>\\n`), so the turn's tail is decoded, but only where the
-    token's own text (looked up once) holds a tag's last character and no whole tag."""
+    last one can hold what follows (`>\\n`): the turn's tail is decoded, where the token's own text
+    (looked up once) holds the last character of a tag."""
 
     def __init__(self, stop: tuple[str, ...], tokenizer) -> None:
         if stop and (tokenizer is None or not all(stop)):
             raise ValueError("stop strings need a tokenizer and must not be empty")
         self.stop, self.tokenizer = stop, tokenizer
-        # A token is at least one byte of the tag. (One more, as decoding may trim a leading space.)
+        # A token is at least a byte of the tag. (One more, as decoding may trim a leading space.)
         self.reach = 1 + max((len(s.encode()) for s in stop), default=0)
-        self.seen: dict[int, tuple[bool, bool]] = {}  # token -> (holds a tag, may end one)
-
-    def _decode(self, ids: list[int]) -> tuple[str, bool]:
-        """The text of these tokens, and whether it holds a stop string."""
-        plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        text = self.tokenizer.decode(ids, **plain)
-        return text, any(s in text for s in self.stop)
+        # U+FFFD: the token ends within a character, possibly a tag's last one.
+        self.last, self.may_end = {"\ufffd", *(s[-1] for s in stop)}, {}  # by token, once seen
 
     def complete(self, ids: list[int]) -> bool:
         """`ids` is the turn so far; no tag was complete before its last token."""
         if not self.stop:
             return False
-        token = ids[-1]
-        if token not in self.seen:
-            text, whole = self._decode([token])
-            # U+FFFD: the token ends within a character, possibly a tag's last one.
-            self.seen[token] = whole, "\ufffd" in text or any(s[-1] in text for s in self.stop)
-        whole, ends = self.seen[token]
-        return whole or (ends and self._decode(ids[-self.reach :])[1])
+        decode = partial(self.tokenizer.decode, skip_special_tokens=False,
+                         clean_up_tokenization_spaces=False)  # fmt: skip
+        if ids[-1] not in self.may_end:
+            self.may_end[ids[-1]] = not self.last.isdisjoint(decode(ids[-1:]))
+        tail = decode(ids[-self.reach :]) if self.may_end[ids[-1]] else ""
+        return any(s in tail for s in self.stop)

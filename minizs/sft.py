@@ -1,12 +1,11 @@
 """Supervised fine-tuning: the loss of a language model on the marked part of its texts.
 
-A text is a list of (piece, marked) segments; pieces are tokenised one by one, exactly as a rollout
-appends them, so that training and use see the same ids.
+A text is a list of segments, tokenised one by one, as a rollout appends them.
 """
 
-import random
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from random import Random
 
 import torch
 from torch import Tensor
@@ -21,27 +20,24 @@ Tokens = tuple[list[int], list[int]]  # ids and mask, of equal lengths
 
 
 def encode(tokenizer, segments: list[Segment], end: bool = False) -> Tokens:
-    """Token ids of the whole text, and a mask that is 1 on the marked segments and, with `end`, on
-    the end-of-sequence token that then follows: a model learns to stop."""
+    """Ids of the whole text, with `end` the end-of-sequence token too, and a mask that is 1 on
+    the marked segments and on that token: a model learns to stop."""
     texts, marks = map(list, zip(*segments, strict=True))
     # Only what opens the text gets an opening token or a chat template, as a prompt does in use.
-    rest = reply_ids(tokenizer, texts[1:]) if texts[1:] else []
-    pieces = [*prompt_ids(tokenizer, texts[:1]), *rest]
+    pieces = [*prompt_ids(tokenizer, texts[:1]), *reply_ids(tokenizer, texts)[1:]]
     if end:
         pieces, marks = [*pieces, [tokenizer.eos_token_id]], [*marks, True]
     masks = [[int(marked)] * len(piece) for piece, marked in zip(pieces, marks, strict=True)]
     return list(chain(*pieces)), list(chain(*masks))
 
 
-def batches(texts: Iterable[Tokens], tokens: int, rng: random.Random,
-            pool: int = 1024) -> Iterator[list[Tokens]]:  # fmt: skip
+def batches(texts: Iterable[Tokens], tokens: int, rng: Random, pool: int = 1024) -> Iterator[list]:
     """Batches of at most `tokens` positions, of texts of similar length, in random order."""
     texts = iter(texts)
     while buffer := list(islice(texts, pool)):
         groups = by_budget([len(ids) for ids, _ in buffer], tokens)
         rng.shuffle(groups)
-        for group in groups:
-            yield [buffer[i] for i in group]
+        yield from ([buffer[i] for i in group] for group in groups)
 
 
 def collate(rows: list[Tokens], device: torch.device | str = "cpu") -> list[Tensor]:
@@ -59,8 +55,6 @@ def nll(model, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor, pac
     return F.cross_entropy(logits, input_ids[marked], reduction="sum"), marked.sum()
 
 
-class Supervised(Scorer):
-    """`nll` as a module, as `Scorer` is `score`."""
-
+class Supervised(Scorer):  # `nll` as a module, as `Scorer` is `score`
     def forward(self, *inputs: Tensor):
-        return nll(self.model, *inputs, self.packed)
+        return nll(self.model, *inputs, **self.options)

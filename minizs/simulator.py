@@ -1,13 +1,9 @@
 """The simulated search engine: a language model that writes useful or noisy documents on demand.
 
-Paper section 3.3 and Table 2. The prompt carries the query, the question and its gold answer, and
-one word, "useful" or "noisy". Fine-tuned (train_sim.py) on what a real engine returned, the model
-imitates that engine's style, and the word decides whether the answer is there. An untuned model is
-shown an example of each kind; unlike the paper's, that prompt names the answer for noise, too.
-
-The wording lives in one file beside the model's weights (`simulator_prompt.txt`), so that training
-and use cannot drift apart. The reply to the first query of a two-hop question invents the bridge,
-since only the final answer is in the prompt (the next reply then supports it).
+Paper section 3.3 and Table 2. The prompt carries the query, the question, its gold answers and one
+word, "useful" or "noisy". Fine-tuned (train_sim.py) on what a real engine returned, the model has
+its style, and the word decides whether the answer is there; a first hop's fact is invented. The
+wording lies beside the weights, so that training and use cannot drift apart.
 """
 
 import re
@@ -18,13 +14,12 @@ from minizs.client import Client
 from minizs.config import require
 from minizs.engines import Engine
 from minizs.generate import generate
-from minizs.protocol import neutralize, number_documents, split_documents
 from minizs.randomness import hash64
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
 
 PROMPT_FILE = "simulator_prompt.txt"
-SHIPPED = {"tuned": "simulator.txt", "untuned": "simulator_untuned.txt"}  # in prompts/
+SHIPPED = Path(__file__).parent / "prompts"
 
 
 def prompt(template: str, request: SearchRequest, top_k: int, tokenizer=None) -> str:
@@ -32,42 +27,38 @@ def prompt(template: str, request: SearchRequest, top_k: int, tokenizer=None) ->
     words = {"query": request.query, "question": request.question,
              "answers": " or ".join(request.answers), "top_k": str(top_k),
              "quality": "noisy" if request.noisy else "useful"}  # fmt: skip
-    words = {name: neutralize(text, tokenizer) for name, text in words.items()}
+    words = {name: protocol.neutralize(text, tokenizer) for name, text in words.items()}
     # In one pass: a query that spells out "{answers}" must not have them filled in.
     return re.sub(r"\{(\w+)\}", lambda name: words.get(name[1], name[0]), template)
 
 
 def training_text(template: str, request: SearchRequest, documents: list[str]) -> list[Segment]:
     """One supervised example: the loss is on the documents alone."""
-    text = prompt(template, request, len(documents))
-    return [(text, False), (number_documents([neutralize(d) for d in documents]), True)]
+    text, documents = prompt(template, request, len(documents)), map(protocol.neutralize, documents)
+    return [(text, False), (protocol.number_documents(documents), True)]
 
 
 def load_template(spec: str | Path) -> str:
     """The wording in a file, the shipped one ("tuned" or "untuned"), or the one that a simulator's
     folder holds, if it holds one. Raises UserError for a file that is none."""
-    own, shipped = Path(spec, PROMPT_FILE), Path(__file__).parent / "prompts"
-    paths = [shipped / SHIPPED.get(spec, ""), Path(spec), own, shipped / SHIPPED["tuned"]]
-    path = next(path for path in paths if path.is_file())
+    paths = [SHIPPED / f"simulator_{spec}.txt", Path(spec), Path(spec, PROMPT_FILE)]
+    path = next(filter(Path.is_file, paths), SHIPPED / "simulator_tuned.txt")
     text = path.read_text(encoding="utf-8", errors="replace")
-    good = "{query}" in text and "\ufffd" not in text
-    require(good, f"{path} is no simulator's prompt: it lacks {{query}}, or is not in UTF-8.")
+    require("{query}" in text and "\ufffd" not in text,
+            f"{path} is no simulator's prompt with {{query}} in UTF-8; give another.")  # fmt: skip
     return text
 
 
 def read_reply(text: str, unfinished: bool, top_k: int) -> list[str]:
-    """At most `top_k` documents, none where the model wrote no `Doc n:`. The last one of an
-    unfinished reply is left out, if only its number is there."""
-    if unfinished:
-        return split_documents(text + " ...", top_k + 1)[:-1]
-    return split_documents(text, top_k)
+    """At most `top_k` documents; an unfinished reply's last one, which breaks off, is left out."""
+    documents = protocol.split_documents(text + " ..." * unfinished, top_k + unfinished)
+    return documents[:-1] if unfinished else documents
 
 
 class SimulatedSearch:
-    """An engine whose documents a model writes. All requests of a turn are one batched generation.
-
-    A request's random numbers hang on its `key` and `seed`, so that a reply does not depend on who
-    else is searching. `max_new_tokens` is what the numbered documents may take."""
+    """An engine whose documents a model writes; all requests of a turn are one generation. Random
+    numbers hang on a request's `key` and the `seed`: a reply does not depend on who else searches.
+    `max_new_tokens` is what the numbered documents may take."""
 
     def __init__(self, model, tokenizer, template: str, top_k: int = 3, seed: int = 0,
                  temperature: float = 0.8, max_new_tokens: int = 600):  # fmt: skip
@@ -76,7 +67,7 @@ class SimulatedSearch:
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
 
     def search(self, requests: list[SearchRequest]) -> list[list[str]]:
-        """At most `top_k` documents for each request."""
+        """At most `top_k` documents for each request, none where the model wrote no `Doc n:`."""
         if not requests:
             return []
         texts = [prompt(self.template, request, self.top_k, self.tokenizer) for request in requests]
@@ -90,11 +81,9 @@ class SimulatedSearch:
 
 
 class ServedSearch(Engine):
-    """The same with the model behind an OpenAI-compatible server: vLLM, SGLang, llama.cpp or
-    `transformers serve` (which has one seed for all, so that only greedy replies are repeatable).
-
-    `model_name`: empty for the server's first. `api`: "completions", or "chat" for an instruct
-    model. Of the server's own sampling settings top_p alone is overridden."""
+    """The same with the model behind an OpenAI-compatible server, whose first model is taken where
+    `model_name` is empty. `api`: "completions", or "chat" for an instruct model. Of the server's
+    own sampling settings top_p alone is overridden."""
 
     def __init__(self, client: Client, model_name: str, template: str, top_k: int = 3,
                  seed: int = 0, temperature: float = 0.8, max_new_tokens: int = 600,
@@ -109,12 +98,13 @@ class ServedSearch(Engine):
         return self.client.post(self.path, map(self._body, requests), self._read)
 
     def _body(self, request: SearchRequest) -> dict:
-        text, seed = prompt(self.template, request, self.top_k), hash64(self.seed, *request.key)
-        chat = {"messages": [{"role": "user", "content": text}]}
-        said = chat if "chat" in self.path else {"prompt": text}
-        return self.settings | said | {"seed": seed % 2**31}
+        text = prompt(self.template, request, self.top_k)
+        said = ({"messages": [{"role": "user", "content": text}]} if "chat" in self.path
+                else {"prompt": text})  # fmt: skip
+        return self.settings | said | {"seed": hash64(self.seed, *request.key) % 2**31}
 
     def _read(self, answer: dict, asked: dict) -> list[str]:
         [choice] = answer["choices"]
         text = choice["message"]["content"] if "messages" in asked else choice["text"]
+        text = text[text.index("Doc ") :]  # or a ValueError: no documents at all are a failure
         return read_reply(text, choice["finish_reason"] == "length", self.top_k)

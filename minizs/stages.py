@@ -10,28 +10,23 @@ from pathlib import Path
 
 import torch
 
-from minizs import data, engines, models, remote, runs, simulator
-from minizs.client import Client
+from minizs import data, engines, models, runs, simulator
+from minizs.client import SERPER, Cached, Client, HttpSearch, WebSearch
 from minizs.config import UserError, brief, require
-from minizs.options import SearchConfig, is_url
+from minizs.evaluation import answer_all, summary
 from minizs.protocol import build_prompt, prompt_ids
 from minizs.rollout import Limits, rollout
-from minizs.trajectory import Example, SearchRequest
-
-DEFAULT_SIMULATOR = runs.RUNS / "simulator"
-MADE = DEFAULT_SIMULATOR / "config.json"  # is there as soon as the simulator is
-
-
-def load(config: SearchConfig, name: str, device: torch.device, dtype: torch.dtype):
-    """(model, tokenizer) of a policy as the settings want them; `dtype` is the weights'."""
-    attention = models.choose_attention(config.attention, models.device(), compute_dtype(config))
-    return models.load(name, device, dtype, revision=revision(config, name), attention=attention,
-                       chat_template=config.chat_template)  # fmt: skip
+from minizs.settings import URL, SearchConfig
+from minizs.trajectory import Example
+from minizs.world import embedded
 
 
-def revision(config: SearchConfig, name: str) -> str | None:
-    """`--revision`, but not of the model that a policy is compared with."""
-    return None if name == getattr(config, "before", None) else config.revision or None
+def load(config: SearchConfig, name: str, device: torch.device, dtype: torch.dtype | None = None):
+    """(model, tokenizer) of a policy; `dtype` is the weights', if not what is computed in."""
+    computed = compute_dtype(config)
+    attention = models.choose_attention(config.attention, models.device(), computed)
+    return models.load(name, device, dtype or computed, revision=config.revision,
+                       attention=attention, chat_template=config.chat_template)  # fmt: skip
 
 
 def compute_dtype(config: SearchConfig) -> torch.dtype:
@@ -44,62 +39,32 @@ def limits(config: SearchConfig) -> Limits:
                   config.max_context)  # fmt: skip
 
 
-def check_prompts(config: SearchConfig, policy: str, examples: list[Example]) -> None:
-    """Raise UserError for a question whose prompt leaves no room in the context."""
-    tokenizer = models.load_tokenizer(policy, config.chat_template, revision(config, policy))
-    template = models.load_prompt(policy)
-    longest = _longest(tokenizer, [build_prompt(e.question, template, tokenizer) for e in examples])
-    require(longest < config.max_context, f"--max_context {config.max_context} is too small: the "
-            f"longest prompt has {longest} tokens.")  # fmt: skip
-
-
-def check_simulator(config: SearchConfig, examples: list[Example]) -> None:
-    """Raise UserError for a question on which a local simulator could run out of positions."""
-    from transformers import AutoConfig
-
-    if is_url(config.simulator):
-        return
-    made = str(DEFAULT_SIMULATOR) if MADE.is_file() else "tiny"  # what it will be made from
-    folder = models.resolve(config.simulator or made)
-    template = simulator.load_template(config.simulator_template or folder)
-    tokenizer = models.load_tokenizer(folder)
-    requests = [SearchRequest("", e.question, e.answers) for e in examples]
-    longest = _longest(tokenizer, [simulator.prompt(template, request, config.top_k, tokenizer)
-                                   for request in requests])  # fmt: skip
-    needed = longest + config.max_turn_tokens + config.max_document_tokens  # query and reply
-    with models.readable(folder):
-        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    limit = getattr(settings, "max_position_embeddings", needed)
-    require(needed <= limit, f"The simulator {folder} has {limit} positions and may need {needed}; "
-            "lower --max_document_tokens or --max_turn_tokens.")  # fmt: skip
-
-
-def _longest(tokenizer, prompts: list[str]) -> int:
-    return max(map(len, prompt_ids(tokenizer, prompts)))
+def check_lengths(config: SearchConfig, policies: list[str], examples: list[Example]) -> None:
+    """Raise UserError for a question whose prompt leaves a policy no room in its context."""
+    for name in policies:
+        tokenizer = models.load_tokenizer(name, config.chat_template, config.revision)
+        template = models.load_prompt(name)
+        texts = [build_prompt(e.question, template, tokenizer) for e in examples]
+        longest, limit = max(map(len, prompt_ids(tokenizer, texts))), config.max_context
+        require(longest < limit, f"--max_context {limit} is too small: a prompt has {longest}.")
 
 
 def make_default_simulator() -> Path:
     """`runs/simulator`, made by stage 1 if it is not there yet."""
-    if not MADE.is_file():
-        run_stage(DEFAULT_SIMULATOR, "train_sim.py", "--output", str(DEFAULT_SIMULATOR))
-    return DEFAULT_SIMULATOR
+    folder = runs.RUNS / "simulator"
+    if not (folder / "config.json").is_file():
+        run_stage("train_sim.py")
+    return folder
 
 
-def newest_policy() -> Path:
-    """The policy of the newest finished run, made by stage 2 if there is none yet."""
-    if runs.newest_run() is None:
-        run_stage("A trained policy", "train_policy.py")
-    return runs.newest_run() / "policy"
-
-
-def run_stage(lacking: str | Path, script: str, *flags: str) -> None:
+def run_stage(script: str) -> None:
     """Run a script to its end, as one process, whatever this one is part of."""
-    print(f"{lacking} is not there yet: {script} makes it.", flush=True)
+    print(f"{script} makes what is not there yet.", flush=True)
     distributed = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
     environment = {k: v for k, v in os.environ.items() if k not in distributed}
-    command = [sys.executable, str(Path(__file__).parent.parent / script), *flags]
-    done = subprocess.run(command, env=environment).returncode == 0
-    require(done, f"{script}, which this needs, has failed; see the message above.")
+    command = [sys.executable, str(Path(__file__).parent.parent / script)]
+    status = subprocess.run(command, env=environment).returncode
+    require(status == 0, f"{script}, which this needs, has failed; see the message above.")
 
 
 def build_engine(config: SearchConfig, role: str, accelerator):
@@ -111,75 +76,69 @@ def build_engine(config: SearchConfig, role: str, accelerator):
     if config.engine == "simulator":
         return simulated(config, accelerator)
     if config.engine == "web":
-        key, url = os.environ.get("SERPER_API_KEY", "").strip(), remote.SERPER
+        key, url = api_key("SERPER_API_KEY"), SERPER
         require(bool(key), "--engine web needs a key; set the variable SERPER_API_KEY to yours.")
-        engine = remote.WebSearch(client(config, url, {"X-API-KEY": key}), config.top_k)
+        engine = WebSearch(client(config, url, {"X-API-KEY": key}), config.top_k)
     else:
         url, wiki = config.engine_url, config.engine_api == "zerosearch"
-        engine = remote.HttpSearch(client(config, url), config.top_k, wiki=wiki)
-    return remote.Cached(engine, config.cache, url) if config.cache else engine
+        engine = HttpSearch(client(config, url), config.top_k, wiki=wiki)
+    return Cached(engine, config.cache, url) if config.cache else engine
 
 
-def bm25(config: SearchConfig, role: str):
+def bm25(config: SearchConfig, role: str) -> engines.BM25:
     """BM25 over `--corpus`, or over the tiny world's documents of this role."""
     if config.corpus:
         return engines.BM25.of_corpus(config.corpus, config.top_k)
-    from minizs.world import embedded
-
     world = embedded(role)
     return engines.BM25(world.documents, config.top_k, world.judge)
 
 
+def api_key(variable: str) -> str:
+    """A service's key, "" if there is none. UserError for letters that no header takes."""
+    key = os.environ.get(variable, "").strip()
+    require(key.isascii() and key.isprintable(), f"The key in {variable} is none; set it anew.")
+    return key
+
+
 def client(config: SearchConfig, urls: str, headers: dict[str, str] | None = None) -> Client:
-    for key in (headers or {}).values():
-        require(key.isascii() and key.isprintable(), "The key in SERPER_API_KEY or "
-                "SIMULATOR_API_KEY holds letters that no key has; set it anew.")  # fmt: skip
     return Client(urls, config.timeout, config.retries, headers, config.on_search_error)
 
 
 def simulated(config: SearchConfig, accelerator):
     """The simulator: a server's, or a model here. It writes no more than a policy may be shown."""
     writes = (config.top_k, config.seed, config.simulator_temperature, config.max_document_tokens)
-    if is_url(config.simulator):
+    if config.simulator.startswith(URL):
         template = simulator.load_template(config.simulator_template or "tuned")
-        key = os.environ.get("SIMULATOR_API_KEY", "").strip()  # for a server that asks for one
+        key = api_key("SIMULATOR_API_KEY")  # for a server that asks for one
         asked = client(config, config.simulator, {"Authorization": f"Bearer {key}"} if key else {})
         return simulator.ServedSearch(asked, config.simulator_model, template, *writes,
                                       api=config.simulator_api)  # fmt: skip
+    models.check_model(config.simulator or "tiny", config.max_document_tokens)
     with accelerator.main_process_first():  # which makes the default one where there is none
         folder = models.resolve(config.simulator or str(make_default_simulator()))
-    try:
-        place = torch.empty(0, device=config.simulator_device or accelerator.device).device
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(f"--simulator_device is of no use here: {brief(error)}") from error
-    model, tokenizer = models.load(folder, place, models.compute_dtype(config.dtype, place))
+    place = config.simulator_device or accelerator.device
+    with models.readable(folder):  # on a device that may not be there
+        model, tokenizer = models.load(folder, place, models.compute_dtype(config.dtype, place))
     template = simulator.load_template(config.simulator_template or folder)
     return simulator.SimulatedSearch(model, tokenizer, template, *writes)
 
 
-def agreed_folder(accelerator, config: SearchConfig, kind: str) -> Path:
-    """The output folder of these settings, the same one on every process, made if it is new."""
+def agreed_folder(accelerator, config: SearchConfig) -> Path:
+    """The output folder, the same one on every process; a new run's is made."""
     from accelerate.utils import broadcast_object_list
 
-    new = accelerator.is_main_process and not config.output
-    chosen = str(runs.new_folder(kind)) if new else config.output
-    return Path(broadcast_object_list([chosen])[0])
+    made = accelerator.is_main_process and not config.output and runs.new_folder()
+    return Path(broadcast_object_list([made or config.output])[0])
 
 
 def held_out(config, accelerator, writer, tokenizer, template: str) -> Callable[[], dict] | None:
-    """A function that answers held-out questions greedily, with BM25: the figures of all processes.
-
-    In the tiny world these are another world's, with its documents; of a file, the questions that
-    are not trained on, with `--corpus`. None where there are no such questions or no corpus: the
-    simulator, which sees the gold answers, would be no test. `writer()` is the model."""
-    from minizs.evaluation import answer_all, summary
-
+    """A function that tests the model, `writer()`, on held-out questions, greedily with BM25; or
+    None without a corpus: the simulator, which sees the golds, would be no test."""
     if not config.eval_every:
         return None
     examples = data.spread(data.load(config.data, "dev"), config.eval_questions)
     if not examples or config.data != "world" and not config.corpus:
-        lacking = "a --corpus" if examples else "held-out questions"
-        return accelerator.print(f"No evaluation while it trains: {config.data} lacks {lacking}.")
+        return accelerator.print("No evaluation while it trains: it takes questions and --corpus.")
     engine = bm25(config, "dev")
 
     def evaluate() -> dict[str, float]:
@@ -198,23 +157,19 @@ def searcher(config, model, tokenizer, template: str, engine, temperature: float
 
 def make_accelerator(config: SearchConfig):
     """Accelerate, computing in the settings' type. Raises UserError for what it cannot shard."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
-    half = compute_dtype(config) == torch.bfloat16
+    precision = "bf16" if compute_dtype(config) == torch.bfloat16 else "no"
     # Else a model with tied weights would come untied, and all but one process load nothing.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second gradients
     try:
-        accelerator = Accelerator(
-            mixed_precision="bf16" if half else "no",
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)])
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[buckets])
     except (ImportError, ValueError) as error:
         raise UserError(f"Accelerate cannot start, mend its settings: {brief(error)}") from error
-    kind = accelerator.distributed_type
-    require(kind != DistributedType.DEEPSPEED and (kind != DistributedType.FSDP or
-            accelerator.is_fsdp2), "To shard a model use FSDP2: fsdp_version: 2 in Accelerate's "
-            "configuration (see configs/).")  # fmt: skip
-    if kind == DistributedType.FSDP and half:
-        # Else the scorer's float32 log-probabilities and sums of gradients would be rounded.
+    sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+    require(accelerator.is_fsdp2 or not sharded, "To shard a model use FSDP2, as configs/ does.")
+    if sharded and precision == "bf16":  # else log-probabilities and sums would be rounded
         plugin = accelerator.state.fsdp_plugin
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None,
                                                 reduce_dtype=torch.float32)  # fmt: skip

@@ -5,18 +5,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Example:
-    """A question with all its gold answers, and the data set that it comes from."""
-
     question: str
-    answers: tuple[str, ...]
-    source: str = "data"
+    answers: tuple[str, ...]  # all that are right
+    source: str = "data"  # the data set that it comes from
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """All that an engine may need to answer one query, so that nothing is matched up by position:
-    upstream indexed the full batch with the rows that were still searching, and most simulated
-    documents were written for another row's question (defect D1)."""
+    """All that an engine may need for one query: nothing is matched up by position (defect D1)."""
 
     query: str
     question: str = ""
@@ -27,14 +23,11 @@ class SearchRequest:
 
 @dataclass
 class Turn:
-    """One generation of the policy and what came back."""
-
     text: str  # the policy's own words, decoded once, to be parsed and shown
     action: str  # "search", "answer" or "invalid"
     content: str  # the query or the answer
     documents: list[str] | None = None  # neutralised; None: nothing was searched
     noisy: bool = False  # whether noisy documents were asked for
-    cut: bool = False  # whether they were too long and read in part
 
 
 @dataclass
@@ -53,12 +46,11 @@ class Trajectory:
 
     def append(self, ids: list[int], logprobs: list[float] | None = None) -> None:
         """Add tokens: the policy's own come with their log-probabilities, all others without."""
-        own = logprobs is not None
-        if own and len(logprobs) != len(ids):
+        if logprobs is not None and len(logprobs) != len(ids):
             raise ValueError(f"{len(ids)} sampled tokens came with {len(logprobs)} logprobs.")
         self.ids += ids
-        self.loss_mask += [int(own)] * len(ids)
-        self.logprobs += logprobs if own else [0.0] * len(ids)
+        self.loss_mask += [int(logprobs is not None)] * len(ids)
+        self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
 
     @property
     def searches(self) -> int:

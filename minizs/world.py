@@ -1,10 +1,8 @@
 """The tiny world: people, towns, companies and countries with made-up names, anew for every seed.
 
-A world is a set of facts `(subject, relation) -> object`, a corpus of one-sentence documents that
-state them, and one-hop and two-hop questions about them; world.yaml holds its language. Names come
-from one fixed vocabulary, facts from the seed: a model that is trained on some worlds knows the
-language of all others and none of their facts. Full names of people and companies are split between
-training and testing: a test name is a pair of words that no model has seen together.
+A world is facts `(subject, relation) -> object`, sentences that state them and questions of one and
+two hops, in the language of world.yaml. Names come from one vocabulary, facts from the seed: no
+world tells a fact of another. A test's person or company is a pair of words never seen together.
 """
 
 import re
@@ -18,16 +16,13 @@ import yaml
 from minizs.trajectory import SearchRequest
 
 Relation = namedtuple("Relation", "subject object question query wordings")  # see world.yaml
-# kind: "one_hop" or "two_hop"; path: the (subject, relation) pairs to look up, in order
-Question = namedtuple("Question", "text answer kind path")
+Question = namedtuple("Question", "text answer kind path")  # path: (subject, relation) pairs
 LANGUAGE = yaml.safe_load(Path(__file__).with_name("world.yaml").read_text(encoding="utf-8"))
 RELATIONS = {name: Relation(**form) for name, form in LANGUAGE["relations"].items()}
 TWO_HOP = LANGUAGE["two_hop"]
-_PATTERNS = [  # the longest wording of a relation first
-    (name, re.compile(re.escape(text).replace(r"\{s\}", "(.+)").replace(r"\{o\}", "(.+)")))
-    for name, relation in RELATIONS.items()
-    for text in sorted(relation.wordings, key=len, reverse=True)
-]
+_PATTERNS = [(name, re.compile(re.sub(r"\\\{[so]\\\}", "(.+)", re.escape(text))))
+             for name, relation in RELATIONS.items()  # the longest wording of each first
+             for text in sorted(relation.wordings, key=len, reverse=True)]  # fmt: skip
 
 
 @cache
@@ -74,20 +69,17 @@ class World:
     def judge(self, document: str, request: SearchRequest) -> bool:
         """Exact: does this document state a step of the question's path, and the query name its
         subject, in part at least? (Else a first hop restated to a second-hop query were useful.)"""
-        fact = read_fact(document)
-        if fact is None or fact[:2] not in self._paths.get(request.question, ()):
-            return False
-        return not set(fact[0].split()).isdisjoint(request.query.split())
+        subject, relation, _ = read_fact(document) or ("", "", "")
+        on_path = (subject, relation) in self._paths.get(request.question, ())
+        return on_path and not set(subject.split()).isdisjoint(request.query.split())
 
     def questions(self) -> list[Question]:
-        """Every question of this world, in a fixed shuffled order, one-hop and two-hop by turns."""
+        """Every question, in a fixed shuffled order, one-hop and two-hop by turns."""
         one = [Question(RELATIONS[r].question.format(s=s), obj, "one_hop", ((s, r),))
                for (s, r), obj in self.facts.items()]  # fmt: skip
-        two = []
-        for first, second, text in TWO_HOP:
-            for s in self.members[RELATIONS[first].subject]:
-                path = ((s, first), (self.facts[s, first], second))
-                two.append(Question(text.format(s=s), self.facts[path[1]], "two_hop", path))
+        two = [Question(text.format(s=s), self.facts[path[1]], "two_hop", path)
+               for first, second, text in TWO_HOP for s in self.members[RELATIONS[first].subject]
+               for path in [((s, first), (self.facts[s, first], second))]]  # fmt: skip
         rng = Random(len(one))
         rng.shuffle(one)
         rng.shuffle(two)
@@ -112,8 +104,7 @@ def read_fact(document: str) -> tuple[str, str, str] | None:
 
 @cache
 def embedded(role: str) -> World:
-    """The worlds of the scripts, larger than those that base and simulator learn from: "train" for
-    RL, "dev" while it trains, "test" at the end. The last two share no person or company with any
-    world that is trained on, but a few towns lie in the same country by chance."""
+    """The worlds of the scripts, larger than those of base and simulator: "train" for RL, "dev"
+    while it trains, "test" at the end. The last two share no person or company with the others."""
     seed, split = {"train": (-1, "train"), "dev": (-2, "test"), "test": (-3, "test")}[role]
     return World(seed, split, people=300, towns=100, companies=100, countries=30)

@@ -16,7 +16,7 @@ import evaluate
 import train_policy
 from minizs import curriculum, engines, grpo, reward, world
 from minizs.config import UserError, parse
-from minizs.options import ENGINES
+from minizs.settings import ENGINES
 from minizs.trajectory import SearchRequest
 
 

@@ -14,7 +14,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 import train_policy
 from minizs import learner, models, ppo, runs, stages
 from minizs.config import run_script
-from minizs.replica import whole
 
 load, update = models.load, learner.Learner.update
 make_accelerator = stages.make_accelerator
@@ -34,7 +33,8 @@ def checked(self, trajectories):
     layers = self.accelerator.unwrap_model(self.scorer).model.get_decoder().layers
     sharded = [hasattr(p, "full_tensor") for p in layers.parameters()]
     assert all(sharded) if self.accelerator.is_fsdp2 else not any(sharded)
-    parameters = [whole(p) for p in self.accelerator.unwrap_model(self.scorer).parameters()]
+    parameters = self.accelerator.unwrap_model(self.scorer).parameters()
+    parameters = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in parameters]
     flat = torch.cat([p.detach().flatten().double() for p in parameters])[None]
     everyone = self.accelerator.gather(flat)
     assert all(torch.equal(row, everyone[0]) for row in everyone), "ranks hold other weights"

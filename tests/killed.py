@@ -20,7 +20,6 @@ import transformers  # noqa: F401
 
 import train_policy
 from minizs import (  # noqa: F401
-    adapters,
     alarms,
     checkpoint,
     data,

@@ -9,7 +9,7 @@ from conftest import make_model
 from scripts import FILE, evaluation, metrics, policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minizs import adapters, models
+from minizs import models
 
 IDS = torch.arange(5, 25)[None]
 FLAGS = "--lora_rank 4 --kl_coef 0.1 --steps 4 --group_size 4 --lr 0.05".split()
@@ -23,13 +23,13 @@ def logits(model) -> torch.Tensor:
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """The models that runs of this test train."""
-    seen, add = [], adapters.add
+    seen, add = [], models.add_lora
 
     def spied(model, *rest):
         add(model, *rest)
         seen.append(model)
 
-    monkeypatch.setattr(adapters, "add", spied)
+    monkeypatch.setattr(models, "add_lora", spied)
     return seen
 
 
@@ -41,7 +41,7 @@ def adapter(folder) -> bytes:
 def test_it_starts_as_nothing_and_alone_is_trained(family, dtype):
     """Guards a policy that is another one at once, weights that move with it, steps in bfloat16."""
     model, before = make_model(family, dtype), make_model(family, dtype)
-    adapters.add(model, 3, seed=1)
+    models.add_lora(model, 3, seed=1)
     assert torch.equal(logits(model), logits(before))
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert len(own) == 2 * 7 * 2 and all("lora_" in name for name in own)  # not on the head
@@ -49,8 +49,8 @@ def test_it_starts_as_nothing_and_alone_is_trained(family, dtype):
     frozen = [p for name, p in model.named_parameters() if name not in own]
     assert all(map(torch.equal, frozen, before.parameters()))
     same, other = make_model(family, dtype), make_model(family, dtype)
-    adapters.add(same, 3, seed=1)
-    adapters.add(other, 3, seed=2)
+    models.add_lora(same, 3, seed=1)
+    models.add_lora(other, 3, seed=2)
     for name, weight in own.items():  # all processes start alike
         assert torch.equal(weight, same.get_parameter(name))
     assert any(not torch.equal(p, other.get_parameter(name)) for name, p in own.items())
@@ -60,13 +60,13 @@ def test_switched_off_it_is_the_base():
     """Guards a reference that is the policy itself, and a policy that stays switched off."""
     model = make_model()
     base = logits(model)
-    adapters.add(model, 2)
+    models.add_lora(model, 2)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
     changed = logits(model)
     assert (changed - base).abs().max() > 0.1
-    with pytest.raises(ZeroDivisionError), adapters.switched_off(model):
+    with pytest.raises(ZeroDivisionError), models.lora_off(model):
         assert torch.equal(logits(model), base)
         1 / 0  # noqa: B018
     assert torch.equal(logits(model), changed)
@@ -88,7 +88,7 @@ def test_a_run_from_end_to_end(work, trained):
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=0)
     assert (logits(loaded) - logits(base)).abs().max() > 0.01
     evaluation("--policy", "run/policy", *FILE)  # beside the base
-    out = json.loads((work / "run" / "evaluation-questions.json").read_text())
+    out = json.loads((work / "run" / "evaluation.json").read_text())
     assert out["overall"]["n"] == out["before"]["overall"]["n"] == 9
 
 
@@ -125,7 +125,7 @@ def test_in_bfloat16_small_steps_count(work, trained):
     base = [p for p in model.parameters() if not p.requires_grad]
     assert {p.dtype for p in base} == {torch.bfloat16}
     fresh, _ = models.load("../base", dtype=torch.bfloat16)
-    adapters.add(fresh, 4, 0)
+    models.add_lora(fresh, 4, 0)
     for (name, weight), start in zip(model.named_parameters(), fresh.parameters(), strict=True):
         moved = (weight - start).abs()
         assert (moved > 0).float().mean() > 0.5 if weight.requires_grad else moved.max() == 0, name

@@ -6,7 +6,7 @@ import pytest
 from conftest import ScriptedHead, make_model, make_tokenizer
 
 import evaluate
-from minizs import baselines
+from minizs import evaluation
 from minizs.generate import Decoder
 from minizs.trajectory import Example
 
@@ -37,13 +37,13 @@ def answer(method: str, says: str, monkeypatch, **options):
 
     with monkeypatch.context() as patch:
         patch.setattr("minizs.rollout.Decoder", Spy)
-        rows = baselines.answer(method, model, TOKENIZER, EXAMPLES, engine, keys=[(4,), (7,)],
-                                max_new_tokens=len(says), **options)  # fmt: skip
+        rows = evaluation.baseline(method, model, TOKENIZER, EXAMPLES, engine, keys=[(4,), (7,)],
+                                   max_tokens=len(says), temperature=0.0, **options)  # fmt: skip
     [(prompts, settings)] = seen
     return rows, prompts, settings, engine.asked
 
 
-@pytest.mark.parametrize("method", baselines.METHODS)
+@pytest.mark.parametrize("method", evaluate.METHODS[1:])
 def test_what_the_model_is_shown(method, monkeypatch):
     """Guards documents that are missing or another question's, and an engine asked too often."""
     rows, prompts, settings, asked = answer(method, "<answer>Rome</answer>", monkeypatch)
@@ -60,7 +60,7 @@ def test_what_the_model_is_shown(method, monkeypatch):
         ]
     else:
         assert not asked
-    assert settings["temperature"] == 0.0  # greedy
+    assert settings["temperature"] == 0.0
     assert [(row.answer, row.reward, row.truncated) for row in rows] == [
         ("Rome", 1.0, ""), ("Rome", 0.0, "")
     ]  # fmt: skip
@@ -88,8 +88,7 @@ def test_each_turn_is_shown(monkeypatch):
 
 def test_every_method_has_a_wording():
     """Guards a method that can be named and not be had."""
-    assert evaluate.METHODS == ("search", *baselines.METHODS)
-    folder = Path(baselines.__file__).parent / "prompts"
-    for method in baselines.METHODS:
+    folder = Path(evaluation.__file__).parent / "prompts"
+    for method in evaluate.METHODS[1:]:
         text = (folder / f"{method}.txt").read_text()
         assert ("{documents}" in text) == (method == "rag") and "{question}" in text

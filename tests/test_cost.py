@@ -5,7 +5,7 @@ import json
 import pytest
 from scripts import metrics, policy
 
-from minizs import cost
+from minizs.metrics import COST, cost
 from train_policy import PolicyConfig
 
 
@@ -14,18 +14,18 @@ def test_the_paper_by_hand():
     config = PolicyConfig()
     rows = [{"queries": 40_000, "seconds": 1800.0, "processes": 4},
             {"queries": 24_000, "seconds": 1700.0, "seconds_test": 100.0, "processes": 8}]
-    spent = cost.of_run(rows, config.search_price, config.gpu_price)
+    spent = cost(rows, config.search_price, config.gpu_price)
     assert spent["queries"] == 64_000
     assert spent["search_dollars"] == pytest.approx(586.7, abs=0.5)  # paper Table 8
     assert spent["device_hours"] == pytest.approx(4 * 1.5)
     assert spent["device_dollars"] == pytest.approx(6 * 1.47)
-    text = cost.describe(spent)
+    text = COST.format(**spent)
     assert "64,000 queries, $586.88" in text and "6.00 device-hours, $8.82" in text
 
 
 def test_a_run_without_steps_costs_nothing():
     """Guards a division by what is not there."""
-    assert set(cost.of_run([], 9.17, 1.47).values()) == {0}
+    assert set(cost([], 9.17, 1.47).values()) == {0}
 
 
 def test_a_run_counts_its_queries(work, capsys):

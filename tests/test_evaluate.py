@@ -35,7 +35,7 @@ def test_the_file_holds_every_data_set_and_their_means(work):
         pooled = (16 * one[name] + 15 * two[name]) / 31
         assert overall[name] == pytest.approx(pooled)
         assert average[name] == pytest.approx((one[name] + two[name]) / 2)
-    assert out["settings"]["questions"] == 31 and "before" not in out
+    assert out["settings"]["questions"] == 31 and out["before"] is None
 
 
 def test_standard_errors_by_hand(work, monkeypatch):
@@ -106,16 +106,14 @@ def test_a_runs_policy_stands_beside_what_it_began_as(work, capsys):
     evaluation(*FILE)
     text = capsys.readouterr().out
     assert "../base" in text and "runs/mine/policy" in text
-    out = figures("runs/mine/evaluation-questions.json")
+    out = figures("runs/mine/evaluation.json")
     assert out["settings"]["policy"] == "runs/mine/policy"
     assert out["before"]["overall"]["n"] == out["overall"]["n"] == 9
-    evaluation(*FILE, "--before", "none")  # its own file may be written over
-    assert "before" not in figures("runs/mine/evaluation-questions.json")
-    evaluation(*FILE, "--engine_noise", "0.5")
-    evaluation(*FILE, "--engine", "none")  # another kind of test loses no other's figures
-    names = ["evaluation-questions-engine-none.json",
-             "evaluation-questions-engine_noise-0.5.json", "evaluation-questions.json"]  # fmt: skip
-    assert sorted(p.name for p in (work / "runs" / "mine").glob("eval*.json")) == names
+    evaluation(*FILE, "--before", "none")
+    assert figures("runs/mine/evaluation-2.json")["before"] is None
+    evaluation(*FILE, "--engine", "none")  # another test loses no other's figures
+    assert figures("runs/mine/evaluation-3.json")["settings"]["engine"] == "none"
+    assert figures("runs/mine/evaluation.json") == out
 
 
 def test_markdown_and_every_answer_lie_beside_the_figures(work, capsys):
@@ -178,8 +176,7 @@ def test_answers_of_another_test_are_not_taken(work, asked, other):
         os.utime("mine/model.safetensors", (1, 1))
         flags = []
     evaluation(*ANSWERED, "--output", "out.json", *flags)
-    twice = {"": 0, "again": 8}.get(other, 17)  # of no model, of the policy alone, of both
-    assert len(asked) == 18 + twice
+    assert len(asked) == 18 + (17 if other else 0)
 
 
 @pytest.mark.parametrize("method", ["direct", "cot", "rag"])
@@ -197,7 +194,7 @@ def test_baselines(work, method, capsys, monkeypatch):
     monkeypatch.setattr(stages, "build_engine", spied)
     evaluation("--policy", "mine", *FILE, "--method", method)
     assert searched == ([9] if method == "rag" else [])
-    out = figures(f"evaluation-questions-method-{method}.json")
+    out = figures("evaluation.json")
     assert out["overall"]["n"] == 9 and out["settings"]["method"] == method
     assert out["overall"]["searches_per_question"] == (method == "rag")
     capsys.readouterr()
@@ -220,11 +217,13 @@ def test_two_processes_find_what_one_finds(work):
 
 def test_where_figures_go_and_what_a_run_is(work):
     """Guards a folder that is not there (a hub name's), and any config.yaml taken for a run's."""
-    assert evaluate.default_output(evaluate.EvalConfig(policy="org/name")).name == "evaluation.json"
-    assert evaluate.default_output(evaluate.EvalConfig(policy="org/name")).parent == Path()
+    assert evaluate.default_output("org/name") == Path("evaluation.json")
     for text in ("policy: here", "policy: [1]", "model: x", "- x", "a: b: c", ""):
         (work / "config.yaml").write_text(text)
-        assert runs.started_from(work / "policy") == ("here" if text == "policy: here" else None)
+        assert runs.started_from(work / "policy") == "none"
+    (work / "config.yaml").write_text("policy: here")
+    (work / "metrics.jsonl").touch()
+    assert runs.started_from(work / "policy") == "here"
 
 
 def test_without_a_run_one_is_made(work, monkeypatch):
@@ -241,7 +240,7 @@ def test_without_a_run_one_is_made(work, monkeypatch):
     assert not made
     evaluation(*FILE)
     assert len(made) == 1 and "train_policy.py" in made[0]
-    assert figures("runs/policy-1/evaluation-questions.json")["overall"]["n"] == 9
+    assert figures("runs/policy-1/evaluation.json")["overall"]["n"] == 9
 
 
 def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
@@ -256,7 +255,7 @@ def test_questions_are_spread_over_the_sources(work):
     rows = [{"question": f"q{i}?", "answer": "x", "data_source": "abbbc"[i]} for i in range(5)]
     (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation("--policy", "../base", "--data", "q.jsonl", "--engine", "none", "--questions", "4")
-    out = figures("../evaluation-q-engine-none.json")
+    out = figures("../evaluation.json")
     assert [out[name]["n"] for name in "abc"] == [1, 2, 1]
 
 
@@ -331,7 +330,7 @@ def test_a_test_of_a_runs_policy_joins_its_page(work):
     evaluation("--policy", "run/policy", *FILE)
     html = Path("run/report.html").read_text()
     assert html.count("Before training") == 9 and "before and after 9</label>" in html
-    assert figures("run/evaluation-questions.json")["overall"]["search_errors"] == 0
+    assert figures("run/evaluation.json")["overall"]["search_errors"] == 0
 
 
 def test_failed_searches_are_counted(work, monkeypatch):

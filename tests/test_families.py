@@ -70,7 +70,7 @@ def make_folder(path, tokenizer, family="llama", **settings):
 def score(model, tokenizer, rows):
     """What training computes of these trajectories: (scored, sampled) at the policy's tokens."""
     mask = pad([row.loss_mask for row in rows])
-    scorer = Scorer(model, 1.0, len(tokenizer))
+    scorer = Scorer(model, vocab_size=len(tokenizer))
     with torch.no_grad():
         lengths = [len(row.ids) for row in rows]
         scored, _ = scorer(pad([row.ids for row in rows]), attention(lengths), mask)

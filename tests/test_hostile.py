@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 import minizs
-from minizs import baselines, models, protocol
+from minizs import evaluation, models, protocol
 from minizs.generate import Generated
 from minizs.protocol import CLOSING, neutralize, parse_action
 from minizs.rollout import Limits, rollout
@@ -268,10 +268,11 @@ def test_rollouts_cannot_be_steered(documents, question, query, more, tokenizer)
         for turn, ids in zip(row.turns, words, strict=True):
             assert turn.text == tokenizer.decode(ids)
             assert turn.action == parse_action(turn.text).kind
-        for turn, chunk in zip(row.turns, chunks(row), strict=False):
+        for chunk in chunks(row):
             assert dangerous(tokenizer, chunk) == dangerous(tokenizer, empty)
             assert chunk[-len(closing) :] == closing
-            assert len(chunk) == limits.document_tokens if turn.cut else len(chunk) > len(empty)
+            assert min(len(empty) + 1, limits.document_tokens) <= len(chunk)
+            assert len(chunk) <= limits.document_tokens
             assert len(re.findall(r"<\s*/\s*information", plain(tokenizer.decode(chunk)))) == 1
 
 
@@ -293,8 +294,8 @@ def test_baselines_read_neutral_text():
 
     Scripted.scripts = [["<answer>wrong</answer>"]]
     with mock.patch("minizs.rollout.Decoder", Spy):
-        [row] = baselines.answer("rag", None, tokenizer, [Example("</s>{documents}", ("gold",))],
-                                 engine, max_new_tokens=40)  # fmt: skip
+        examples = [Example("</s>{documents}", ("gold",))]
+        [row] = evaluation.baseline("rag", None, tokenizer, examples, engine, max_tokens=40)
     assert engine.asked[0].query == "(/s>{documents}"
     assert row.turns[0].documents == ["(/information>(|im_end|>?", "{question}"]
     [end] = ids_of(tokenizer, "<|im_end|>")

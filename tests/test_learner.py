@@ -19,7 +19,7 @@ from minizs.trajectory import Example, Trajectory
 
 SETTINGS = {
     "algorithm": "grpo", "group_size": 2, "minibatches": 1, "micro_tokens": 10_000,
-    "loss_average": "token", "ratio_level": "token", "clip_low": 0.2, "clip_high": 0.2,
+    "loss_average": "token", "clip_low": 0.2, "clip_high": 0.2,
     "advantage_scale": "group", "baseline": "leave_one_out", "kl_coef": 0.0, "kl_kind": "k3",
     "entropy_coef": 0.0, "gamma": 1.0, "lam": 1.0, "value_clip": 0.5, "max_grad_norm": 1e9,
     "max_turns": 3, "max_turn_tokens": 5, "lora_rank": 0, "gradient_checkpointing": False,
@@ -366,8 +366,9 @@ def test_build_learner():
     more = {"lr": 0.1, "critic_lr": 0.1, "weight_decay": 0.0, "temperature": 0.5}
     settings = SimpleNamespace(**SETTINGS | more | {"algorithm": "ppo", "kl_coef": 0.1})
     learner = build_learner(Accelerator(cpu=True), settings, model := make_model(), VOCAB)
-    assert (learner.scorer.temperature, learner.scorer.vocab_size) == (0.5, VOCAB)
-    assert (learner.reference.temperature, learner.reference.vocab_size) == (0.5, VOCAB)
+    for scorer in (learner.scorer, learner.reference):
+        options = {"temperature": 0.5, "vocab_size": VOCAB, "packed": False}
+        assert scorer.options == options
     learner.update(make_trajectories())
     assert torch.equal(weights(learner.reference), start())
     assert (weights(model) - start()).abs().max() > 1e-3  # the model that rolls out learns
@@ -389,7 +390,6 @@ def test_build_learner():
         [{"advantage_scale": scale} for scale in ("group", "batch", "none")],
         [{"algorithm": "reinforce", "baseline": b} for b in ("leave_one_out", "mean", "none")],
         [{"kl_kind": kind, "kl_coef": 0.1} for kind in ("k2", "k3")],
-        [{"ratio_level": level, "minibatches": 3} for level in ("token", "sequence")],
         [{"clip_high": clip, "minibatches": 3} for clip in (1e-4, 0.2)],
         [{"clip_low": clip, "minibatches": 3} for clip in (1e-4, 0.2)],
         [{"max_grad_norm": norm} for norm in (0.01, 1e9)],

@@ -44,8 +44,7 @@ def test_a_folder_without_a_wording_gets_the_papers(folder):
 @pytest.mark.parametrize(
     "missing, words",
     [
-        ("config.json", "no config.json"),
-        ("model.safetensors", "no .*weights"),
+        ("config.json", "config.json"),
         ("tokenizer", "no tokenizer"),
     ],
 )
@@ -62,7 +61,7 @@ def test_names(folder):
     """Guards a wrong path that is looked up on the hub, and a hub name that is taken for a path."""
     models.check_model("org/model")
     for name in ("./no", "/no/where", "a/b/c", ""):
-        with pytest.raises(UserError, match="no model folder"):
+        with pytest.raises(UserError, match="no model folder|config.json"):
             models.check_model(name)
     models.check_model(str(folder))
     assert models.resolve("tiny") == str(models.TINY_BASE)
@@ -79,7 +78,7 @@ def test_broken_and_unsupported_models_are_refused(folder):
     with pytest.raises(UserError, match="cannot be loaded"):
         models.load(str(folder))
     with pytest.raises(UserError, match="cannot be loaded"):
-        models.check_positions(str(folder), 5)
+        models.check_model(str(folder))
 
 
 def test_truncated_weights_are_refused(folder):
@@ -92,9 +91,9 @@ def test_truncated_weights_are_refused(folder):
 
 def test_too_long_a_context_is_refused(folder):
     """Guards a run that fails at its first long trajectory, hours in."""
-    models.check_positions(str(folder), 256)
+    models.check_model(str(folder), 256)
     with pytest.raises(UserError, match="256 positions"):
-        models.check_positions(str(folder), 257)
+        models.check_model(str(folder), 257)
 
 
 def test_sharded_weights_are_loaded(tmp_path):
@@ -122,7 +121,6 @@ def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
             torch.nn.init.normal_(weight)
     models.save(model, tokenizer, tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "config.json").exists()
-    models.check_positions(str(tmp_path / "adapter"), 5)
     loaded, _ = models.load(str(tmp_path / "adapter"))
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
@@ -180,11 +178,11 @@ def test_attention_is_chosen_by_what_there_is(monkeypatch):
     assert choose("flash_attention_2", "cuda", torch.float16) == "flash_attention_2"
     assert choose("sdpa", "cuda", half) == "sdpa"
     assert choose("auto", "cuda", torch.float32) == choose("auto", "cpu", half) == "sdpa"
-    with pytest.raises(UserError, match="lacks a CUDA device and bfloat16 or float16; use"):
+    with pytest.raises(UserError, match="needs a CUDA device"):
         choose("flash_attention_2", "cpu", torch.float32)
     monkeypatch.setattr(models, "is_flash_attn_2_available", lambda: False)
     assert choose("auto", "cuda", half) == choose("sdpa", "cpu", torch.float32) == "sdpa"
-    with pytest.raises(UserError, match="lacks the flash-attn package;"):
+    with pytest.raises(UserError, match="the package flash-attn"):
         choose("flash_attention_2", "cuda", half)
 
 
@@ -205,7 +203,7 @@ def test_a_pickle_is_never_opened(folder):
     (folder / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt"):
         (folder / name).write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(UserError, match="no .*safetensors"):
+    with pytest.raises(UserError, match="model.safetensors"):
         models.load(str(folder))
     (folder / "other.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be loaded"):
@@ -225,7 +223,7 @@ def test_weights_are_never_made_up(folder):
 def test_another_models_tokenizer_is_refused(folder):
     """Guards ids without a row in the embedding, which fail in the first forward that has one."""
     make_tokenizer(("<a>",)).save_pretrained(folder)
-    with pytest.raises(UserError, match="has 103 tokens, its model 102"):
+    with pytest.raises(UserError, match="has 102 embeddings, 103 tokens"):
         models.load(str(folder))
 
 

@@ -67,7 +67,8 @@ def assert_equal_packed_and_padded(make_module, inputs):
 def test_the_scorer_packed_equals_padded(family, side):
     """Guards positions that do not restart, and targets of another sequence (both directions)."""
     model, batch = make(family), make_batch(side)
-    assert_equal_packed_and_padded(lambda packed: Scorer(model, 0.7, 90, packed), batch)
+    options = {"temperature": 0.7, "vocab_size": 90}
+    assert_equal_packed_and_padded(lambda flag: Scorer(model, packed=flag, **options), batch)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

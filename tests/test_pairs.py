@@ -17,27 +17,22 @@ SYSTEM = {"role": "system", "content": "be Google"}
 def test_our_rows_are_asked_with_the_template():
     """Guards a simulator that is trained on other words than it is asked with."""
     noisy = OURS | {"label": "noisy", "documents": ["three"]}
-    said = []
-    texts = pairs([noisy, OURS], TEMPLATE, say=said.append)
+    texts = pairs([noisy, OURS], TEMPLATE)
     assert texts == [
         [("q who? x or y 1 noisy", False), ("Doc 1: three", True)],
         [("q who? x or y 2 useful", False), ("Doc 1: one\nDoc 2: two", True)],
     ]
-    assert len(said) == 1 and "2 of 2 pairs" in said[0]
 
 
 def test_our_rows_are_balanced():
     """Guards a simulator that learns one word only, and a choice by place in the file."""
     rows = [OURS | {"query": f"q{i}", "label": "noisy" if i % 5 else "useful"} for i in range(40)]
-    said = []
-    texts = pairs(rows, TEMPLATE, seed=1, say=said.append)
+    texts = pairs(rows, TEMPLATE, seed=1)
     asked = [prompt.split() for [(prompt, _), _] in texts]
     assert [words[-1] for words in asked].count("useful") == 8 and len(asked) == 16
     order = [int(words[0][1:]) for words in asked]
     assert order == sorted(order) and max(order) > 20
-    assert texts == pairs(rows, TEMPLATE, seed=1, say=said.append)
-    assert texts != pairs(rows, TEMPLATE, seed=2, say=said.append)
-    assert "16 of 40 pairs" in said[0]
+    assert texts == pairs(rows, TEMPLATE, seed=1) != pairs(rows, TEMPLATE, seed=2)
 
 
 @pytest.mark.parametrize(
@@ -47,19 +42,17 @@ def test_our_rows_are_balanced():
         ({"instruction": "ask", "input": "", "output": "Doc 1: a", "system": "s"}, "ask"),
         ({"instruction": "ask", "input": "more", "output": "Doc 1: a"}, "ask\nmore"),
         ({"messages": [USER, REPLY], "label": "x"}, "ask"),
-        ({"messages": [SYSTEM, USER, REPLY]}, "be Google\n\nask"),
-        ({"messages": [SYSTEM | {"content": ""}, USER, REPLY]}, "ask"),
     ],
 )
 def test_pairs_of_others(row, prompt):
     """Guards a loss on the prompt, an input that is lost, and a part of the pairs left out."""
-    texts = pairs([row] * 6, TEMPLATE, say=lambda _: None)
+    texts = pairs([row] * 6, TEMPLATE)
     assert texts == [[(prompt, False), ("Doc 1: a", True)]] * 6
 
 
 def test_the_loss_is_on_the_reply_alone():
     """Guards segments that the tokenising function marks otherwise."""
-    [text] = pairs([{"messages": [USER, REPLY]}], TEMPLATE, say=lambda _: None)
+    [text] = pairs([{"messages": [USER, REPLY]}], TEMPLATE)
     tokenizer = make_tokenizer()
     ids, mask = sft.encode(tokenizer, text, end=True)
     assert tokenizer.decode(ids) == "askDoc 1: a<eos>"
@@ -82,7 +75,7 @@ def test_the_loss_is_on_the_reply_alone():
         {"messages": [USER]},
         {"messages": [REPLY]},
         {"messages": [USER, REPLY, USER, REPLY]},
-        {"messages": [USER, SYSTEM, REPLY]},
+        {"messages": [SYSTEM, USER, REPLY]},
         {"messages": [USER, USER, REPLY]},
         {"messages": "ask"},
         {"messages": [USER, REPLY | {"content": None}]},
@@ -113,4 +106,4 @@ def test_rows_without_pairs():
 def test_layouts_may_be_mixed():
     """Guards pairs that are lost because they have no label."""
     rows = [OURS, {"instruction": "ask", "output": "a"}]
-    assert len(pairs(rows, TEMPLATE, say=lambda _: None)) == 2
+    assert len(pairs(rows, TEMPLATE)) == 2

@@ -13,7 +13,7 @@ def test_mixing_is_splitmix64():
 
 
 def test_hash_is_the_documented_fold():
-    """generate.py repeats this hash on tensors: the definition must not drift."""
+    """sampling.py repeats this hash on arrays: the definition must not drift."""
     step_by_step = mix64((3 + GOLDEN) % 2**64)
     step_by_step = mix64(((step_by_step ^ 5) + GOLDEN) % 2**64)
     assert hash64(3, 5) == step_by_step

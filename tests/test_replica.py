@@ -5,7 +5,7 @@ import torch
 from conftest import EOS, make_model
 
 from minizs.generate import generate
-from minizs.replica import Writer, whole
+from minizs.models import make_writer
 
 
 def spoil(model) -> None:
@@ -18,14 +18,14 @@ def test_nothing_is_copied_where_nothing_differs():
     """Guards twice the memory for a copy of equal weights."""
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(dtype=dtype)
-        assert Writer(model, dtype, "cpu")() is model
+        assert make_writer(model, dtype, "cpu")() is model
 
 
 @pytest.mark.parametrize("sharded, dtype", [(False, torch.bfloat16), (True, torch.float32)])
 def test_a_copy_follows_the_trained_weights(family, sharded, dtype):
     """Guards rollouts with the weights of an earlier step, and a type that nobody asked for."""
     model = make_model(family, tie_word_embeddings=True)
-    writer = Writer(model, dtype, "cpu", sharded)
+    writer = make_writer(model, dtype, "cpu", sharded)
     for _ in range(2):
         copy = writer()
         assert copy is not model and copy is writer()  # made once
@@ -45,19 +45,8 @@ def test_a_copy_follows_the_trained_weights(family, sharded, dtype):
 def test_the_copy_writes_what_the_model_would():
     """Guards a copy in another mode, or one that a cast has broken."""
     model = make_model(dtype=torch.float64)
-    writer = Writer(model, torch.float64, "cpu", sharded=True)
+    writer = make_writer(model, torch.float64, "cpu", sharded=True)
     for _ in range(2):
         own, copied = (generate(m, [[EOS, 5, 6]], 12, seed=3)[0] for m in (model, writer()))
         assert own.ids == copied.ids and own.logprobs == copied.logprobs
         spoil(model)
-
-
-def test_whole():
-    """Guards a shard that is taken for the whole parameter."""
-
-    class Shard:
-        def full_tensor(self):
-            return torch.ones(4)
-
-    plain = torch.zeros(2)
-    assert whole(plain) is plain and torch.equal(whole(Shard()), torch.ones(4))

@@ -317,7 +317,7 @@ def test_an_overlong_reply_is_cut_before_its_closing_tag(limit):
     """Guards a block without an end, one that is longer than allowed, and a row given up for it."""
     row = play([SEARCH, ANSWER], limits=Limits(document_tokens=limit))[0][0]
     head = block("a document")[: limit - len(protocol.CLOSING)]
-    assert pieces(row)[2] == (head + protocol.CLOSING, 0) and row.turns[0].cut
+    assert pieces(row)[2] == (head + protocol.CLOSING, 0)
     assert (row.truncated, row.reward) == ("", 1.0)
     assert row.turns[0].documents == ["a document"]
 
@@ -334,7 +334,6 @@ def test_limits_that_are_just_met_cut_nothing():
     limits = Limits(2, max(len(SEARCH), len(ANSWER)), BLOCK_TOKENS, EXACT)
     row = play([SEARCH, ANSWER], limits=limits)[0][0]
     assert (row.truncated, row.reward, len(row.ids)) == ("", 1.0, EXACT)
-    assert not row.turns[0].cut
 
 
 def test_one_rows_limit_does_not_end_the_others():

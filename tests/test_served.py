@@ -36,20 +36,20 @@ def test_a_server_that_dies_loses_nothing_that_was_saved(work, monkeypatch):
     monkeypatch.setattr("minizs.client.FIRST_WAIT", 0.01)
     answer, dead = openai(*models.load("../base"), []), threading.Event()
     mortal = lambda *call: (503, {}) if dead.is_set() else answer(*call)  # noqa: E731
-    written = train_policy.runs.RunFolder.write_trajectories
+    written = train_policy.runs.write_lines
 
-    def killing(run, step, rows):
-        written(run, step, rows)
-        if step == 2:
+    def killing(path, rows, *mode):
+        written(path, rows, *mode)
+        if path.name == "trajectories.jsonl" and rows[0]["step"] == 2:
             dead.set()
 
-    monkeypatch.setattr(train_policy.runs.RunFolder, "write_trajectories", killing)
+    monkeypatch.setattr(train_policy.runs, "write_lines", killing)
     flags = [*SIMULATED, *SERVED, "--save_every", "1", "--retries", "2", "--output"]
     with serving(mortal) as (url, _):
         with pytest.raises(ServiceError, match="answered 503.*check that this server runs"):
             policy(*flags, "cut", "--simulator", url)
         assert (work / "cut" / "checkpoints" / "step-2").is_dir()
-        monkeypatch.setattr(train_policy.runs.RunFolder, "write_trajectories", written)
+        monkeypatch.setattr(train_policy.runs, "write_lines", written)
         dead.clear()
         train_policy.main(["--output", "cut", "--resume"])
         policy(*flags, "whole", "--simulator", url)

@@ -237,7 +237,9 @@ def test_a_served_reply_has_its_own_seed():
 def test_a_server_of_another_kind_is_told():
     """Guards a policy that is trained on empty replies because the server is not an OpenAI one."""
     for content in ({"choices": []}, {"choices": [{"text": None, "finish_reason": "stop"}]},
-                    {"choices": [{"text": "Doc 1: a"}]}):  # fmt: skip
+                    {"choices": [{"text": "Doc 1: a"}]},
+                    {"choices": [{"text": "", "finish_reason": "stop"}]},
+                    {"choices": [{"text": "Sure! Here it is.", "finish_reason": "length"}]}):
         with serving(lambda *_, content=content: (200, content)) as (url, _):
             with pytest.raises(ServiceError, match="/v1/completions did not answer in"):
                 ServedSearch(Client(url, retries=0), "m", TEMPLATE).search([request()])

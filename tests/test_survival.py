@@ -119,14 +119,14 @@ def test_two_processes_are_killed(work, algorithm):
 
 def at_step(monkeypatch, step: int, call) -> None:
     """Have `call()` made in the middle of a step: its lines are written, its checkpoint is not."""
-    written = runs.RunFolder.write_trajectories
+    written = runs.write_lines
 
-    def writing(run, number, rows, *rest):
-        written(run, number, rows, *rest)
-        if number == step:
+    def writing(path, rows, *mode):
+        written(path, rows, *mode)
+        if path.name == "trajectories.jsonl" and rows[0]["step"] == step:
             call()
 
-    monkeypatch.setattr(runs.RunFolder, "write_trajectories", writing)
+    monkeypatch.setattr(runs, "write_lines", writing)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -191,25 +191,25 @@ def test_an_engine_that_is_gone_costs_no_step(work, monkeypatch):
     assert [row["search_errors"] for row in rows] == [row["queries"] for row in rows]
 
 
-FILES = ["model.safetensors", "optimizer.bin", "step.json"]
+FILES = ["model.safetensors", "optimizer.bin", checkpoint.SUMS]
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["missing", "truncated", "changed"])
 def test_a_damaged_checkpoint(tmp_path, trained, name, how, capsys):
     """Guards a traceback, or worse a run that silently begins anew, after a full disk."""
-    folder = shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    shutil.copytree(trained / "checkpoints", folder := tmp_path / "checkpoints")
     file = folder / "step-3" / name
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2] + (b"" if how == "truncated" else b"x" * len(data)))
     if how == "missing":
         file.unlink()
-    assert checkpoint.find("latest", folder) == folder / "step-2"
+    assert checkpoint.find("latest", tmp_path) == folder / "step-2"
     warning = capsys.readouterr().out
     assert warning.count("\n") == 1 and "step-3 is damaged and skipped" in warning
-    with pytest.raises(UserError, match="step-3 is damaged .*--resume alone"):
-        checkpoint.find(str(folder / "step-3"), folder)
-    assert checkpoint.find(str(folder / "step-2"), folder) == folder / "step-2"
+    with pytest.raises(UserError, match="step-3 is damaged; --resume alone"):
+        checkpoint.find(str(folder / "step-3"), tmp_path)
+    assert checkpoint.find(str(folder / "step-2"), tmp_path) == folder / "step-2"
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +235,9 @@ def test_nothing_of_a_checkpoint_is_run(work, trained, name):
             return os.mkdir, ("evil",)
 
     (step / name).write_bytes(pickle.dumps(Evil()))
-    mark = json.loads((step / "step.json").read_text())
-    mark["files"][name] = checkpoint.checksum(step / name)
-    (step / "step.json").write_text(json.dumps(mark))
+    sums = json.loads((step / checkpoint.SUMS).read_text())
+    sums[name] = checkpoint.checksum(step / name)
+    (step / checkpoint.SUMS).write_text(json.dumps(sums))
     if name == "optimizer.bin":
         with pytest.raises(UserError, match="step-3 cannot be loaded"):
             train_policy.main(["--output", "run", "--resume"])
@@ -318,15 +318,19 @@ WELL = {"reward": 0.6, "kl": 0.1, "entropy": 0.4, "valid_rate": 1.0, "searches_p
 def test_alarms(metric, value, name):
     """Guards a run that is dead for days before somebody looks, and alarms that mean nothing."""
     well, ill = [WELL] * (2 * WINDOW), [WELL | {metric: value}] * WINDOW
-    assert alarms(well) == alarms(ill) == alarms([]) == {}
-    assert alarms(well + ill[:1] + well[:5]) == {}  # one bad batch
-    assert list(alarms(well + ill)) == [name] and f"{value:.3g}" in alarms(well + ill)[name]
-    assert alarms([*well, *ill[:-1], WELL | {metric: None}]).keys() <= {name}
+    for rows in (well, ill, [], well + ill[:1] + well[:5]):  # the last: one bad batch
+        assert not list(alarms(rows, set()))
+    (sentence,) = alarms(well + ill, rung := set())
+    assert sentence.startswith(f"{name}: {metric} is {value:.3g}") and rung == {name}
+    assert not list(alarms(well + ill, rung))
+    list(alarms([*well, *ill[:-1], WELL | {metric: None}], rung := set()))
+    assert rung <= {name}
 
 
 def test_an_alarm_rings_once(work, monkeypatch, capsys):
     """Guards a log that is full of one sentence, or empty."""
-    monkeypatch.setattr("minizs.alarms.alarms", lambda rows: {"x": f"Ring {rows[-1]['step']}."})
+    monkeypatch.setattr("minizs.alarms.WINDOW", 1)
+    monkeypatch.setattr("minizs.alarms.ALARMS", [("x", "reward", lambda *_: True, "Ring")])
     policy("--steps", "3", "--output", "run")
     assert capsys.readouterr().out.count("Ring") == 1
 
@@ -376,7 +380,7 @@ def test_a_shown_trajectory_says_what_was_made_of_it(work):
         group = [other["reward"] for other in rows
                  if (other["step"], other["example"]) == (row["step"], row["example"])]  # fmt: skip
         assert len(group) == 2 and (own.pop() > 0) == (row["reward"] > sum(group) / 2 + 1e-9)
-        written = [piece.strip() for piece, mask in zip(row["pieces"], row["loss_mask"], strict=True)
+        written = [text.strip() for text, mask in zip(row["pieces"], row["loss_mask"], strict=True)
                    if mask]  # fmt: skip
         assert "<answer>" in row["turns"][-1]["text"] and "<answer>" in written
 
@@ -388,16 +392,16 @@ def test_a_shown_trajectory_says_what_was_made_of_it(work):
 def test_three_hundred_steps_leak_nothing(work, monkeypatch):
     """Guards memory and file handles that grow with every step, until a machine is full."""
     sizes, handles, process = [], [], psutil.Process()
-    written = runs.RunFolder.write_trajectories
+    written = runs.write_lines
 
-    def measured(run, step, rows, *rest):
-        written(run, step, rows, *rest)
-        if step % 20 == 0:
+    def measured(path, rows, *mode):
+        written(path, rows, *mode)
+        if path.name == "trajectories.jsonl" and rows[0]["step"] % 20 == 0:
             gc.collect()
             sizes.append(process.memory_info().rss)
             handles.append(process.num_fds())
 
-    monkeypatch.setattr(runs.RunFolder, "write_trajectories", measured)
+    monkeypatch.setattr(runs, "write_lines", measured)
     policy("--steps", "300", "--save_every", "50", "--eval_every", "100", "--output", "run")
     assert len(metrics(work / "run")) == 300
     assert max(handles) <= handles[1] + 2

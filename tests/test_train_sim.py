@@ -55,9 +55,9 @@ def test_a_simulator_is_a_model_folder_with_its_prompt_and_report(work, capsys):
     report = json.loads((folder / "report.json").read_text())
     for hop in ("final", "first"):
         for label in ("useful", "noisy"):
-            assert 0 <= report["figures"][f"{label}_{hop}"] <= 1
-            assert 0 <= report["figures"][f"{label}_{hop}_on_topic"] <= 1
-    assert report["figures"]["n"] == 2 and report["examples"]
+            assert 0 <= report[f"{label}_{hop}"] <= 1
+            assert 0 <= report[f"{label}_{hop}_on_topic"] <= 1
+    assert report["n"] == 2
     assert "useful documents, final hop" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -95,7 +95,6 @@ def test_a_policy_collects_from_a_real_engine(work, capsys):
     one, same, other = (Path(f, "collected.jsonl").read_text() for f in ("one", "same", "other"))
     assert one == same != other
     rows = [json.loads(line) for line in one.splitlines()]
-    assert "Replies: " in capsys.readouterr().out
     labels = Counter(row["label"] for row in rows)
     assert min(labels["useful"], labels["noisy"]) > 3
     golds = {row["question"]: row["answer"] for row in questions}
@@ -104,7 +103,7 @@ def test_a_policy_collects_from_a_real_engine(work, capsys):
         assert row["answers"] == [golds[row["question"]]] and len(row["documents"]) == 1
         assert row["documents"][0] in corpus and row["query"]
         assert (row["label"] == "useful") == (row["answers"][0] in row["documents"][0])
-    with pytest.raises(UserError, match="there are [0-9]+ noisy: "):
+    with pytest.raises(UserError, match="there are {'useful': 0, 'noisy': [0-9]+}"):
         simulator(*flags, "--engine_noise", "1", "--output", "none")
     assert '"noisy"' in Path("none/collected.jsonl").read_text()  # what was paid for is kept
     simulator("--data", "one/collected.jsonl", "--output", "sim")
@@ -318,7 +317,7 @@ def test_other_settings_do_not_go_on(work, collected, stop, monkeypatch, capsys)
         train_sim.main([])
     train_sim.main([])
     said = [line for line in capsys.readouterr().out.splitlines() if "runs/simulator.p" in line]
-    assert [line.split()[0] for line in said] == ["A", "A", "Going"]
+    assert [line.split()[0] for line in said] == ["A"] * 3
     assert Path("runs/simulator/report.json").is_file()
 
 
@@ -366,9 +365,8 @@ def test_the_default_simulator_is_made_once(work, capsys):
     before = everything(work)
     train_sim.main([])
     assert len(capsys.readouterr().out.splitlines()) == 1 and everything(work) == before
-    for missing in ("model.safetensors", "simulator_prompt.txt"):
-        (folder / missing).unlink()
-        refused(lambda: train_sim.main([]), "", "runs/simulator", work)
+    (folder / "simulator_prompt.txt").unlink()
+    refused(lambda: train_sim.main([]), "", "runs/simulator", work)
 
 
 def test_collecting_leaves_the_simulators_place_free(work):

@@ -1,0 +1,129 @@
+"""The paper's claims in miniature: arms of training, each with several seeds, and their table.
+
+    python benchmarks/claims.py                     # all arms, three seeds; it resumes
+    python benchmarks/claims.py --arms no_noise --seeds 1
+    python benchmarks/claims.py --table             # only benchmarks/CLAIMS.md, from what is there
+
+An arm is a file in configs/claims (`accelerate launch train_policy.py --config FILE` is one run of
+it), or one of two scripts here. Arms lie in runs/claims/NAME-SEED; what is complete is not run
+again. Each policy answers the same questions with BM25 on an unseen world: greedy, sampled at
+temperature 1, and greedy with half of the replies noisy. The arms of arms.py (100 steps), if they
+were run, are in the table, too.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+from benchmarks.arms import difference, mean  # noqa: E402
+
+TESTS = {"greedy": [], "sampled": ["--temperature", "1"], "noisy": ["--engine_noise", "0.5"]}
+SCRIPTS = {"unmasked": "benchmarks/unmasked.py", "imitation": "benchmarks/imitation.py"}
+CONFIGS = HERE / "configs" / "claims"
+ARMS = [*sorted(path.stem for path in CONFIGS.glob("*.yaml")), *SCRIPTS]
+CLAIMS = [  # what the paper says, its figures (average EM of its seven sets), and our arms
+    ("Training with a simulator is as good as with a real engine",
+     "Qwen2.5-3B: ZeroSearch 34.47, Search-R1 32.81 (Table 3)", ["grpo", "grpo_real_search"]),
+    ("REINFORCE, GRPO and PPO all work, REINFORCE best",
+     "34.47, 33.17, 32.67 (Table 5)", ["reinforce", "grpo", "ppo"]),
+    ("A curriculum of noise beats random noise",
+     "34.47 against 32.59 with p = 0.5 (Table 6); none and reversed are not in it",
+     ["reference", "no_noise", "random_noise", "reversed_noise"]),
+    ("A fine-tuned simulator beats a prompted one",
+     "fine-tuned 30.47 to 34.47, prompted 29.44 to 31.50 (Table 4)",
+     ["reference", "hasty_simulator", "untrained_simulator"]),
+    ("Masking documents out of the loss helps",
+     "Llama-3.2-3B: 36.07 with, 34.53 without (Table 7)", ["reference", "unmasked"]),
+    ("RL beats supervised learning on the same model's successes", "not in it",
+     ["reference", "imitation"]),
+    ("More turns are needed for more hops", "a figure of turns over steps, no score",
+     ["reference", "three_turns", "two_turns"]),
+]  # fmt: skip
+
+
+def script(name: str, *arguments: str) -> None:
+    """Run one of the scripts; its output goes to the terminal. Raises if it fails."""
+    subprocess.run([sys.executable, str(HERE / name), *arguments], check=True)
+
+
+def train_and_test(arm: str, seed: int, root: Path, questions: int, flags: list[str]) -> None:
+    folder = root / f"{arm}-{seed}"
+    config = CONFIGS / f"{'reference' if arm in SCRIPTS else arm}.yaml"
+    if not (folder / "policy" / "prompt.txt").is_file():
+        script(SCRIPTS.get(arm, "train_policy.py"), "--config", str(config), "--seed", str(seed),
+               "--threads", "1", "--output", str(folder), "--eval_every", "0", "--save_every", "0",
+               *(["--overwrite"] if folder.exists() else []), *flags)  # fmt: skip
+    turns = {"two_turns": "2", "three_turns": "3"}.get(arm, "6")
+    for name, settings in TESTS.items():
+        path = folder / f"{name}.json"
+        if not path.exists():
+            script("evaluate.py", "--policy", str(folder / "policy"), "--before", "none",
+                   "--questions", str(questions), "--output", str(path), "--seed", str(seed),
+                   "--threads", "1", "--max_turns", turns, *settings)  # fmt: skip
+
+
+def cells(arm: str, roots: list[Path]) -> list[str]:
+    """An arm's F1 in each test, one-hop, two-hop and all; its seeds. Empty if it was not run."""
+    root = next((root for root in roots if any(root.glob(f"{arm}-[0-9]*/greedy.json"))), None)
+    if root is None:
+        return []
+    out = []
+    for test in TESTS:
+        files = sorted(root.glob(f"{arm}-[0-9]*/{test}.json"))
+        found = [json.loads(path.read_text()) for path in files]
+        for group in ("one_hop", "two_hop", "overall"):
+            rows = [table[group] for table in found]
+            out.append(mean([(row["f1"], row["f1_stderr"]) for row in rows]) if rows else "")
+    seeds = len(list(root.glob(f"{arm}-[0-9]*/greedy.json")))
+    return [*out, str(seeds)]
+
+
+def table(roots: list[Path]) -> str:
+    """Markdown: a claim, the paper's figures, a row for each arm, and differences to the first."""
+    lines = ["# The paper's claims in miniature", "", __doc__.split("\n\n")[2].replace("\n", " "),
+             "", "F1 in per cent, mean and standard error over seeds (with one seed, over "
+             "questions). Written by `python benchmarks/claims.py --table`."]  # fmt: skip
+    names = [f"{test}, {group}" for test in TESTS for group in ("one-hop", "two-hop", "all")]
+    for claim, paper, arms in CLAIMS:
+        there = {arm: row for arm in arms if (row := cells(arm, roots))}
+        if not there:
+            continue
+        lines += ["", f"## {claim}", f"The paper: {paper}.", "", f"| arm | {' | '.join(names)} | "
+                  "seeds |", "|---" * (len(names) + 2) + "|"]  # fmt: skip
+        lines += [f"| {arm} | {' | '.join(row)} |" for arm, row in there.items()]
+        gaps = [difference(root, arms[0], arm, test) for arm in arms[1:] for test in TESTS
+                for root in roots]  # fmt: skip
+        lines += ["", *[f"- {gap}" for gap in gaps if gap]]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arms", nargs="*", default=ARMS, choices=ARMS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--questions", type=int, default=600)
+    parser.add_argument("--parallel", type=int, default=1, help="arms at a time")
+    parser.add_argument("--root", default="runs/claims")
+    parser.add_argument("--output", default=str(HERE / "benchmarks" / "CLAIMS.md"))
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    settings, flags = parser.parse_known_args(argv)  # the rest goes to train_policy.py
+    root = Path(settings.root)
+    if not settings.table:
+        if "hasty_simulator" in settings.arms and not Path("runs/simulator_40").exists():
+            script("train_sim.py", "--steps", "40", "--output", "runs/simulator_40")
+        jobs = [(arm, seed) for seed in range(settings.seeds) for arm in settings.arms]
+        with ThreadPoolExecutor(settings.parallel) as pool:
+            several = pool.map if settings.parallel > 1 else map
+            list(several(lambda job: train_and_test(*job, root, settings.questions, flags), jobs))
+    Path(settings.output).write_text(table([root, Path("runs/arms")]))
+    print(f"The table is in {settings.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -44,11 +44,15 @@ def check(config: EvalConfig) -> None:
     check_ranges(config, positive="batch", not_negative="questions")
     check_search(config)
     require(not config.engine_noise or config.method == "search", "--engine_noise is for searches.")
-    if config.output:
-        path = Path(config.output)
-        require(config.overwrite or not path.exists(), f"{path} exists; add --overwrite.")
+    if not config.ask:
+        path = Path(config.output or default_output(config.policy))
         fits = path.suffix == ".json" and path.parent.is_dir() and os.access(path.parent, os.W_OK)
         require(fits and not path.is_dir(), f"--output {path}: no .json file can be written there.")
+        made = map(path.with_suffix, (".json", ".md", ".jsonl", ".before.jsonl"))
+        there = [os.path.realpath(file) for file in made if file.exists()]
+        require(config.overwrite or not there, f"{'; '.join(there)} exists; add --overwrite.")
+        read = map(os.path.realpath, (*config.data.split(","), config.corpus, config.cache))
+        require(set(there).isdisjoint(read), f"--output {path} would overwrite what is read.")
 
 
 def default_output(policy: str) -> Path:
@@ -86,7 +90,7 @@ def test(config: EvalConfig, accelerator, examples, answers: dict, engine) -> No
     from minizs import evaluation, metrics
 
     config.output = config.output or str(default_output(config.policy))
-    tables, output = {}, Path(config.output)
+    tables, logs, output = {}, {}, Path(config.output)
     kept = output.with_name(f"unfinished-{fingerprint(config, examples)}")
     for name, answer in answers.items():
         ending = "jsonl" if name == config.policy else "before.jsonl"
@@ -96,13 +100,14 @@ def test(config: EvalConfig, accelerator, examples, answers: dict, engine) -> No
         if accelerator.is_main_process:
             tables[name] = evaluation.table(rows)
             tables[name]["overall"]["search_errors"] = failed
-            lines = map(evaluation.as_line, count(), rows)
-            output.with_suffix(f".{ending}").write_text("".join(lines))
+            logs[ending] = map(evaluation.as_line, count(), rows)
     if not accelerator.is_main_process:
         return
     more = {"settings": asdict(config), "before": tables.get(config.before)}
     output.write_text(json.dumps(tables[config.policy] | more, indent=1) + "\n")
     output.with_suffix(".md").write_text(evaluation.show(tables) + "\n")
+    for ending, lines in logs.items():
+        output.with_suffix(f".{ending}").write_text("".join(lines))
     shutil.rmtree(kept)
     if (output.parent / "metrics.jsonl").exists():  # a run's folder
         report.write(output.parent)
@@ -120,24 +125,26 @@ def main(argv: list[str]) -> None:
     missing = not config.policy and not runs.newest_run()
     config.policy = config.policy or ("tiny" if missing else str(runs.newest_run() / "policy"))
     check(config)
+    models.check_model("tiny" if config.before in ("auto", "none") else config.before)
     set_threads(config.threads)
     accelerator = stages.make_accelerator(config)
     if config.ask:
         examples, config.before = [Example(config.ask, ())], "none"
     else:
         examples = data.spread(data.load(config.data, "test", accelerator.print), config.questions)
-        if missing:
-            with accelerator.main_process_first():
-                if not runs.newest_run():  # else the main process has just made it
-                    stages.run_stage("train_policy.py")
-            config.policy = str(runs.newest_run() / "policy")
+    if missing and not config.ask:
+        stages.build_engine(config, "test", accelerator, examples)  # or its error, before a run
+        with accelerator.main_process_first():
+            if not runs.newest_run():  # else the main process has just made it
+                stages.run_stage("train_policy.py")
+        config.policy = str(runs.newest_run() / "policy")
     if config.before == "auto":
         config.before = runs.started_from(Path(config.policy))
     names = [config.policy] if config.before == "none" else [config.before, config.policy]
     stages.check_lengths(config, names, examples)
     # All weights before any answer, so that none is lost to what cannot be read.
     policies = {name: stages.load(config, name, accelerator.device) for name in names}
-    engine = stages.build_engine(config, "test", accelerator)
+    engine = stages.build_engine(config, "test", accelerator, examples)
     answers, sampling = {}, {"temperature": config.temperature, "seed": config.seed}
     for name, policy in policies.items():
         if config.method == "search":
@@ -145,7 +152,9 @@ def main(argv: list[str]) -> None:
                                             noise=config.engine_noise, **sampling)  # fmt: skip
         else:
             answers[name] = partial(evaluation.baseline, config.method, *policy, engine=engine,
-                                    max_tokens=config.max_turn_tokens, **sampling)  # fmt: skip
+                                    max_tokens=config.max_turn_tokens,
+                                    max_document_tokens=config.max_document_tokens,
+                                    **sampling)  # fmt: skip
     if not config.ask:
         return test(config, accelerator, examples, answers, engine)
     if missing:

@@ -38,7 +38,7 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
     steps = tqdm(range(first, config.steps + 1), initial=first - 1, total=config.steps,
                  disable=rank > 0, dynamic_ncols=True)  # fmt: skip
 
-    def save(step: int) -> None:
+    def save_run(step: int) -> None:
         if rank == 0:
             report.write(folder)
         checkpoint.save(accelerator, folder, step, config.keep)
@@ -60,7 +60,7 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
         except ServiceError as error:
             failure = error
         if metrics.total(accelerator, failure is not None):  # all leave when one has to
-            save(step - 1)
+            save_run(step - 1)
             raise failure or SystemExit(1)
         rolled_out = time.perf_counter()
         set_learning_rates(config, learner, step)
@@ -96,7 +96,7 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
         due = config.save_every and (step == config.steps or step % config.save_every == 0)
         stop, broken = asked(accelerator), skipped > config.max_skipped
         if due or stop or broken:
-            save(step)
+            save_run(step)
         require(not broken, f"{skipped} steps had a loss or gradient that is not finite; "
                 f"{folder}/suspects.jsonl has them; lower --lr, raise --max_skipped.")  # fmt: skip
         if stop:
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
     if config.lora_rank:
         models.add_lora(model, config.lora_rank, config.seed)
     template = models.load_prompt(config.policy)
-    engine = stages.build_engine(config, "train", accelerator)
+    engine = stages.build_engine(config, "train", accelerator, examples)
     writer = models.make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
     held_out = stages.held_out(config, accelerator, writer, tokenizer, template)
     learner = build_learner(accelerator, config, model, vocabulary_size(tokenizer), dtype)
@@ -153,6 +153,7 @@ def main(argv: list[str]) -> None:
     if accelerator.is_main_process:
         print(f"Going on from step {done} of {folder}." if resumed else f"A new run in {folder}.")
         runs.begin(folder, done, config.overwrite)
+        (folder / "metrics.jsonl").touch()  # which tells a run, see `runs.is_run`
         (folder / runs.DONE).unlink(missing_ok=True)  # the run is not complete any more
         again = replace(config, output="", resume="", overwrite=False)  # fed back: a new run
         save(again, folder / "config.partial")
@@ -171,11 +172,11 @@ def main(argv: list[str]) -> None:
             models.save(final, tokenizer, folder / "adapter")
             base, _ = stages.load(config, config.policy, torch.device("cpu"), dtype)
             final = models.merge_lora(base, folder / "adapter")
-        models.save(final, tokenizer, folder / "policy", prompt=template)
         report.write(folder)
         lines = runs.read_lines(folder / "metrics.jsonl")
         spent = metrics.cost(lines, config.search_price, config.gpu_price)
         (folder / "cost.json").write_text(json.dumps(spent, indent=1) + "\n")
+        models.save(final, tokenizer, folder / "policy", prompt=template)  # last: `runs.DONE`
         print(metrics.COST.format(**spent))
         print(f"The policy is in {folder / 'policy'} and {folder / 'report.html'} shows the run. "
               f"Test it: python evaluate.py --policy {folder / 'policy'}")  # fmt: skip

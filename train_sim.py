@@ -69,7 +69,7 @@ def rows_of(config: SimConfig, accelerator):
         return [row for part in data.check(config.data) for row in data.rows(part)]
     examples = data.load(config.data, "train")
     stages.check_lengths(config, [config.policy], examples)
-    engine = stages.build_engine(config, "train", accelerator)
+    engine = stages.build_engine(config, "train", accelerator, examples)
     policy = stages.load(config, config.policy, models.device(), stages.compute_dtype(config))
     play = stages.searcher(config, *policy, models.load_prompt(config.policy), engine,
                            config.temperature, seed=config.seed,

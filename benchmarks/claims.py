@@ -88,7 +88,9 @@ def table(roots: list[Path]) -> str:
     """Markdown: a claim, the paper's figures, a row for each arm, and differences to the first."""
     lines = ["# The paper's claims in miniature", "", __doc__.split("\n\n")[2].replace("\n", " "),
              "", "F1 in per cent, mean and standard error over seeds (with one seed, over "
-             "questions). Written by `python benchmarks/claims.py --table`."]  # fmt: skip
+             "questions, which says nothing about other seeds). Arms of configs/claims have the "
+             "steps that their files say, fewer than the others. Written by "
+             "`python benchmarks/claims.py --table`."]  # fmt: skip
     names = [f"{test}, {group}" for test in TESTS for group in ("one-hop", "two-hop", "all")]
     for claim, paper, arms in CLAIMS:
         there = {arm: row for arm in arms if (row := cells(arm, roots))}

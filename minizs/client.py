@@ -76,7 +76,7 @@ class Client:
     async def _ask(self, path: str, read: Read, payload: dict | None = None) -> Any:
         method, first = "GET" if payload is None else "POST", random.randrange(len(self.urls))
         for attempt in range(self.retries + 1):
-            wait = min(LONGEST_WAIT, FIRST_WAIT * (2**attempt - 1))  # none before the first try
+            wait = min(LONGEST_WAIT, FIRST_WAIT * (2 ** min(attempt, 9) - 1))  # first: none
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             base = self.urls[(first + attempt) % len(self.urls)]
             # Many give an address with its first step, as in http://host:8000/v1: that is as good.

@@ -1,4 +1,4 @@
-"""Settings of the three scripts: a dataclass each, filled from YAML and flags, and saved.
+"""How settings are read: a dataclass (settings.py) filled from YAML and flags, and saved.
 
     python train_policy.py --config my.yaml --lr 1e-4      # a flag wins over the file
 
@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 MACHINE = {  # words in errors of the machine, not of the code: what the user can do
-    "No space left|quota|inline_container": "the disk is full; go on with --resume when it is not",
-    "Permission denied|Read-only|not permitted": "choose another --output",
-    "MemoryError|out of memory": "lower --micro_tokens, --max_context or the batch",
+    "No space left|disk is full|quota|inline_": "the disk is full; --resume when it is not",
+    "Permission denied|Read-?only|not permitted|name too long": "choose another --output or file",
+    "MemoryError|(of|enough|allocate) memory": "lower --micro_tokens, --max_context or the batch",
+    "logits are NaN": "give a larger --temperature or a model with sound weights",
 }
 
 
@@ -103,7 +104,7 @@ def set_threads(threads: int) -> None:
 
     linux = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    torch.set_num_threads(threads or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch.set_num_threads(min(threads, 1024) or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def run_script(main: Callable, argv: list[str] | None = None) -> None:

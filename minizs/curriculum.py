@@ -13,8 +13,8 @@ def noise_probability(step: int, total_steps: int, start: float, end: float,
 
     with i = `step` counted from 1, m = `total_steps`, p_s = `start`, p_e = `end`, b = `base` > 0.
     b > 1 keeps the noise near `start` for long (b = 4 is 1/3 of the way at half time), b < 1 raises
-    it early, and b = 1 is the limit, a straight line. Steps past the end stay at `end`."""
+    it early, and b = 1 is the limit, a straight line. Steps outside stay at the ends."""
     if step >= total_steps:
         return end  # exactly, whatever rounding would make of the formula
-    x = step / total_steps
-    return start + (x if base == 1 else (base**x - 1) / (base - 1)) * (end - start)
+    x = max(step, 0) / total_steps
+    return start + (x if abs(base - 1) < 1e-8 else (base**x - 1) / (base - 1)) * (end - start)

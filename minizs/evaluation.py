@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from minizs.metrics import searched_again
-from minizs.protocol import build_prompt, neutralize, number_documents
+from minizs.protocol import build_prompt, neutralize, number_documents, reply_ids
 from minizs.reward import exact_match, f1_score, substring_match
 from minizs.rollout import Limits, rollout
 from minizs.runs import read_lines
@@ -22,16 +22,20 @@ METRICS = {"f1": f1_score, "em": exact_match, "sub_em": substring_match}
 
 
 def baseline(method: str, model, tokenizer, examples: Sequence[Example], engine, *, max_tokens: int,
-             on_turn: Callable | None = None, **options) -> list[Trajectory]:  # fmt: skip
+             max_document_tokens: int = 600, on_turn: Callable | None = None,
+             **options) -> list[Trajectory]:  # fmt: skip
     """Paper section 4.2, a turn for each example: "direct", "cot" (chain of thought), or "rag", on
-    what one search for the question finds. The wording lies in `prompts/`; `options`: `rollout`."""
+    what one search for the question finds. The wording is in `prompts/`; `options`: `rollout`'s."""
     wording = (Path(__file__).parent / "prompts" / f"{method}.txt").read_text(encoding="utf-8")
     found: list[list[str] | None] = [None for _ in examples]
     if method == "rag":
         asked = [neutralize(example.question, tokenizer) for example in examples]
         requests = [SearchRequest(q, q, e.answers) for q, e in zip(asked, examples, strict=True)]
         found = [[neutralize(text, tokenizer) for text in some] for some in engine.search(requests)]
-    shown = [wording.replace("{documents}", number_documents(some or [])) for some in found]
+    texts = [number_documents(some or []) for some in found]
+    cut = [tokenizer.decode(ids[:max_document_tokens]) if len(ids) > max_document_tokens else text
+           for ids, text in zip(reply_ids(tokenizer, texts), texts, strict=True)]  # fmt: skip
+    shown = [wording.replace("{documents}", text) for text in cut]
     prompts = [build_prompt(e.question, w, tokenizer) for e, w in zip(examples, shown, strict=True)]
     rows = rollout(model, tokenizer, examples, engine, prompts=prompts,
                    limits=Limits(1, max_tokens, context=sys.maxsize), **options)  # fmt: skip

@@ -37,7 +37,7 @@ class Learner:
     """What an update needs; modules and optimisers are those that Accelerate prepared."""
 
     accelerator: Accelerator
-    settings: Any  # train_policy's
+    settings: Any  # a PolicyConfig
     scorer: nn.Module
     optimizer: Any
     reference: Callable | None = None  # a frozen scorer; None where no KL is asked for
@@ -186,7 +186,7 @@ class Learner:
 
     def _split(self, trajectories: list[Trajectory]) -> list[list[Batch]]:
         """Minibatches (an optimiser step each) of micro-batches (a forward pass each), as many as
-        other processes have, by empty ones: they would wait for ever for a pass that is lacking."""
+        other processes have, by fillers of mask 0: they would wait for ever for a missing pass."""
         s, device, minibatches = self.settings, self.accelerator.device, []
         for first in range(s.minibatches):
             rows = range(first, len(trajectories), s.minibatches)

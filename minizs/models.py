@@ -45,7 +45,8 @@ def check_model(name: str, context: int = 0) -> None:
         lora = (path / "adapter_config.json").is_file()
         config = {} if lora else json.loads((path / "config.json").read_text())
         limit = config.get("max_position_embeddings", context)
-        require(context <= limit, f"--max_context {context} exceeds {name}'s {limit} positions.")
+        require(context <= limit, f"--max_context {context}, or a prompt and "
+                f"reply of a simulator, exceeds {name}'s {limit} positions.")  # fmt: skip
     require(any(path.glob("tokenizer*.json")), f"{name!r} holds no tokenizer; save one there.")
 
 

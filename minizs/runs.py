@@ -1,6 +1,7 @@
 """The folder of a run: where it is, what is written into it, and in which order.
 
-config.yaml  metrics.jsonl  trajectories.jsonl  suspects.jsonl  checkpoints/  policy/
+config.yaml  metrics.jsonl  trajectories.jsonl  suspects.jsonl  cost.json  report.html
+checkpoints/step-N/  policy/  evaluation.json
 """
 
 import json
@@ -38,7 +39,9 @@ def to_resume(output: str, resume: str) -> Path:
 def check_unchanged(folder: Path, config, free: set[str]) -> None:
     """Raise UserError, with each difference, if settings of a run, `free` ones apart, changed."""
     path, ours = folder / "config.yaml", asdict(config)
-    theirs = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    theirs = (yaml.safe_load(path.read_text()) if path.is_file() else {}) or {}
+    require(bool(theirs) or not checkpoints(folder), f"{path} is lost or empty: write into it what "
+            "this run was started with, or choose another --output.")  # fmt: skip
     changed = [f"--{name} was {value!r} and is {ours[name]!r}" for name, value in theirs.items()
                if name not in free and ours.get(name, value) != value]  # fmt: skip
     require(not changed, f"{folder} cannot go on with other settings: {', '.join(changed)}. Leave "
@@ -61,7 +64,7 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    return any((folder / n).is_file() for n in ("config.yaml", "metrics.jsonl", "collected.jsonl"))
+    return any((folder / name).is_file() for name in ("metrics.jsonl", "collected.jsonl"))
 
 
 def remove(folder: Path) -> None:
@@ -103,7 +106,8 @@ def write_lines(path: Path, rows: list[dict], mode: str = "a") -> None:
 
 def checkpoints(folder: Path) -> list[int]:
     """The steps after which a run was saved, in order. Each is whole: renaming made it."""
-    return sorted(int(path.name[5:]) for path in folder.glob("checkpoints/step-*[0-9]"))
+    paths = folder.glob("checkpoints/step-*")
+    return sorted(int(path.name[5:]) for path in paths if path.name[5:].isdecimal())
 
 
 def begin(folder: Path, step: int = 0, overwrite: bool = False) -> None:

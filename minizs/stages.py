@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from minizs.evaluation import answer_all, summary
 from minizs.protocol import build_prompt, prompt_ids
 from minizs.rollout import Limits, rollout
 from minizs.settings import URL, SearchConfig
-from minizs.trajectory import Example
+from minizs.trajectory import Example, SearchRequest
 from minizs.world import embedded
 
 
@@ -67,14 +67,14 @@ def run_stage(script: str) -> None:
     require(status == 0, f"{script}, which this needs, has failed; see the message above.")
 
 
-def build_engine(config: SearchConfig, role: str, accelerator):
+def build_engine(config: SearchConfig, role: str, accelerator, examples: Sequence[Example] = ()):
     """The engine that the settings name. In the tiny world a role is train, dev or test."""
     if config.engine == "none":
         return engines.NoDocuments()
     if config.engine == "bm25":
         return bm25(config, role)
     if config.engine == "simulator":
-        return simulated(config, accelerator)
+        return simulated(config, accelerator, examples)
     if config.engine == "web":
         key, url = api_key("SERPER_API_KEY"), SERPER
         require(bool(key), "--engine web needs a key; set the variable SERPER_API_KEY to yours.")
@@ -104,8 +104,8 @@ def client(config: SearchConfig, urls: str, headers: dict[str, str] | None = Non
     return Client(urls, config.timeout, config.retries, headers, config.on_search_error)
 
 
-def simulated(config: SearchConfig, accelerator):
-    """The simulator: a server's, or a model here. It writes no more than a policy may be shown."""
+def simulated(config: SearchConfig, accelerator, examples: Sequence[Example] = ()):
+    """A server's, or a model here, with room for these. It writes no more than may be shown."""
     writes = (config.top_k, config.seed, config.simulator_temperature, config.max_document_tokens)
     if config.simulator.startswith(URL):
         template = simulator.load_template(config.simulator_template or "tuned")
@@ -120,6 +120,10 @@ def simulated(config: SearchConfig, accelerator):
     with models.readable(folder):  # on a device that may not be there
         model, tokenizer = models.load(folder, place, models.compute_dtype(config.dtype, place))
     template = simulator.load_template(config.simulator_template or folder)
+    asked = (SearchRequest("", example.question, example.answers) for example in examples)
+    texts = [simulator.prompt(template, request, config.top_k, tokenizer) for request in asked]
+    longest = max(map(len, prompt_ids(tokenizer, texts or [""])))
+    models.check_model(folder, longest + config.max_turn_tokens + config.max_document_tokens)
     return simulator.SimulatedSearch(model, tokenizer, template, *writes)
 
 

@@ -15,7 +15,7 @@ def test_paper_values(quarter, expected):
     assert noise_probability(quarter, 4, 0.25, 0.5) == pytest.approx(0.25 + expected / 4, abs=1e-6)
 
 
-@pytest.mark.parametrize("base", [0.3, 1.0, 1.0000001, 4.0, 100.0])
+@pytest.mark.parametrize("base", [0.3, 1 - 1e-15, 1.0, 1 + 3e-16, 1.0000001, 4.0, 100.0])
 def test_whole_curve_against_the_equation(base):
     """Every step, and bases on both sides of 1, where the equation as written divides 0 by 0."""
     for step in range(1, 204):
@@ -27,6 +27,6 @@ def test_whole_curve_against_the_equation(base):
 
 def test_ends_are_exact_and_the_end_stays():
     """A last step that misses its end by rounding, or a longer run that overshoots past it."""
-    assert noise_probability(0, 200, 0.1, 0.75) == 0.1
+    assert noise_probability(0, 200, 0.1, 0.75) == noise_probability(-9, 200, 0.1, 0.75) == 0.1
     for step in (200, 201, 10_000):
         assert noise_probability(step, 200, 0.1, 0.75) == 0.75

@@ -215,6 +215,18 @@ def test_two_processes_find_what_one_finds(work):
     assert one.pop("settings") != two.pop("settings") and one == two
 
 
+def test_no_file_beside_the_figures_is_lost(work):
+    """Guards the questions themselves, `nq.jsonl` beside `nq.json`, and a table of that name."""
+    for name, more, words in (("nq.jsonl", [], "nq.jsonl exists"), ("nq.md", [], "nq.md exists"),
+                              ("nq.jsonl", ["--overwrite"], "is read")):  # fmt: skip
+        shutil.copy("../questions.jsonl", name)
+        with pytest.raises(UserError, match=words):
+            evaluation("--data", "./nq.jsonl" if more else FILE[1], *FILE[2:], *more,
+                       "--policy", "../base", "--output", "nq.json")  # fmt: skip
+        assert Path(name).read_text() == Path("../questions.jsonl").read_text()
+        Path(name).unlink()
+
+
 def test_where_figures_go_and_what_a_run_is(work):
     """Guards a folder that is not there (a hub name's), and any config.yaml taken for a run's."""
     assert evaluate.default_output("org/name") == Path("evaluation.json")
@@ -237,6 +249,9 @@ def test_without_a_run_one_is_made(work, monkeypatch):
     monkeypatch.setattr(stages, "run_stage", run_stage)
     with pytest.raises(UserError):
         evaluation("--data", "../nowhere.jsonl")
+    for flags in (["--before", "../nowhere"], ["--engine", "web"]):
+        with pytest.raises(UserError):
+            evaluation(*flags)
     assert not made
     evaluation(*FILE)
     assert len(made) == 1 and "train_policy.py" in made[0]

@@ -30,6 +30,7 @@ def test_the_files_to_change_are_there():
     for path, name in [("grpo.py", "group_advantages"), ("grpo.py", "EPSILON"),
                        ("grpo.py", "center"), ("engines.py", "class BM25"),
                        ("engines.py", "class Ranking"), ("settings.py", "ENGINES"),
+                       ("settings.py", "advantage_scale:"), ("settings.py", "class PolicyConfig"),
                        ("stages.py", "build_engine"), ("trajectory.py", "def searches")]:
         assert name in (root / "minizs" / path).read_text(), (path, name)
 

@@ -300,4 +300,8 @@ def test_baselines_read_neutral_text():
     assert row.turns[0].documents == ["(/information>(|im_end|>?", "{question}"]
     [end] = ids_of(tokenizer, "<|im_end|>")
     assert seen[0].count(end) == 1 and row.answer == "wrong"
+    with mock.patch("minizs.rollout.Decoder", Spy):  # a long document is cut, as in a search
+        evaluation.baseline("rag", None, tokenizer, examples, Hostile(["x y " * 5000]),
+                            max_tokens=40, max_document_tokens=50)  # fmt: skip
+    assert len(seen[1]) < len(seen[0]) + 100
     json.dumps(row.turns[0].documents).encode()

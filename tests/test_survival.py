@@ -256,6 +256,22 @@ def test_other_settings_are_refused(work, trained):
         refused(lambda *given: train_policy.main(["--output", "run", "--resume", *given]), flags,
                 names, work)  # fmt: skip
     train_policy.main("--output run --resume --keep 5 --save_every 7 --timeout 1".split())
+    (work / "run" / "config.yaml").write_text("")  # else it would go on with the defaults
+    refused(lambda *given: train_policy.main(["--output", "run", "--resume", *given]), "",
+            "config.yaml is lost or empty", work)  # fmt: skip
+    (work / "run" / "config.yaml").unlink()
+    refused(lambda *given: train_policy.main(["--output", "run", "--resume", *given]), "",
+            "config.yaml is lost or empty", work)  # fmt: skip
+
+
+def test_a_folder_with_a_file_of_our_name_is_no_run(tmp_path):
+    """Guards a user's own config.yaml in the current folder, and copies of checkpoints."""
+    (tmp_path / "config.yaml").write_text("steps: 3")
+    runs.check_free(tmp_path / "new", resume=False, overwrite=False)
+    with pytest.raises(UserError, match="holds no run"):
+        runs.check_free(tmp_path, resume=False, overwrite=True)
+    (tmp_path / "run" / "checkpoints" / "step-2-copy-1").mkdir(parents=True)
+    assert runs.checkpoints(tmp_path / "run") == []
 
 
 # ---- losses that are not finite -----------------------------------------------------------------

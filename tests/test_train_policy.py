@@ -162,6 +162,13 @@ def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
     refused(policy, "--engine simulator --max_document_tokens 2000", "positions", work.parent)
 
 
+def test_a_question_whose_golds_leave_a_simulator_no_room(work):
+    """Guards a traceback in the middle of a run: a prompt holds all golds, and a data set many."""
+    row = {"question": "who?", "answers": [f"the number {i}" for i in range(400)]}
+    (work / "golds.jsonl").write_text(json.dumps(row))
+    refused(policy, "--engine simulator --simulator tiny --data golds.jsonl", "positions", work)
+
+
 def test_the_shipped_model_can_be_named_as_simulator(work):
     """Guards the wording of `tiny`, which lies in its folder and not in one of that name."""
     config = train_policy.PolicyConfig(simulator="tiny")

@@ -180,7 +180,8 @@ def main(argv: list[str]) -> None:
         print(metrics.COST.format(**spent))
         print(f"The policy is in {folder / 'policy'} and {folder / 'report.html'} shows the run. "
               f"Test it: python evaluate.py --policy {folder / 'policy'}")  # fmt: skip
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # not end_training(), in which two processes can hang
+        tracker.finish()
 
 
 if __name__ == "__main__":

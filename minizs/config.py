@@ -102,9 +102,9 @@ def set_threads(threads: int) -> None:
     `accelerate launch` sets one thread a process on a CPU, which would leave cores idle."""
     import torch
 
-    linux = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-    torch.set_num_threads(min(threads, 1024) or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
+    threads = min(threads, 1024) or cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, threads))
 
 
 def run_script(main: Callable, argv: list[str] | None = None) -> None:

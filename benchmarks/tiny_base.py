@@ -228,8 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     require(config.hidden % 8 == 0, "--hidden must be a multiple of 8.")
     folder = Path(config.output)
     ours = config.overwrite and (folder / "simulator_prompt.txt").is_file()  # as it was left
-    require(ours or not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; choose "
-            "another --output, or --overwrite a base model.")  # fmt: skip
+    require(ours or not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; "
+            "choose another --output, or --overwrite a base model.")  # fmt: skip
     set_threads(config.threads)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     tokenizer = make_tokenizer()

@@ -4,8 +4,7 @@
     python evaluate.py --policy DIR --ask "how long is the warranty?" --corpus handbook.txt
     accelerate launch evaluate.py --policy DIR --data paper --engine http --engine_url URL
 
-Greedy by default, every question counted. What was interrupted goes on where it was.
-"""
+Greedy by default, every question counted. What was interrupted goes on where it was."""
 
 import json
 import os
@@ -145,16 +144,15 @@ def main(argv: list[str]) -> None:
     # All weights before any answer, so that none is lost to what cannot be read.
     policies = {name: stages.load(config, name, accelerator.device) for name in names}
     engine = stages.build_engine(config, "test", accelerator, examples)
-    answers, sampling = {}, {"temperature": config.temperature, "seed": config.seed}
+    answers, shared = {}, {"engine": engine, "temperature": config.temperature, "seed": config.seed}
     for name, policy in policies.items():
         if config.method == "search":
-            answers[name] = stages.searcher(config, *policy, models.load_prompt(name), engine,
-                                            noise=config.engine_noise, **sampling)  # fmt: skip
+            answers[name] = stages.searcher(config, *policy, models.load_prompt(name),
+                                            noise=config.engine_noise, **shared)  # fmt: skip
         else:
-            answers[name] = partial(evaluation.baseline, config.method, *policy, engine=engine,
+            answers[name] = partial(evaluation.baseline, config.method, *policy, **shared,
                                     max_tokens=config.max_turn_tokens,
-                                    max_document_tokens=config.max_document_tokens,
-                                    **sampling)  # fmt: skip
+                                    max_document_tokens=config.max_document_tokens)  # fmt: skip
     if not config.ask:
         return test(config, accelerator, examples, answers, engine)
     if missing:

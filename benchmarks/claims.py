@@ -5,10 +5,12 @@
     python benchmarks/claims.py --table             # only benchmarks/CLAIMS.md, from what is there
 
 An arm is a file in configs/claims (`accelerate launch train_policy.py --config FILE` is one run of
-it), or one of two scripts here. Arms lie in runs/claims/NAME-SEED; what is complete is not run
-again. Each policy answers the same questions with BM25 on an unseen world: greedy, sampled at
-temperature 1, and greedy with half of the replies noisy. The arms of arms.py (100 steps), if they
-were run, are in the table, too.
+it), or one of two scripts here. The arm "reference" is 40 steps of GRPO with the default simulator
+and noise (0 to 0.25); another arm of 40 steps differs from it in what its name says. (The reference
+of the KL is something else: the model that a run starts from.) Arms lie in runs/claims/NAME-SEED;
+what is complete is not run again. Each policy answers the same questions with BM25 on an unseen
+world: greedy, sampled at temperature 1, and greedy with half of the replies noisy. The arms of
+arms.py (100 steps), if they were run, are in the table, too.
 """
 
 import argparse
@@ -88,8 +90,10 @@ def table(roots: list[Path]) -> str:
     """Markdown: a claim, the paper's figures, a row for each arm, and differences to the first."""
     lines = ["# The paper's claims in miniature", "", __doc__.split("\n\n")[2].replace("\n", " "),
              "", "F1 in per cent, mean and standard error over seeds (with one seed, over "
-             "questions, which says nothing about other seeds). Arms of configs/claims have the "
-             "steps that their files say, fewer than the others. Written by "
+             "questions, which says nothing about other seeds). The paper's figures are EM, the "
+             "average of its seven data sets, of other models: compare which side is ahead, not by "
+             "how much. Arms of configs/claims and the two scripts have the steps that their files "
+             "say (40), those of arms.py 100. Written by "
              "`python benchmarks/claims.py --table`."]  # fmt: skip
     names = [f"{test}, {group}" for test in TESTS for group in ("one-hop", "two-hop", "all")]
     for claim, paper, arms in CLAIMS:
@@ -101,7 +105,7 @@ def table(roots: list[Path]) -> str:
         lines += [f"| {arm} | {' | '.join(row)} |" for arm, row in there.items()]
         gaps = [difference(root, arms[0], arm, test) for arm in arms[1:] for test in TESTS
                 for root in roots]  # fmt: skip
-        lines += ["", *[f"- {gap}" for gap in gaps if gap]]
+        lines += ["", *[f"- {gap.replace('(1 seeds)', '(1 seed)')}" for gap in gaps if gap]]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,6 @@
 """A key-value cache whose rows each have their own length, written at their ends in memory taken
 ahead. (The `transformers` ones pad on the left, and copy everything to append a column.)
-Left out: paged memory, sliding windows (refused beyond them), quantised keys.
-"""
+Left out: paged memory, sliding windows (refused beyond them), quantised keys."""
 
 from collections.abc import Sequence
 

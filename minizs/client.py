@@ -1,8 +1,7 @@
 """Other machines: JSON over HTTP to one server or several alike, and the engines that ask by it.
 
 A request that fails is sent again, to the next address, after a growing, partly random wait, and a
-bounded number of times. Messages hold no server's own words, which might repeat the key.
-"""
+bounded number of times. Messages hold no server's own words, which might repeat the key."""
 
 import asyncio
 import json
@@ -56,8 +55,12 @@ class Client:
         # In a thread of its own: a notebook's loop runs already, and cannot be waited for.
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
-    def get(self, path: str, read: Read) -> Any:
-        """`read(answer, None)`. Raises ServiceError."""
+    def reach(self) -> None:
+        """Raises ServiceError if no server is there, so that nothing is begun in vain."""
+        self.get("/", read=None)
+
+    def get(self, path: str, read: Read | None) -> Any:
+        """`read(answer, None)`, or whether anything answers. Raises ServiceError."""
         return asyncio.run_coroutine_threadsafe(self._ask(path, read), self._loop).result()
 
     def post(self, path: str, payloads: Iterable[dict], read: Read) -> list:
@@ -84,6 +87,8 @@ class Client:
             try:
                 async with self._room, asyncio.timeout(self.timeout):
                     response = await self._http.request(method, url, json=payload)
+                if read is None:
+                    return None
                 if response.status_code == 200:
                     return read(response.json(), payload)
                 problem = f"answered {response.status_code}"
@@ -114,10 +119,9 @@ class HttpSearch(Ranking):
     def rank(self, queries: list[str], n: int) -> list[list[str] | None]:
         size = 1 if self.wiki else AT_ONCE
         asked = [queries[i : i + size] for i in range(0, len(queries), size)]
-        bodies = [{"query": some[0], "top_k": n} if self.wiki else
-                  {"queries": some, "topk": n, "return_scores": True}
-                  for some in asked]  # fmt: skip
-        replies = self.client.post("/retrieve", bodies, read_retrieved)
+        posts = [{"query": some[0], "top_k": n} if self.wiki else
+                 {"queries": some, "topk": n, "return_scores": True} for some in asked]  # fmt: skip
+        replies = self.client.post("/retrieve", posts, read_retrieved)
         return [documents for some, reply in zip(asked, replies, strict=True)
                 for documents in reply or [None] * len(some)]  # fmt: skip
 
@@ -129,14 +133,12 @@ def read_retrieved(answer: Any, asked: dict) -> list[list[str]]:
     rows = rows if "queries" in asked else [rows]
     if len(rows) != len(asked.get("queries", [0])) or not all(isinstance(r, list) for r in rows):
         raise ValueError("not a list of documents for each query")
-    found = [[row.get("document", row) for row in some] for some in rows]
     return [[(d["contents"] if "contents" in d else titled(d.get("title"), d["text"])).strip()
-             for d in some] for some in found]  # fmt: skip
+             for row in some for d in [row.get("document", row)]] for some in rows]  # fmt: skip
 
 
 class WebSearch(Ranking):
-    """Google's results through Serper: title and snippet. A noisy request gets what is left of the
-    first page. Raises ServiceError."""
+    """Google's first page through Serper; if noisy, what is left of it. Raises ServiceError."""
 
     def __init__(self, client: Client, top_k: int = 3) -> None:
         super().__init__(top_k, deepest=top_k)
@@ -169,9 +171,8 @@ class Cached(Engine):
 
     def find(self, requests: list[SearchRequest]) -> list[list[str] | None]:
         # A noisy reply depends on what its question needs, any other on the query alone.
-        keys = [json.dumps([self.name, self.engine.top_k, request.query,
-                            [request.question, request.answers] if request.noisy else None])
-                for request in requests]  # fmt: skip
+        keys = [json.dumps([self.name, self.engine.top_k, r.query, [r.question, r.answers]
+                            if r.noisy else None]) for r in requests]  # fmt: skip
         new = {k: r for k, r in zip(keys, requests, strict=True) if k not in self.kept}
         for start in range(0, len(new), BETWEEN_WRITES):
             some = list(new)[start : start + BETWEEN_WRITES]

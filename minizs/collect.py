@@ -19,8 +19,7 @@ from minizs.world import RELATIONS, Question, World, read_fact
 LABELS = ("useful", "noisy")
 
 
-def write_query(world: World, goal: tuple[str, str], question: Question, sloppy: bool,
-                rng: Random) -> str:  # fmt: skip
+def write_query(world: World, goal: tuple, question: Question, sloppy: bool, rng: Random) -> str:
     """A good one for (subject, relation), or the question, half a name, another fact's query."""
     subject, form = goal[0], RELATIONS[goal[1]]
     if not sloppy:

@@ -109,8 +109,11 @@ def set_threads(threads: int) -> None:
 
 def run_script(main: Callable, argv: list[str] | None = None) -> None:
     """Call `main(argv)`. What the user can mend becomes one line and exit status 2, Ctrl-C 130."""
+    sentence, status = "", 0
     try:
-        return main(sys.argv[1:] if argv is None else argv)
+        main(sys.argv[1:] if argv is None else argv)
+    except SystemExit as stop:
+        sentence, status = (stop.code, 1) if isinstance(stop.code, str) else ("", stop.code)
     except KeyboardInterrupt:
         sentence, status = "stopped by Ctrl-C; what was saved is kept.", 130
     except Exception as error:
@@ -119,5 +122,11 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
         if not advice and not isinstance(error, UserError):
             raise
         sentence = f"error: {error if isinstance(error, UserError) else advice[0]}"
-    print(sentence, file=sys.stderr)
-    sys.exit(status)
+    if sentence:
+        print(sentence, file=sys.stderr)
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+        # Threads of the process group can abort a Python that cleans up, and hang one that waits.
+        print(end="", flush=True)
+        os._exit(status or 0)
+    if status:
+        sys.exit(status)

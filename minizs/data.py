@@ -7,7 +7,6 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
@@ -38,9 +37,8 @@ def check(spec: str) -> list[str]:
 
 
 def load(spec: str, role: str, say: Callable[[str], None] = print) -> list[Example]:
-    """The examples of a spec for "train", "dev" or "test", each with its own world. Of a file, or
-    the hub's "train", about one question in ten, told by its hash, is "dev", the rest "train";
-    "test" is every row. Raises UserError."""
+    """The examples of a spec for "train", "dev" or "test" (a world each). Of a file, or the hub's
+    "train", a tenth, told by its hash, is "dev", the rest "train"; "test" is all. Or UserError."""
     if spec == "world":
         return [Example(q.text, (q.answer,), q.kind) for q in embedded(role).questions()]
     kept, left_out = {}, Counter()
@@ -131,10 +129,9 @@ def _parsed(path: Path) -> Iterator:
 
 def _json(text: str):
     """Half a character (a lone surrogate), which JSON can spell and no tokenizer takes, is "?"."""
-    value = json.loads(text)
     if "\\ud" in text.lower():
-        value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
-    return value
+        text = json.dumps(json.loads(text), ensure_ascii=False).encode(errors="replace")
+    return json.loads(text)
 
 
 def spread(examples: Sequence[Example], n: int) -> list[Example]:
@@ -149,5 +146,5 @@ def batch(examples: Sequence[Example], step: int, size: int, seed: int) -> list[
     cursor. Every epoch is a fresh permutation; batches run across its end."""
     n, first = len(examples), (step - 1) * size
     epochs = range(first // n, (first + size - 1) // n + 1)
-    order = [i for epoch in epochs for i in sorted(range(n), key=partial(hash64, seed, epoch))]
+    order = [i for epoch in epochs for i in sorted(range(n), key=lambda i: hash64(seed, epoch, i))]
     return order[first % n : first % n + size]

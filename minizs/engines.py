@@ -2,8 +2,7 @@
 
 An engine is any object with `search(requests: list[SearchRequest]) -> list[list[str]]`. A request
 that is marked noisy gets the best-ranked documents that a judge finds useless to it: a real engine
-can be as noisy as a simulated one. Other machines' are in client.py.
-"""
+can be as noisy as a simulated one. Other machines' are in client.py."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,20 +48,17 @@ class Ranking(Engine):
         while short:
             found = self.rank([requests[i].query for i in short], depth)
             for i, ranked in zip(short, found, strict=True):
-                results[i] = ranked and self.kept(ranked, requests[i])
+                texts = [" ".join(text.split()) for text in ranked or []]
+                kept = [t for t in texts if not (requests[i].noisy and self.judge(t, requests[i]))]
+                results[i] = ranked and kept[: self.top_k]
             short = [i for i in short if depth < self.deepest and requests[i].noisy
                      and results[i] is not None and len(results[i]) < self.top_k]  # fmt: skip
             depth = min(2 * depth, self.deepest)
         return results
 
-    def kept(self, ranked: list[str], request: SearchRequest) -> list[str]:
-        texts = [" ".join(text.split()) for text in ranked]
-        return [t for t in texts if not (request.noisy and self.judge(t, request))][: self.top_k]
-
 
 class BM25(Ranking):
-    """BM25 (Robertson and Zaragoza, 2009) with `bm25s`: words and marks in lower case, not stemmed.
-    `index` is one of these documents that was made before."""
+    """BM25 (Robertson and Zaragoza, 2009) with `bm25s`: words and marks in lower case, no stems."""
 
     def __init__(self, documents: Sequence, top_k: int = 3, judge: Judge = holds_answer,
                  index: bm25s.BM25 | None = None) -> None:  # fmt: skip

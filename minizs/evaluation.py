@@ -1,11 +1,9 @@
 """Stage 3 as functions: questions in, EM, substring match and F1 with their standard errors out.
 
-Every row counts, also one without an answer; EM is equality, not containment (defect D4).
-"""
+Every row counts, also one without an answer; EM is equality, not containment (defect D4)."""
 
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ METRICS = {"f1": f1_score, "em": exact_match, "sub_em": substring_match}
 
 
 def baseline(method: str, model, tokenizer, examples: Sequence[Example], engine, *, max_tokens: int,
-             max_document_tokens: int = 600, on_turn: Callable | None = None,
+             max_document_tokens: int = 600, on_turn: Callable = lambda turn: None,
              **options) -> list[Trajectory]:  # fmt: skip
     """Paper section 4.2, a turn for each example: "direct", "cot" (chain of thought), or "rag", on
     what one search for the question finds. The wording is in `prompts/`; `options`: `rollout`'s."""
@@ -38,11 +36,10 @@ def baseline(method: str, model, tokenizer, examples: Sequence[Example], engine,
     shown = [wording.replace("{documents}", text) for text in cut]
     prompts = [build_prompt(e.question, w, tokenizer) for e, w in zip(examples, shown, strict=True)]
     rows = rollout(model, tokenizer, examples, engine, prompts=prompts,
-                   limits=Limits(1, max_tokens, context=sys.maxsize), **options)  # fmt: skip
+                   limits=Limits(1, max_tokens, context=math.inf), **options)  # fmt: skip
     for row, documents in zip(rows, found, strict=True):
         row.turns[0].documents = documents
-        if on_turn:
-            on_turn(row.turns[0])
+        on_turn(row.turns[0])
     return rows
 
 
@@ -93,23 +90,18 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         out |= {name: fmean(scores), f"{name}_stderr": error}
     out["searches_per_question"] = fmean(t.searches for t in trajectories)
     out["truncated"] = fmean(bool(t.truncated) for t in trajectories)
-    for noisy, name in ((True, "again_after_noisy"), (False, "again_after_useful")):
-        again, searches = searched_again(trajectories, noisy)
-        if searches:
-            out[name] = again / searches
-    return out
+    again = {label: searched_again(trajectories, label == "noisy") for label in ("noisy", "useful")}
+    return out | {f"again_after_{label}": a / n for label, (a, n) in again.items() if n}
 
 
 def table(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
     """`summary` of each data set, of "overall" (all pooled), and the sets' mean, "average"."""
     sources = sorted({t.example.source for t in trajectories})
     out = {s: summary([t for t in trajectories if t.example.source == s]) for s in sources}
-    average: dict[str, float] = {"n": len(trajectories)}
-    for name in (*METRICS, "searches_per_question"):
-        average[name] = fmean(out[s][name] for s in sources)
+    average = {m: fmean(out[s][m] for s in sources) for m in (*METRICS, "searches_per_question")}
     for name in (f"{metric}_stderr" for metric in METRICS):  # of a mean of independent means
         average[name] = math.hypot(*(out[s][name] for s in sources)) / len(sources)
-    return out | {"overall": summary(trajectories), "average": average}
+    return out | {"overall": summary(trajectories), "average": {"n": len(trajectories)} | average}
 
 
 def show(tables: dict[str, dict]) -> str:

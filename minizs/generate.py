@@ -2,14 +2,12 @@
 
     decoder = Decoder(model, prompts, ...)                  # equal prompts are computed once
     results = decoder.turn(rows, max_new_tokens, keys)      # sample until a tag, eos or the budget
-    decoder.append(rows, documents)                         # documents join the next forward
-    results = decoder.turn(rows, ...)                       # and so on; finished rows just stay out
+    decoder.append(rows, documents)                         # they join the next turn, and so on
 
 Each cache row has its own length: no padding. Every token is computed once: the cache outlives the
 turn, whose last token is *pending*: sampled, but fed to the model with whatever follows it. Rows
 that have stopped leave: the live ones are swapped to the front, and the batch is `cache[:n]`.
-Left out: beam search, top-k and top-p, paged memory, compiled graphs.
-"""
+Left out: beam search, top-k and top-p, paged memory, compiled graphs."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -95,33 +93,30 @@ class Decoder:
         """Let these (distinct) rows write until a stop string, eos (both are kept) or the budget of
         `max_new_tokens`, one number or one a row. Random numbers hang on the seed, the row's
         `keys`, which must differ from turn to turn, and the position, not on the batch's layout."""
-        if isinstance(max_new_tokens, int):
-            max_new_tokens = [max_new_tokens] * len(rows)
-        budget, live = dict(zip(rows, max_new_tokens, strict=True)), rows
+        most = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else max_new_tokens
+        budget, live, position = dict(zip(rows, most, strict=True)), rows, 0
         if any(self.length[r] + len(self.pending[r]) + budget[r] > self.limit for r in rows):
             raise ValueError(f"a row may exceed the model's limit of {self.limit} tokens")
         keys = [(key,) if isinstance(key, int) else key for key in keys]
         states = {row: hash64(self.seed, *key) for row, key in zip(rows, keys, strict=True)}
-        results = {row: Generated() for row in rows}
+        out = {row: Generated() for row in rows}
         with decoding(self.model):
-            for position in range(max(max_new_tokens, default=0)):
-                live = [r for r in live if results[r].reason == "length" and position < budget[r]]
-                if not live:
-                    break
+            while live := [r for r in live if out[r].reason == "length" and position < budget[r]]:
                 live, hidden = self._feed(live)
                 drawn = self._sample(hidden, uniforms([states[row] for row in live], position))
                 for row, token, logprob in zip(live, *drawn, strict=True):
-                    self.pending[row], result = [token], results[row]
+                    self.pending[row], result = [token], out[row]
                     result.ids.append(token)
                     result.logprobs.append(logprob)
                     if token in self.eos or self.stop.complete(result.ids):
                         result.reason = "eos" if token in self.eos else "stop"
-        return list(results.values())
+                position += 1
+        return list(out.values())
 
     def _feed(self, rows: Sequence[int]) -> tuple[list[int], Tensor]:
         """Swap these rows to the front of the cache and put their pending tokens through the model.
         Returns the rows in the order they then have, and their last hidden states (n, d)."""
-        wanted, n, states = set(rows), len(rows), []
+        wanted, n = set(rows), len(rows)
         holes = [slot for slot in range(n) if self.order[slot] not in wanted]
         if holes:
             movers = [slot for slot in range(n, len(self.order)) if self.order[slot] in wanted]
@@ -129,10 +124,9 @@ class Decoder:
             for a, b in zip(holes, movers, strict=True):
                 self.order[a], self.order[b] = self.order[b], self.order[a]
         rows = self.order[:n]
-        size = max(1, FORWARD_TOKENS // max(len(self.pending[row]) for row in rows))
-        for first in range(0, n, size):
-            parts = [(self.length[r], self.pending[r]) for r in rows[first : first + size]]
-            states.append(self.cache.feed(self.model, first, parts))
+        parts = [(self.length[row], self.pending[row]) for row in rows]
+        size = max(1, FORWARD_TOKENS // max(len(chunk) for _, chunk in parts))
+        states = [self.cache.feed(self.model, i, parts[i : i + size]) for i in range(0, n, size)]
         for row in rows:
             self.length[row] += len(self.pending[row])
             self.positions += len(self.pending[row])

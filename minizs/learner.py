@@ -162,7 +162,7 @@ class Learner:
             alone = part is not parts[-1] and not accelerator.is_fsdp2
             with accelerator.no_sync(module) if alone else nullcontext():
                 loss, stats = loss_of(part, part_weights, normalizer)
-                accelerator.backward(loss * accelerator.num_processes)
+                accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean
             all_stats.append(stats)
             values.append(loss.detach().float())
         norm = float(accelerator.clip_grad_norm_(module.parameters(), s.max_grad_norm))

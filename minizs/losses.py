@@ -79,9 +79,9 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, kind: str, mask: Tensor | None = 
         k2 = d^2 / 2            biased, small variance
         k3 = exp(-d) - 1 + d    unbiased, never negative
 
-    A good value need not have the right gradient (arXiv 2506.09477). As a loss, k2 has in mean that
-    of the token's KL, d * grad logprobs; k3 that of the KL the other way round, close while d is
-    small; k1 none (the mean of grad logprobs is 0), but it is the right one in the reward, where no
+    A good value need not have the right gradient (arXiv 2506.09477). As a loss, the mean gradient
+    of k2 is that of the token's KL, d * grad logprobs; of k3 that of the reverse KL, close while d
+    is small; of k1 zero (as the mean of grad logprobs is), but k1 is right in the reward, where no
     gradient flows: only there does a token answer for the KL of later ones. Choose one place.
 
     The caller ADDS beta * kl to a loss it minimises. (The paper's code subtracts it, which rewards

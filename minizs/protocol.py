@@ -4,15 +4,10 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 STOP = ("</search>", "</answer>")  # a turn ends at the first of these
-PROMPT = """Answer the question below. Think inside <think> and </think> first, and again whenever \
-you are given new information. If you lack some knowledge, ask a search engine with <search> query \
-</search>; its best results come back between <information> and </information>. Search as often as \
-you like. When you need nothing more, give the answer alone inside <answer> and </answer>, without \
-an explanation, for example <answer> Beijing </answer>.
-Question: {question}
-"""
+PROMPT = Path(__file__).with_name("prompts").joinpath("search.txt").read_text(encoding="utf-8")
 INVALID_ACTION = "\n\nThat action is not valid. Let me try again.\n\n"
 CLOSING = "\n</information>\n\n"
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)

@@ -1,8 +1,7 @@
 """One self-contained page about a run: its curves, and what training did with every token.
 
 The page (report.html, a Jinja template) loads nothing and runs no script; its filters are radio
-buttons and CSS. Whatever is data is escaped; a content policy would stop what slipped by.
-"""
+buttons and CSS. Whatever is data is escaped; a content policy would stop what slipped by."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -16,9 +15,8 @@ from minizs import protocol
 from minizs.reward import exact_match
 from minizs.runs import read_lines
 
-PAGE = Environment(
-    autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    finalize=lambda value: visible(value) if type(value) is str else value,
+PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                   finalize=lambda value: visible(value) if type(value) is str else value
 ).from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))  # fmt: skip
 PLOTS = yaml.safe_load(Path(__file__).with_name("report.yaml").read_text(encoding="utf-8"))
 FIRST, LAST, TESTS = 8, 24, 16  # trajectories shown of a log's two ends, and questions of a test
@@ -35,8 +33,7 @@ def write(folder: Path) -> None:
     rows = read_lines(folder / "trajectories.jsonl")
     shown = [*tests(folder), *([row] for row in rows[:FIRST] + rows[FIRST:][-LAST:])]
     html = render(folder.resolve().name, read_lines(folder / "metrics.jsonl"), shown)
-    temporary = folder / "report.html.tmp"
-    temporary.write_text(html, encoding="utf-8")
+    (temporary := folder / "report.html.tmp").write_text(html, encoding="utf-8")
     temporary.replace(folder / "report.html")  # os.replace: a reader never sees half a page
 
 
@@ -97,8 +94,7 @@ def blocks(row: dict) -> Iterator[tuple[str, list[tuple[float, list[str]]]]]:
 
 
 def tokens(row: dict) -> Iterator[tuple[str, int, float | None]]:
-    """(text, 1 if trained on, advantage) of every token; where these were not logged, as in a
-    test, of every turn and of what followed it."""
+    """(text, 1 if trained on, advantage) of each token; of a test, which logs none, each part."""
     if "pieces" in row:
         yield from zip(row["pieces"], row["loss_mask"], row["advantages"], strict=True)
         return

@@ -3,13 +3,11 @@
     python -m minizs.retriever --corpus corpus.jsonl --port 8000
     curl localhost:8000/retrieve -d '{"queries": ["Ann born in"], "topk": 3, "return_scores": true}'
 
-ZeroSearch's form `{"query": ..., "top_k": ...}` is answered, too. Let only your own reach it.
-"""
+ZeroSearch's form `{"query": ..., "top_k": ...}` is answered, too. Let only your own reach it."""
 
 import json
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
 from minizs.config import UserError, check_ranges, option, parse, require, run_script
 from minizs.engines import BM25
@@ -24,17 +22,16 @@ class RetrieverConfig:
     top_k: int = option(3, "Documents a query where the request does not say.")
 
 
-def answer(engine: BM25, body: Any) -> Any:
+def answer(engine: BM25, body: dict) -> dict | list:
     """The answer to a request, in its own shape. Raises what odd requests raise."""
     queries = body["queries"] if "queries" in body else [body["query"]]
     n = body.get("topk", body.get("top_k")) or engine.top_k
     require(isinstance(queries, list) and n > 0, "No list, or no number above 0")
     found = engine.scored(queries, n) if queries else []
     if "queries" not in body:
-        return [{"text": text} for text, _ in found[0]]
-    scored = body.get("return_scores")
-    return {"result": [[{"document": {"contents": text}, "score": score} if scored else
-                        {"contents": text} for text, score in row] for row in found]}  # fmt: skip
+        return [{"text": t} for t, _ in found[0]]
+    return {"result": [[{"document": {"contents": t}, "score": score} if body.get("return_scores")
+                        else {"contents": t} for t, score in row] for row in found]}  # fmt: skip
 
 
 def make_server(engine: BM25, host: str, port: int) -> ThreadingHTTPServer:

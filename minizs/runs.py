@@ -37,13 +37,15 @@ def to_resume(output: str, resume: str) -> Path:
 
 
 def check_unchanged(folder: Path, config, free: set[str]) -> None:
-    """Raise UserError, with each difference, if settings of a run, `free` ones apart, changed."""
+    """Raise UserError, with each difference, if settings of a run changed: `free` ones, and
+    where a server is, may."""
     path, ours = folder / "config.yaml", asdict(config)
     theirs = (yaml.safe_load(path.read_text()) if path.is_file() else {}) or {}
     require(bool(theirs) or not checkpoints(folder), f"{path} is lost or empty: write into it what "
             "this run was started with, or choose another --output.")  # fmt: skip
     changed = [f"--{name} was {value!r} and is {ours[name]!r}" for name, value in theirs.items()
-               if name not in free and ours.get(name, value) != value]  # fmt: skip
+               if name not in free and ours.get(name, value) != value
+               and {str(v)[:4] for v in (value, ours[name])} != {"http"}]  # fmt: skip
     require(not changed, f"{folder} cannot go on with other settings: {', '.join(changed)}. Leave "
             "these as they were, or give a new run another --output.")  # fmt: skip
 
@@ -80,9 +82,8 @@ def newest_run() -> Path | None:
 
 def started_from(policy: Path) -> str:
     """The model that this policy of a run was trained from; "none" if it is no run's."""
-    run = policy.parent
-    own = (run / "metrics.jsonl").is_file()
-    return yaml.safe_load((run / "config.yaml").read_text())["policy"] if own else "none"
+    own = (policy.parent / "metrics.jsonl").is_file()
+    return yaml.safe_load((policy.parent / "config.yaml").read_text())["policy"] if own else "none"
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -115,9 +116,8 @@ def begin(folder: Path, step: int = 0, overwrite: bool = False) -> None:
     if overwrite:
         remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in reversed(checkpoints(folder)):
-        if number > step:
-            remove(folder / "checkpoints" / f"step-{number}")
+    for number in reversed([number for number in checkpoints(folder) if number > step]):
+        remove(folder / "checkpoints" / f"step-{number}")
     for path in folder.glob("*.jsonl"):
         rows = [row for row in read_lines(path) if row.get("step", 0) <= step]
         write_lines(partial := path.with_suffix(".partial"), rows, "w")

@@ -56,7 +56,7 @@ class PolicyConfig(SearchConfig):
     batch_questions: int = option(16, "Questions a step, over all processes.")
     group_size: int = option(8, "Trajectories a question.")
 
-    noise_start: float = option(0.0, "Probability of noisy documents at the first step.")
+    noise_start: float = option(0.0, "Probability of noisy documents before the first step.")
     noise_end: float = option(0.25, "The same at the last step.")
     noise_base: float = option(4.0, "The curriculum's base; 1 is a straight line.")
 

@@ -82,6 +82,8 @@ def build_engine(config: SearchConfig, role: str, accelerator, examples: Sequenc
     else:
         url, wiki = config.engine_url, config.engine_api == "zerosearch"
         engine = HttpSearch(client(config, url), config.top_k, wiki=wiki)
+        if not config.cache:  # which may hold all replies
+            engine.client.reach()
     return Cached(engine, config.cache, url) if config.cache else engine
 
 
@@ -111,6 +113,7 @@ def simulated(config: SearchConfig, accelerator, examples: Sequence[Example] = (
         template = simulator.load_template(config.simulator_template or "tuned")
         key = api_key("SIMULATOR_API_KEY")  # for a server that asks for one
         asked = client(config, config.simulator, {"Authorization": f"Bearer {key}"} if key else {})
+        asked.reach()
         return simulator.ServedSearch(asked, config.simulator_model, template, *writes,
                                       api=config.simulator_api)  # fmt: skip
     models.check_model(config.simulator or "tiny", config.max_document_tokens)
@@ -166,6 +169,7 @@ def make_accelerator(config: SearchConfig):
     precision = "bf16" if compute_dtype(config) == torch.bfloat16 else "no"
     # Else a model with tied weights would come untied, and all but one process load nothing.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # to read sharded ones runs a pickle
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second gradients
     try:
         accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[buckets])

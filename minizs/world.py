@@ -2,8 +2,7 @@
 
 A world is facts `(subject, relation) -> object`, sentences that state them and questions of one and
 two hops, in the language of world.yaml. Names come from one vocabulary, facts from the seed: no
-world tells a fact of another. A test's person or company is a pair of words never seen together.
-"""
+world tells a fact of another. A test's person or company is a pair of words never seen together."""
 
 import re
 from collections import namedtuple
@@ -28,16 +27,14 @@ _PATTERNS = [(name, re.compile(re.sub(r"\\\{[so]\\\}", "(.+)", re.escape(text)))
 @cache
 def names() -> dict[str, list[str]]:
     """The fixed vocabulary by role, most of it invented: the same in every world and process."""
-    rng, taken = Random("minizs names"), {*LANGUAGE["not_names"]}
+    rng, taken = Random("minizs names"), dict.fromkeys(LANGUAGE["not_names"])  # in their order
     out = {"month": LANGUAGE["months"], "company_kind": LANGUAGE["company_kinds"]}
     for role, form in LANGUAGE["names"].items():
         syllables = [part.split() for part in (*LANGUAGE["syllables"], form["endings"])]
-        out[role] = []
-        while len(out[role]) < form["number"]:
-            word = "".join(map(rng.choice, syllables))
-            if word not in taken:
-                taken.add(word)
-                out[role].append(word.capitalize())
+        first = len(taken)
+        while len(taken) < first + form["number"]:
+            taken["".join(map(rng.choice, syllables))] = None
+        out[role] = [word.capitalize() for word in list(taken)[first:]]
     return out
 
 
@@ -53,9 +50,8 @@ class World:
             "town": rng.sample(pool["town"], towns),
             "country": rng.sample(pool["country"], countries),
         }
-        self.facts = {(subject, name): self.draw(relation.object, rng)
-                      for name, relation in RELATIONS.items()
-                      for subject in self.members[relation.subject]}  # fmt: skip
+        self.facts = {(s, name): self.draw(form.object, rng) for name, form in RELATIONS.items()
+                      for s in self.members[form.subject]}  # fmt: skip
         self.documents = [rng.choice(RELATIONS[name].wordings).format(s=subject, o=obj)
                           for (subject, name), obj in self.facts.items()]  # fmt: skip
         self._paths = {question.text: question.path for question in self.questions()}
@@ -88,18 +84,15 @@ class World:
 
 def _pairs(first: list[str], second: list[str], split: str, n: int, rng: Random) -> list[str]:
     """`n` two-word names; a fifth of all pairs is kept for the test split."""
-    pairs = [f"{a} {b}" for i, a in enumerate(first) for j, b in enumerate(second)
-             if ((i + j) % 5 == 0) == (split == "test")]  # fmt: skip
-    return rng.sample(pairs, n)
+    return rng.sample([f"{a} {b}" for i, a in enumerate(first) for j, b in enumerate(second)
+                       if ((i + j) % 5 == 0) == (split == "test")], n)  # fmt: skip
 
 
 @cache
 def read_fact(document: str) -> tuple[str, str, str] | None:
     """The (subject, relation, object) that a document states, whoever wrote it; None if garbled."""
-    for name, pattern in _PATTERNS:
-        if match := pattern.fullmatch(document):
-            return match[1], name, match[2]
-    return None
+    matches = ((name, pattern.fullmatch(document)) for name, pattern in _PATTERNS)
+    return next(((found[1], name, found[2]) for name, found in matches if found), None)
 
 
 @cache

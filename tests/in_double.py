@@ -63,6 +63,12 @@ class Critic(ppo.Critic):
         self.double()
 
 
+def main(argv):
+    train_policy.main(argv)
+    if steps and os.environ.get("RANK", "0") == "0":
+        torch.save(steps, Path(runs.RUNS, "steps.pt"))
+
+
 if __name__ == "__main__":
     if "bfloat16" not in sys.argv:
         ppo.Critic, models.load = Critic, double
@@ -70,6 +76,4 @@ if __name__ == "__main__":
     stages.make_accelerator = sharding
     steps: list[dict] = []
     learner.Learner.update = checked
-    run_script(train_policy.main, sys.argv[1:])
-    if steps and os.environ.get("RANK", "0") == "0":
-        torch.save(steps, Path(runs.RUNS, "steps.pt"))
+    run_script(main)

@@ -51,8 +51,11 @@ def serving(answer, reason=None):
         def do_GET(self):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             body = json.loads(body) if body else None
-            seen.append((self.path, body))
-            status, content, *more = answer(self.path, body, self.headers)
+            if self.path == "/":  # is anyone there? Real servers say something like this
+                status, content, *more = 404, "not found"
+            else:
+                seen.append((self.path, body))
+                status, content, *more = answer(self.path, body, self.headers)
             content = content if isinstance(content, bytes | str) else json.dumps(content)
             content = content.encode() if isinstance(content, str) else content
             self.send_response(status, reason)

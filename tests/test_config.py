@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 
 from minizs import config
 from minizs.config import UserError, option, parse
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -162,6 +166,25 @@ def test_ctrl_c_is_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         config.run_script(main)
     assert stop.value.code == 130 and capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("said, status", [("Stopped after step 3.", 1), (None, 0), (7, 7)])
+def test_one_of_several_processes_leaves_at_once(said, status):
+    """Guards an abort, or a hang, in Python's own way out: the group's threads still run."""
+    script = f"""
+import atexit, os, torch
+from minizs.config import run_script
+def main(argv):
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    atexit.register(os.abort)
+    print("done", end="")
+    raise SystemExit({said!r})
+run_script(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (status, "done")
+    assert done.stderr.splitlines()[-1:] == ([said] if isinstance(said, str) else [])
 
 
 @pytest.mark.parametrize("flags", ["--lr nan", "--lr inf", "--lr 1e30", "--steps -9" + "9" * 19])

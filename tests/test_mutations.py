@@ -263,8 +263,8 @@ DEFECTS = [
     Defect("PPO's KL in the reward and in the loss", LEARN._policy_loss,
            'is not None and s.algorithm != "ppo"', "is not None",
            test_learner.test_ppo_puts_the_kl_into_the_reward),
-    Defect("noisy replies that hold the answer", engines.Ranking.kept,
-           "if not (request.noisy and self.judge(t, request))", "if True",
+    Defect("noisy replies that hold the answer", engines.Ranking.find,
+           "if not (requests[i].noisy and self.judge(t, requests[i]))", "if True",
            test_engines.test_noise_takes_the_useful_documents_out),
 ]  # fmt: skip
 

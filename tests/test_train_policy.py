@@ -325,8 +325,21 @@ def test_a_retriever_is_asked_once_for_each_query(work):
     assert queries and len(queries) == len({*queries})
     first, second = (searches(work / "runs" / f"policy-{n}") for n in (1, 2))
     assert first == second and all(len(found) == 2 for found in first)
-    with pytest.raises(ServiceError):
-        policy(*flags, "--engine_url", "http://127.0.0.1:9")
+
+
+GONE = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--engine", "http", "--engine_url", GONE, "--on_search_error", "empty"],
+     ["--engine", "simulator", "--simulator", GONE, "--simulator_model", "mine"]],
+)  # fmt: skip
+def test_a_server_that_is_not_there_is_said_at_once(work, flags):
+    """Guards a run folder, and models loaded, for nothing."""
+    with pytest.raises(ServiceError, match=GONE):
+        policy(*flags, "--retries", "0", "--output", "nothing")
+    assert not (work / "nothing").exists()
 
 
 def test_a_served_simulator_may_die(work):
@@ -351,7 +364,10 @@ def test_a_served_simulator_may_die(work):
         left[0] = 10**9
         done = len(metrics(work / "cut"))
         assert 0 < done < 4
-        policy(*flags, "--output", "cut", "--resume")
+        with serving(answer) as (moved, _):  # a server may move; a model of one's own is another
+            with pytest.raises(UserError, match="--simulator"):
+                policy(*flags, "--output", "cut", "--resume", "--simulator", "../base")
+            policy(*flags, "--output", "cut", "--resume", "--simulator", moved)
     assert metrics(work / "cut") == metrics(work / "whole")
 
 

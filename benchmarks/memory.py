@@ -1,13 +1,16 @@
 """Activations of an update: what a forward and backward pass needs above weights and gradients.
 
     python benchmarks/memory.py [--shapes 1.5B 3B 7B] [--tokens 2048] [--layers 1 3]
+    python benchmarks/memory.py --shapes 1.5B --layers 20 28 --checkpointing yes    # 16 GB
 
 A random model with a Qwen2.5's widths and vocabulary, but few layers, scores one micro-batch, half
 of whose tokens are in the loss, in bfloat16 under autocast over float32 weights, as a run on a GPU
 does; with `--gradient_checkpointing` and without. Layers are alike, so what one more layer adds,
 measured, times the layers of the real shape, and what is there without layers give its activations.
-(They hold the bfloat16 copies of weights that autocast makes.) Peaks are the resident size of the
-process, on a GPU what PyTorch allocated.
+They hold the bfloat16 copies of weights that autocast makes. With checkpointing the peak of few
+layers is the head's, that of many the forward pass's, with all of those copies: a line through two
+small models misses it, so measure nearly the whole one. Peaks are the resident size of the process,
+on a GPU what PyTorch allocated.
 """
 
 import argparse
@@ -61,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shapes", nargs="+", default=["1.5B", "3B", "7B"], choices=SHAPES)
     parser.add_argument("--tokens", type=int, default=2048, help="positions of a micro-batch")
     parser.add_argument("--layers", type=int, nargs=2, default=[1, 3], help="of what is measured")
+    parser.add_argument("--checkpointing", nargs="+", choices=("no", "yes"), default=["no"])
     parser.add_argument("--vocab", type=int, default=152_064)
     parser.add_argument("--threads", type=int, default=measure.cores())
     args = parser.parse_args(argv)
@@ -69,18 +73,18 @@ def main(argv: list[str] | None = None) -> None:
     print("| shape | gradient checkpointing | a layer more | without layers | all layers |")
     print("|---|---|---|---|---|")
     for shape in args.shapes:
-        for checkpointing in (False, True):
+        for checkpointing in args.checkpointing:
             peaks = []
             for layers in args.layers:
-                side = measure.Side(make, shape, layers, checkpointing, args.vocab,
-                                    threads=args.threads)  # fmt: skip
+                side = measure.Side(make, shape, layers, checkpointing == "yes",
+                                    args.vocab, threads=args.threads)  # fmt: skip
                 with measure.together({"": side}):
                     side(min(64, args.tokens), 0)  # to warm up
                     peaks.append(side(args.tokens, 1).peak / 1e9)
             few, more = args.layers
             layer = (peaks[1] - peaks[0]) / (more - few)
             rest = peaks[0] - few * layer
-            print(f"| {shape} | {'yes' if checkpointing else 'no'} | {layer:.3f} | {rest:.2f} | "
+            print(f"| {shape} | {checkpointing} | {layer:.3f} | {rest:.2f} | "
                   f"{rest + SHAPES[shape][0] * layer:.1f} |", flush=True)  # fmt: skip
 
 

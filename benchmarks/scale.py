@@ -8,7 +8,7 @@ reference is made of these trajectories. One thing at a time differs from the ba
 its width): 64 rows in groups of 8 with prompts of 64 tokens, 2 turns of 32 tokens, 3 layers x 128.
 
 `processes`: the rollout phase of training, policy and simulator, in one process and in two that
-share the questions as `train_policy.py` shares them, one thread each; and in two with twice the
+share the questions as `train_policy.py` shares them, one thread each; then with four times the
 questions.
 """
 
@@ -133,20 +133,23 @@ def together(sides: list[measure.Side], examples: list[Example], group: int, see
 
 
 def processes(policy: str, simulated: str, questions: int, group: int, repeats: int) -> None:
-    examples = data.load("world", "train")[: 2 * questions]
-    one, other = (measure.Side(minizs_side, policy, simulated, threads=1) for _ in range(2))
-    rates: dict[str, list[float]] = {"1": [], "2": [], "2, twice the questions": []}
-    with measure.together({"one": one, "other": other}):
+    examples = data.load("world", "train")
+    # In training's order: in the file's one process would get all questions of two hops.
+    examples = [examples[i] for i in data.batch(examples, 1, 4 * questions, seed=0)]
+    sides = [measure.Side(minizs_side, policy, simulated, threads=1) for _ in range(2)]
+    points = [(number, n) for n in (questions, 4 * questions) for number in (1, 2)]
+    rates: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    with measure.together(dict(enumerate(sides))):
         for repeat in range(repeats + 1):
-            rates["1"].append(together([one], examples[:questions], group, repeat))
-            rates["2"].append(together([one, other], examples[:questions], group, repeat))
-            twice = together([one, other], examples, group, repeat)
-            rates["2, twice the questions"].append(twice)
-    print(f"\nRollouts of {policy}: {questions} questions x {group}, one thread a process\n")
-    print("| processes | trajectories/s | ratio |\n|---|---|---|")
-    base = median(rates["1"][1:])
-    for name, measured in rates.items():
-        print(f"| {name} | {median(measured[1:]):.1f} | {median(measured[1:]) / base:.2f} |")
+            for number, n in points:
+                rate = together(sides[:number], examples[:n], group, repeat)
+                rates[number, n].append(rate)
+    print(f"\nRollouts of {policy}, groups of {group}, one thread a process\n")
+    print("| questions | processes | trajectories/s | ratio |\n|---|---|---|---|")
+    middle = {point: median(measured[1:]) for point, measured in rates.items()}
+    for number, n in points:
+        print(f"| {n} | {number} | {middle[number, n]:.1f} | "
+              f"{middle[number, n] / middle[1, n]:.2f} |")  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--group", type=int, default=8, help="trajectories a question")
     parser.add_argument("--turn_tokens", type=int, default=40)
     parser.add_argument("--rows", type=int, default=0, help="of TRL's micro-batches; 0: a quarter")
-    parser.add_argument("--micro_tokens", type=int, default=8192, help="positions in minizs' own")
+    parser.add_argument("--micro_tokens", type=int, default=2048, help="positions in minizs' own")
     parser.add_argument("--steps", type=int, default=2, help="that count, in each call")
     parser.add_argument("--calls", type=int, default=3, help="of each side, by turns")
     parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads a side")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from benchmarks import generate, logprobs, measure, rollout, scale, step
+from benchmarks import generate, logprobs, measure, memory, rollout, scale, step
 from minizs.config import UserError
 from minizs.protocol import number_documents, wrap_documents
 from minizs.rollout import Limits
@@ -185,6 +185,14 @@ def test_logprobs_runs_and_both_sides_agree(capsys):
 
 
 @pytest.mark.slow
+def test_memory_runs(capsys):
+    memory.main(["--shapes", "tiny", "--tokens", "4096", "--vocab", "300", "--threads", "1",
+                 "--checkpointing", "no", "yes"])  # fmt: skip
+    kept, anew = lines(capsys.readouterr().out)
+    assert [kept[1], anew[1]] == ["no", "yes"] and float(kept[2]) > float(anew[2])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["minizs", "trl"])
 def test_step_runs(capsys, side):
     if side == "trl" and importlib.util.find_spec("trl") is None:
@@ -206,4 +214,4 @@ def test_scale_runs(capsys):
                 "--simulator", "tiny", "--questions", "2", "--group", "2"])  # fmt: skip
     rows = lines(capsys.readouterr().out)
     assert [row[0] for row in rows[:8]] == [name for name in scale.GROWS for _ in range(2)]
-    assert [row[0] for row in rows[8:]] == ["1", "2", "2, twice the questions"]
+    assert [row[:2] for row in rows[8:]] == [["2", "1"], ["2", "2"], ["8", "1"], ["8", "2"]]

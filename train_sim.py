@@ -29,6 +29,7 @@ class SimConfig(SearchConfig):
     data: str = option("world", "'world', or pairs to learn from; with --collect: questions.")
     collect: bool = option(False, "Only collect examples, into OUTPUT/collected.jsonl.")
     engine: str = option("bm25", "With --collect --data: what answers the policy.", ENGINES[1:-1])
+    judge: str = option("gold", "With --collect --data: 'gold', a model's folder, name or address.")
     output: str = option("", "Empty: runs/simulator, or runs/collected with --collect.")
     resume: str = option("", "Go on from the newest checkpoint, or the one named.", bare="latest")
     worlds: int = option(200, "Re-drawn worlds to collect from.")
@@ -61,7 +62,7 @@ def check(config: SimConfig, partial: Path) -> None:
 
 def rows_of(config: SimConfig, accelerator):
     """The tiny world's rows, those in `--data`, or what a policy finds for the questions there."""
-    from minizs import collect, data, models, stages
+    from minizs import collect, data, models, simulator, stages
 
     if config.data == "world":
         return collect.collect(config.worlds, config.examples, config.seed, config.top_k)
@@ -69,12 +70,14 @@ def rows_of(config: SimConfig, accelerator):
         return [row for part in data.check(config.data) for row in data.rows(part)]
     examples = data.load(config.data, "train")
     stages.check_lengths(config, [config.policy], examples)
+    asked = replace(config, simulator=config.judge, simulator_template=simulator.JUDGE, top_k=0,
+                    simulator_temperature=0.0, max_document_tokens=8, on_search_error="stop")
+    judge = None if config.judge in ("", "gold") else stages.simulated(asked, accelerator, examples)
     engine = stages.build_engine(config, "train", accelerator, examples)
-    policy = stages.load(config, config.policy, models.device(), stages.compute_dtype(config))
-    play = stages.searcher(config, *policy, models.load_prompt(config.policy), engine,
-                           config.temperature, seed=config.seed,
-                           noise=config.engine_noise)  # fmt: skip
-    return collect.collect_with_policy(play, examples, config.examples)
+    play = stages.searcher(config, *stages.load(config, config.policy, models.device()),
+                           models.load_prompt(config.policy), engine, config.temperature,
+                           seed=config.seed, noise=config.engine_noise)  # fmt: skip
+    return collect.collect_with_policy(play, examples, config.examples, judge=judge)
 
 
 def train(config: SimConfig, accelerator, model, optimizer, texts, partial: Path) -> None:

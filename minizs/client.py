@@ -24,7 +24,7 @@ for name in ("httpx2", "httpcore2"):
     logging.getLogger(name).setLevel(logging.WARNING)  # below it they write what servers say
 RETRIED = (429, 500, 502, 503, 504)  # it may work later; any other refusal is final
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
-SERPER = "https://google.serper.dev"
+SERPER, SERPAPI = "https://google.serper.dev", "https://serpapi.com"
 AT_ONCE = 8  # queries in one request to a retriever, which fail together
 BETWEEN_WRITES = 32  # queries: what an interrupted run may have paid for in vain
 Read = Callable[[Any, dict | None], Any]  # (answer, what was posted) -> what is wanted, or raises
@@ -36,18 +36,18 @@ class ServiceError(UserError):
 
 class Client:
     """Asks `urls` (commas between), with at most `concurrency` requests at a time and `timeout`
-    seconds for each try. `on_error`: what has failed for good is a ServiceError ("stop"),
-    or None and a warning ("empty"). Raises UserError for an address that is none."""
+    seconds a try; with a `query`, all is a GET. `on_error`: what has failed for good is a
+    ServiceError ("stop"), or None and a warning ("empty"). UserError for a wrong address."""
 
     def __init__(self, urls: str, timeout: float = 60.0, retries: int = 5,
-                 headers: dict[str, str] | None = None, on_error: str = "stop",
-                 concurrency: int = 16) -> None:  # fmt: skip
+                 headers: dict[str, str] | None = None, query: dict[str, str] | None = None,
+                 on_error: str = "stop", concurrency: int = 16) -> None:  # fmt: skip
         self.urls = [url.strip().rstrip("/") for url in urls.split(",")]
         require(all(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", url) for url in self.urls),
                 "A server's address is http://HOST:PORT, with no user or query.")  # fmt: skip
         self.timeout, self.retries, self.on_error = timeout, retries, on_error
         try:  # no redirects: the headers, and so the key, would go wherever the server says
-            self._http = httpx2.AsyncClient(timeout=None, headers=headers)
+            self._http = httpx2.AsyncClient(timeout=None, headers=headers, params=query)
         except (ImportError, OSError, ValueError):  # whose words might hold a password
             raise UserError("The environment's proxy or certificates are of no use; mend "
                             "HTTPS_PROXY, SSL_CERT_FILE and the like.") from None  # fmt: skip
@@ -77,7 +77,8 @@ class Client:
         return asyncio.run_coroutine_threadsafe(ask_all(), self._loop).result()
 
     async def _ask(self, path: str, read: Read, payload: dict | None = None) -> Any:
-        method, first = "GET" if payload is None else "POST", random.randrange(len(self.urls))
+        form = "params" if payload is None or self._http.params else "json"
+        method, first = "POST" if form == "json" else "GET", random.randrange(len(self.urls))
         for attempt in range(self.retries + 1):
             wait = min(LONGEST_WAIT, FIRST_WAIT * (2 ** min(attempt, 9) - 1))  # first: none
             await asyncio.sleep(wait * random.uniform(0.5, 1))
@@ -86,7 +87,7 @@ class Client:
             url = base.removesuffix("/" + path.split("/")[1]) + path
             try:
                 async with self._room, asyncio.timeout(self.timeout):
-                    response = await self._http.request(method, url, json=payload)
+                    response = await self._http.request(method, url, **{form: payload})
                 if read is None:
                     return None
                 if response.status_code == 200:
@@ -138,7 +139,7 @@ def read_retrieved(answer: Any, asked: dict) -> list[list[str]]:
 
 
 class WebSearch(Ranking):
-    """Google's first page through Serper; if noisy, what is left of it. Raises ServiceError."""
+    """Google's first page, by Serper or SerpAPI; if noisy, what is left of it. ServiceError."""
 
     def __init__(self, client: Client, top_k: int = 3) -> None:
         super().__init__(top_k, deepest=top_k)
@@ -151,8 +152,10 @@ class WebSearch(Ranking):
 
 
 def read_page(answer: dict, asked: dict) -> list[str]:
-    """What Serper found. There may be no results, but what was asked is always repeated."""
-    rows = answer["searchParameters"] and answer.get("organic") or []
+    """What was found, if anything. Serper repeats what it was asked; SerpAPI says how it went."""
+    if not answer.get("searchParameters") and answer["search_metadata"].get("status") == "Error":
+        raise ValueError("it has failed: to find nothing is no such status")
+    rows = answer.get("organic") or answer.get("organic_results") or []
     return [" ".join([row.get("title") or "", row.get("snippet") or ""]) for row in rows]
 
 

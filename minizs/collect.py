@@ -1,7 +1,7 @@
 """Stage 1's data: what a real engine returned to a searcher, labelled useful or noisy.
 
 Paper section 3.3. In tiny worlds scripted searchers ask BM25, and the judge is exact. On any other
-data a policy searches, and a reply that holds a gold answer is useful (no model judges, as there).
+data a policy searches; a reply that holds a gold answer is useful, or, as there, a model judges.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,18 +52,20 @@ def collect(worlds: int, examples: int, seed: int, top_k: int = 3, split: str = 
 
 
 def collect_with_policy(play: Callable[..., list[Trajectory]], examples: Sequence[Example],
-                        size: int, batch: int = 64) -> Iterator[dict]:  # fmt: skip
+                        size: int, batch: int = 64, judge=None) -> Iterator[dict]:  # fmt: skip
     """Rows of a policy that searches with a real engine, each as it comes (it may have been paid
     for). `play(examples, keys=...)`, a rollout, gets `batch` questions at a time until `size` // 2
     rows are useful and as many noisy, or none is left. UserError, at the end, for one label."""
     counts = dict.fromkeys(LABELS, 0)
     for start in range(0, len(examples), batch):
         some = examples[start : start + batch]
-        for row in play(some, keys=[(start + i,) for i in range(len(some))]):
-            for turn in filter(lambda turn: turn.documents, row.turns):  # searches that found some
-                request = SearchRequest(turn.content, row.example.question, row.example.answers)
-                yield (found := labelled(request, turn.documents, holds_answer))
-                counts[found["label"]] += 1
+        played = play(some, keys=[(start + i,) for i in range(len(some))])
+        asked = [(SearchRequest(t.content, row.example.question, row.example.answers), t.documents)
+                 for row in played for t in row.turns if t.documents]  # and found some  # fmt: skip
+        found = [labelled(*search, holds_answer) for search in asked]
+        for row in judged(found, judge) if judge else found:
+            yield row
+            counts[row["label"]] += 1
         if min(counts.values()) >= size // 2:
             break
     require(min(counts.values()) > 0, "To learn from, both useful and noisy replies are needed; "
@@ -77,6 +79,13 @@ def labelled(request: SearchRequest, documents: list[str], judge: Judge) -> dict
             "documents": documents, "label": label}  # fmt: skip
 
 
+def judged(rows: list[dict], judge) -> list[dict]:
+    """The rows with the judge's word on each for their label; a word that is none means noisy."""
+    words = ["".join(reply) for reply in judge.search([request_of(row) for row in rows])]
+    print(f"The judge: {sum(w not in LABELS for w in words)} of {len(words)} words are neither.")
+    return [row | {"label": LABELS[w != "useful"]} for row, w in zip(rows, words, strict=True)]
+
+
 def balanced(rows: Sequence[dict], size: int, rng: Random) -> list[int]:
     """Indices of at most `size` rows, as many useful as noisy, drawn and mixed at random."""
     halves = [[i for i, row in enumerate(rows) if row["label"] == label] for label in LABELS]
@@ -88,8 +97,8 @@ def balanced(rows: Sequence[dict], size: int, rng: Random) -> list[int]:
 
 def request_of(row: dict, key: tuple[int, ...] = ()) -> SearchRequest:
     """The request that a simulator gets for a row: the row's label is the word it is asked with."""
-    noisy = row["label"] == "noisy"
-    return SearchRequest(row["query"], row["question"], tuple(row["answers"]), noisy, key)
+    question, answers, documents = row["question"], tuple(row["answers"]), tuple(row["documents"])
+    return SearchRequest(row["query"], question, answers, row["label"] == "noisy", key, documents)
 
 
 def on_topic(row: dict) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minizs import protocol
 from minizs.client import Client
-from minizs.config import require
+from minizs.config import UserError, require
 from minizs.engines import Engine
 from minizs.generate import generate
 from minizs.randomness import hash64
@@ -20,13 +20,15 @@ from minizs.trajectory import SearchRequest
 
 PROMPT_FILE = "simulator_prompt.txt"
 SHIPPED = Path(__file__).parent / "prompts"
+JUDGE = str(SHIPPED / "judge.txt")  # the template with which it is a judge, whose top_k is 0
 
 
 def prompt(template: str, request: SearchRequest, top_k: int, tokenizer=None) -> str:
     """The simulator's whole input for one request; all gold answers are named, not the first."""
     words = {"query": request.query, "question": request.question,
              "answers": " or ".join(request.answers), "top_k": str(top_k),
-             "quality": "noisy" if request.noisy else "useful"}  # fmt: skip
+             "quality": "noisy" if request.noisy else "useful",
+             "documents": protocol.number_documents(request.documents)}  # fmt: skip
     words = {name: protocol.neutralize(text, tokenizer) for name, text in words.items()}
     # In one pass: a query that spells out "{answers}" must not have them filled in.
     return re.sub(r"\{(\w+)\}", lambda name: words.get(name[1], name[0]), template)
@@ -51,6 +53,8 @@ def load_template(spec: str | Path) -> str:
 
 def read_reply(text: str, unfinished: bool, top_k: int) -> list[str]:
     """At most `top_k` documents; an unfinished reply's last one, which breaks off, is left out."""
+    if not top_k:  # a judge's one word
+        return re.findall(r"\w+", text.lower())[:1]
     documents = protocol.split_documents(text + " ..." * unfinished, top_k + unfinished)
     return documents[:-1] if unfinished else documents
 
@@ -71,11 +75,14 @@ class SimulatedSearch:
         if not requests:
             return []
         texts = [prompt(self.template, request, self.top_k, self.tokenizer) for request in requests]
-        replies = generate(
-            self.model, protocol.prompt_ids(self.tokenizer, texts), self.max_new_tokens,
-            temperature=self.temperature, seed=self.seed, keys=[r.key for r in requests],
-            vocab_size=protocol.vocabulary_size(self.tokenizer),
-            eos_id=self.tokenizer.eos_token_id)  # fmt: skip
+        try:
+            replies = generate(
+                self.model, protocol.prompt_ids(self.tokenizer, texts), self.max_new_tokens,
+                temperature=self.temperature, seed=self.seed, keys=[r.key for r in requests],
+                vocab_size=protocol.vocabulary_size(self.tokenizer),
+                eos_id=self.tokenizer.eos_token_id)  # fmt: skip
+        except ValueError as error:
+            raise UserError(f"Texts are too long for the judge or simulator: {error}.") from error
         return [read_reply(self.tokenizer.decode(reply.ids, skip_special_tokens=True),
                            reply.reason == "length", self.top_k) for reply in replies]  # fmt: skip
 
@@ -106,5 +113,5 @@ class ServedSearch(Engine):
     def _read(self, answer: dict, asked: dict) -> list[str]:
         [choice] = answer["choices"]
         text = choice["message"]["content"] if "messages" in asked else choice["text"]
-        text = text[text.index("Doc ") :]  # or a ValueError: no documents at all are a failure
-        return read_reply(text, choice["finish_reason"] == "length", self.top_k)
+        start = text.index("Doc ") if self.top_k else 0  # no documents at all are a failure
+        return read_reply(text[start:], choice["finish_reason"] == "length", self.top_k)

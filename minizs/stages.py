@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from minizs import data, engines, models, runs, simulator
-from minizs.client import SERPER, Cached, Client, HttpSearch, WebSearch
+from minizs.client import SERPAPI, SERPER, Cached, Client, HttpSearch, WebSearch
 from minizs.config import UserError, brief, require
 from minizs.evaluation import answer_all, summary
 from minizs.protocol import build_prompt, prompt_ids
@@ -76,9 +76,11 @@ def build_engine(config: SearchConfig, role: str, accelerator, examples: Sequenc
     if config.engine == "simulator":
         return simulated(config, accelerator, examples)
     if config.engine == "web":
-        key, url = api_key("SERPER_API_KEY"), SERPER
-        require(bool(key), "--engine web needs a key; set the variable SERPER_API_KEY to yours.")
-        engine = WebSearch(client(config, url, {"X-API-KEY": key}), config.top_k)
+        serper, serpapi = api_key("SERPER_API_KEY"), api_key("SERPAPI_API_KEY")
+        require(bool(serper or serpapi), "Set SERPER_API_KEY or SERPAPI_API_KEY for --engine web.")
+        url = SERPER if serper else SERPAPI
+        key = [{"X-API-KEY": serper}] if serper else [{}, {"engine": "google", "api_key": serpapi}]
+        engine = WebSearch(client(config, url, *key), config.top_k)
     else:
         url, wiki = config.engine_url, config.engine_api == "zerosearch"
         engine = HttpSearch(client(config, url), config.top_k, wiki=wiki)
@@ -102,8 +104,8 @@ def api_key(variable: str) -> str:
     return key
 
 
-def client(config: SearchConfig, urls: str, headers: dict[str, str] | None = None) -> Client:
-    return Client(urls, config.timeout, config.retries, headers, config.on_search_error)
+def client(config: SearchConfig, urls: str, *key: dict[str, str]) -> Client:
+    return Client(urls, config.timeout, config.retries, *key, on_error=config.on_search_error)
 
 
 def simulated(config: SearchConfig, accelerator, examples: Sequence[Example] = ()):

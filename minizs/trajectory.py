@@ -19,6 +19,7 @@ class SearchRequest:
     answers: tuple[str, ...] = ()
     noisy: bool = False
     key: tuple[int, ...] = ()  # names the request for the engine's random numbers
+    documents: tuple[str, ...] = ()  # what came back, where a judge is asked
 
 
 @dataclass

@@ -361,6 +361,15 @@ ROWS += [("train_policy", flags, {}, words) for flags, words in [
     ("--data ''", "--data|neither"),
     ("--policy ''", "config.json"),
 ]]  # fmt: skip
+COLLECT = "--collect --data ../questions.jsonl --corpus ../corpus.txt --judge "
+ROWS += [("train_sim", COLLECT + judge, {}, words) for judge, words in [
+    ("../nowhere", "../nowhere|check the path"),
+    ("../models/untokenized", "no tokenizer"),
+    ("../models/garbled", "garbled|cannot be loaded"),
+    ("org/name", "org/name|cannot be loaded"),
+    ("http://", "http://HOST:PORT"),
+    ("http://127.0.0.1:9 --retries 0", "127.0.0.1:9|check that this server runs"),
+]]  # fmt: skip
 ROWS += [("evaluate", flags, {}, words) for flags, words in [
     ("--questions -1", "--questions"),
     ("--questions few", "--questions"),
@@ -380,6 +389,8 @@ ROWS += [("evaluate", flags, {}, words) for flags, words in [
 ]]  # fmt: skip
 ROWS += [
     ("evaluate", "--engine web", {"SERPER_API_KEY": "  "}, "SERPER_API_KEY"),
+    ("train_policy", "--engine web", {"SERPAPI_API_KEY": " "}, "SERPER_API_KEY|SERPAPI_API_KEY"),
+    ("evaluate", "--engine web", {"SERPAPI_API_KEY": "a\nb"}, "SERPAPI_API_KEY|set it anew"),
 ]
 ROWS += [
     ("evaluate", "--output ../folder.json --overwrite", {}, "folder.json"),
@@ -418,7 +429,8 @@ def test_it_is_one_sentence_and_nothing_is_made(
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(stages, "run_stage", lambda *_: pytest.fail("another stage is run"))
     monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))
-    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    for name in ("SERPER_API_KEY", "SERPAPI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     main, right = RIGHT[script]

@@ -234,6 +234,29 @@ def test_keys_stay_secret(status, caplog, capsys):
     assert SECRET not in caplog.text + "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize("status, body", [(200, f"no JSON, {SECRET}"), (200, {"y": SECRET}),
+                                          (302, ""), (401, SECRET), (503, SECRET)])  # fmt: skip
+def test_keys_in_an_address_stay_secret(status, body, caplog, capsys):
+    """Guards the same where a service takes its key in the query alone, and a key that is sent
+    wherever a redirect points; retries of it, and failures that are passed over."""
+    caplog.set_level(logging.DEBUG)
+    key, texts = {"engine": "g", "api_key": SECRET}, []
+    with serving(lambda *_: (500, ""), f"no {SECRET}") as (other, elsewhere):
+        with serving(lambda *_: (status, body, {"Location": f"{other}/g"})) as (url, seen):
+            for address in (url, DEAD):
+                asker = Client(address, retries=1, query=key)
+                with pytest.raises(ServiceError, match=f"{address}/f ") as error:
+                    asker.post("/f", [{"q": "a"}], x)
+                assert error.value.__cause__ is error.value.__context__ is None
+                passing = Client(address, retries=1, query=key, on_error="empty")
+                with pytest.warns(UserWarning, match="A search has failed") as warned:
+                    assert passing.post("/f", [{"q": "a"}], x) == [None]
+                texts += [str(error.value), repr(asker), *(str(w.message) for w in warned)]
+    assert [*seen] == [(f"/f?engine=g&api_key={SECRET}&q=a", None)] * len(seen)
+    assert len(seen) == (2 if status in (302, 401) else 4) and not elsewhere
+    assert SECRET not in "".join([*texts, caplog.text, *capsys.readouterr()])
+
+
 def test_the_path_may_be_in_the_address():
     """Guards .../v1/v1/models for an address as the servers' manuals give it."""
     with serving(lambda *_: (200, {"x": 1})) as (url, seen):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from functools import partial
+from itertools import islice
 from random import Random
 
 import pytest
@@ -67,10 +68,10 @@ def searches(*queries: str):
     return model
 
 
-def run(model, examples, engine, size=100, batch=64, seed=0, noise=0.0):
+def run(model, examples, engine, size=100, batch=64, seed=0, noise=0.0, judge=None):
     play = partial(rollout, model, TOKENIZER, engine=engine, template="{question}", seed=seed,
                    noise=noise, limits=Limits(turns=4, turn_tokens=60, context=400))  # fmt: skip
-    return collect.collect_with_policy(play, examples, size, batch)
+    return collect.collect_with_policy(play, examples, size, batch, judge)
 
 
 GOLDS = [("Rome", "x"), ("Oslo",), ("Rome",), ("nothing",)]
@@ -147,6 +148,37 @@ def test_empty_replies_are_left_out():
     assert Counter(row["label"] for row in rows) == {"useful": 3, "noisy": 3}
     with pytest.raises(UserError, match="'useful': 0, 'noisy': 0}"):
         list(run(searches("Rome"), EXAMPLES, NoDocuments()))
+
+
+class Judge:
+    """Says its words, one for each request; keeps what it was asked."""
+
+    def __init__(self, words):
+        self.words, self.asked = iter(words), []
+
+    def search(self, requests):
+        self.asked.append(requests)
+        return [word and [word] for word in islice(self.words, len(requests))]
+
+
+def test_a_judges_word_is_the_label(capsys):
+    """Guards the word for another search, labels by the golds all the same, a judge that is asked
+    search by search or not told all, and words that are none for "useful"."""
+    words = ["noisy", "useful", "the", "useful", [], "usefulness", "useful", "not"]
+    plain = list(run(searches("Rome big", "Oslo"), EXAMPLES, Engine()))
+    judge, engine = Judge(words), Engine()
+    rows = list(run(searches("Rome big", "Oslo"), EXAMPLES, engine, judge=judge))
+    assert [row["label"] == "useful" for row in rows] == [word == "useful" for word in words]
+    assert [row | {"label": ""} for row in rows] == [row | {"label": ""} for row in plain]
+    assert {row["label"] for row in rows} == {"useful", "noisy"}
+    [asked] = judge.asked
+    assert [(r.query, r.question, [*r.answers], [*r.documents]) for r in asked] == [
+        (r["query"], r["question"], r["answers"], r["documents"]) for r in plain]  # fmt: skip
+    assert "4 of 8 words are neither" in capsys.readouterr().out
+    judge = Judge(["useful", "noisy"] * 4)  # rows enough are told by its labels
+    assert len(list(run(searches("Rome big", "Oslo"), EXAMPLES, engine, 2, 1, judge=judge))) == 2
+    with pytest.raises(UserError, match="'useful': 0, 'noisy': 8}"):
+        list(run(searches("Rome big", "Oslo"), EXAMPLES, engine, judge=Judge(["what"] * 8)))
 
 
 def test_it_stops_with_rows_enough():

@@ -2,7 +2,9 @@
 
 import json
 import sqlite3
+from dataclasses import replace
 from multiprocessing import get_context
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from test_client import SECRET, serving
@@ -18,7 +20,7 @@ from minizs.client import (
     ServiceError,
     WebSearch,
 )
-from minizs.config import UserError
+from minizs.config import UserError, save
 from minizs.engines import BM25
 from minizs.settings import SearchConfig
 
@@ -142,6 +144,76 @@ def test_web_results_are_title_and_snippet():
     assert found == [LINES[:3], LINES[1:]] and len(seen) == 2
 
 
+def serpapi_page(path, body, headers):
+    """What SerpAPI says, as its manual has it; a query "nothing" finds nothing."""
+    address, asked = urlsplit(path), parse_qs(urlsplit(path).query)
+    assert address.path == "/search" and body is None and "X-API-KEY" not in headers
+    assert asked == {"engine": ["google"], "q": asked["q"], "num": ["10"], "api_key": [SECRET]}
+    found = {"search_metadata": {"id": "5", "status": "Success"},
+             "search_parameters": {"engine": "google", "q": asked["q"][0]}}  # fmt: skip
+    if asked["q"] == ["nothing"]:
+        return 200, found | {"error": "Google hasn't returned any results for this query."}
+    return 200, found | {"organic_results": ROWS}
+
+
+def test_serpapi(monkeypatch, tmp_path, caplog, capfd):
+    """Guards a form that is misread, an empty page that is a failure, and a key in cache or log."""
+    caplog.set_level(0)
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    monkeypatch.setenv("SERPAPI_API_KEY", f" {SECRET}\n")
+    config = SearchConfig(engine="web", cache=str(tmp_path / "cache"))
+    requests = [ask("Ann & born?"), ask("Ann & born?", noisy=True), ask("nothing")]
+    with serving(serpapi_page) as (url, seen):
+        monkeypatch.setattr("minizs.stages.SERPAPI", url)
+        for _ in range(2):  # the second time out of the cache
+            engine = stages.build_engine(config, "test", None)
+            assert engine.search(requests) == [LINES[:3], LINES[1:], []] and engine.failed == 0
+        assert len(seen) == 3
+        save(config, tmp_path / "config.yaml")
+    texts = [caplog.text, *capfd.readouterr(), (tmp_path / "config.yaml").read_text()]
+    assert SECRET not in "".join(texts)
+    assert SECRET.encode() not in (tmp_path / "cache").read_bytes()
+
+
+def test_serpapi_fails_like_any_other(monkeypatch):
+    """Guards other answers that pass for no results, a run that ends with the first hiccup, and
+    failures that are not counted."""
+    monkeypatch.setattr("minizs.client.FIRST_WAIT", 0.001)
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    monkeypatch.setenv("SERPAPI_API_KEY", SECRET)
+    config = SearchConfig(engine="web", retries=1, on_search_error="empty")
+    failed = {"search_metadata": {"status": "Error"}, "error": f"We could not, {SECRET}."}
+    for nonsense in ({}, {"error": "Your account has run out of searches."}, [], failed,
+                     {"search_metadata": {"status": "Success"}, "organic_results": ["x"]}):
+        with serving(lambda *_, nonsense=nonsense: (200, nonsense)) as (url, seen):
+            monkeypatch.setattr("minizs.stages.SERPAPI", url)
+            engine = stages.build_engine(config, "test", None)
+            with pytest.warns(UserWarning, match="/search did not answer in the exp") as warned:
+                assert engine.search([ask("a")]) == [[]]
+            assert (engine.failed, len(seen)) == (1, 2) and SECRET not in str(warned[0].message)
+            stopping = replace(config, on_search_error="stop")
+            with pytest.raises(ServiceError, match="expected form") as error:
+                stages.build_engine(stopping, "test", None).search([ask("a")])
+            assert SECRET not in str(error.value)
+    answers = [(429, {"error": "slower"})]
+    with serving(lambda *call: answers.pop() if answers else serpapi_page(*call)) as (url, seen):
+        monkeypatch.setattr("minizs.stages.SERPAPI", url)
+        engine = stages.build_engine(config, "test", None)
+        assert engine.search([ask("a")]) == [LINES[:3]] and len(seen) == 2
+
+
+def test_serper_comes_first(monkeypatch):
+    """Guards a key that goes to the other service."""
+    monkeypatch.setenv("SERPER_API_KEY", SECRET)
+    monkeypatch.setenv("SERPAPI_API_KEY", "another")
+    with serving(page) as (url, seen), serving(serpapi_page) as (other, unseen):
+        monkeypatch.setattr("minizs.stages.SERPER", url)
+        monkeypatch.setattr("minizs.stages.SERPAPI", other)
+        engine = stages.build_engine(SearchConfig(engine="web"), "test", None)
+        assert engine.search([ask("Ann born")]) == [LINES[:3]]
+        assert len(seen) == 1 and not unseen
+
+
 def test_a_web_search_that_finds_nothing():
     """Guards a failure for no results, and other answers that pass for no results."""
     asked = {"searchParameters": {"q": "a"}}
@@ -170,7 +242,8 @@ def test_the_web_engine_of_the_settings(monkeypatch):
         monkeypatch.setattr("minizs.stages.SERPER", url)
         assert stages.build_engine(config, "test", None).search([ask("Ann born")]) == [LINES[:3]]
     monkeypatch.setenv("SERPER_API_KEY", " \n")
-    with pytest.raises(UserError, match="SERPER_API_KEY"):
+    monkeypatch.setenv("SERPAPI_API_KEY", "")
+    with pytest.raises(UserError, match="SERPER_API_KEY or SERPAPI_API_KEY"):
         stages.build_engine(config, "test", None)
 
 

@@ -3,8 +3,7 @@
     accelerate launch train_policy.py --algorithm ppo   # the tiny world, offline, on any machine
 
 The loop in `train` is the whole method (arXiv 2505.04588): the curriculum sets how noisy the
-simulator is, a batch of questions is rolled out, F1 rewards the answers, one update is made.
-"""
+simulator is, a batch of questions is rolled out, F1 rewards the answers, one update is made."""
 
 import json
 import time
@@ -163,9 +162,13 @@ def main(argv: list[str]) -> None:
         accelerator.log_with = [config.log_with]
         accelerator.project_configuration.set_directories(str(folder))
         accelerator.init_trackers("minizs", asdict(config))
-    with checkpoint.stopping() as asked:
-        train(config, accelerator, learner, writer, tokenizer, template, examples, engine, held_out,
-              folder, done + 1, asked)  # fmt: skip
+    try:
+        with checkpoint.stopping() as asked:
+            train(config, accelerator, learner, writer, tokenizer, template, examples, engine,
+                  held_out, folder, done + 1, asked)  # fmt: skip
+    finally:
+        for tracker in accelerator.trackers:  # not end_training(), in which two processes can hang
+            tracker.finish()
     final = writer()
     if accelerator.is_main_process:
         if config.merge:
@@ -180,8 +183,6 @@ def main(argv: list[str]) -> None:
         print(metrics.COST.format(**spent))
         print(f"The policy is in {folder / 'policy'} and {folder / 'report.html'} shows the run. "
               f"Test it: python evaluate.py --policy {folder / 'policy'}")  # fmt: skip
-    for tracker in accelerator.trackers:  # not end_training(), in which two processes can hang
-        tracker.finish()
 
 
 if __name__ == "__main__":

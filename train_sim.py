@@ -5,8 +5,7 @@
 
 It learns to write what a real engine returned from query, question, gold answer and a judge's
 word, useful or noisy. It grows in OUTPUT.partial, which is renamed when it is whole: after a kill
-the same command goes on there, to the same weights (the default simulator begins anew).
-"""
+the same command goes on there, to the same weights (the default simulator begins anew)."""
 
 import json
 import random
@@ -52,6 +51,8 @@ def check(config: SimConfig, partial: Path) -> None:
                  "report_queries save_every", share="warmup")  # fmt: skip
     require(config.examples > 1, "--examples must be 2 or more, one of each kind.")
     models.check_model(config.base)
+    require(config.judge == "gold" or config.collect and config.data != "world",
+            f"--judge {config.judge} is for --collect with --data; leave it out.")  # fmt: skip
     require(not Path(config.base, "adapter_config.json").is_file(), f"{config.base} is a LoRA, "
             "which cannot be trained further; make it with --merge.")  # fmt: skip
     check_search(config if config.collect else replace(config, engine="none"))
@@ -72,7 +73,7 @@ def rows_of(config: SimConfig, accelerator):
     stages.check_lengths(config, [config.policy], examples)
     asked = replace(config, simulator=config.judge, simulator_template=simulator.JUDGE, top_k=0,
                     simulator_temperature=0.0, max_document_tokens=8, on_search_error="stop")
-    judge = None if config.judge in ("", "gold") else stages.simulated(asked, accelerator, examples)
+    judge = None if config.judge == "gold" else stages.simulated(asked, accelerator, examples)
     engine = stages.build_engine(config, "train", accelerator, examples)
     play = stages.searcher(config, *stages.load(config, config.policy, models.device()),
                            models.load_prompt(config.policy), engine, config.temperature,

@@ -42,7 +42,7 @@ def make(shape: str, layers: int, checkpointing: bool, vocab: int):
     )  # fmt: skip
     model = Qwen2ForCausalLM(config).to(models.device()).eval()
     for weight in model.parameters():
-        weight.grad = torch.ones_like(weight).zero_()  # ones first: zeros alone take no memory yet
+        weight.grad = torch.ones_like(weight)  # no zeros: pages of them may be given back
     if checkpointing:
         models.checkpoint_layers(model)
 

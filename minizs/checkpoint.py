@@ -1,9 +1,8 @@
 """Save, resume, and stop in time. A checkpoint is a folder `checkpoints/step-N`, whole or none.
 
 All randomness is a function of (seed, step, question, sample, ...), so models, optimisers and the
-step number are the whole state. Weights are safetensors; for the optimisers' states Accelerate uses
-`torch.load(weights_only=True)`, which builds tensors and runs nothing.
-"""
+step number are the whole state. Weights are safetensors; optimisers' states, and the weights of
+models that were sharded, are read by `torch.load(weights_only=True)`: it only builds tensors."""
 
 import json
 import logging

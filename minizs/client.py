@@ -153,8 +153,8 @@ class WebSearch(Ranking):
 
 def read_page(answer: dict, asked: dict) -> list[str]:
     """What was found, if anything. Serper repeats what it was asked; SerpAPI says how it went."""
-    if not answer.get("searchParameters") and answer["search_metadata"].get("status") == "Error":
-        raise ValueError("it has failed: to find nothing is no such status")
+    if not answer.get("searchParameters") and answer["search_metadata"]["status"] != "Success":
+        raise ValueError("it has failed, or is not done; to find nothing is a success")
     rows = answer.get("organic") or answer.get("organic_results") or []
     return [" ".join([row.get("title") or "", row.get("snippet") or ""]) for row in rows]
 

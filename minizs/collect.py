@@ -1,8 +1,7 @@
 """Stage 1's data: what a real engine returned to a searcher, labelled useful or noisy.
 
 Paper section 3.3. In tiny worlds scripted searchers ask BM25, and the judge is exact. On any other
-data a policy searches; a reply that holds a gold answer is useful, or, as there, a model judges.
-"""
+data a policy searches; a reply that holds a gold answer is useful, or, as there, a model judges."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -59,9 +58,9 @@ def collect_with_policy(play: Callable[..., list[Trajectory]], examples: Sequenc
     counts = dict.fromkeys(LABELS, 0)
     for start in range(0, len(examples), batch):
         some = examples[start : start + batch]
-        played = play(some, keys=[(start + i,) for i in range(len(some))])
         asked = [(SearchRequest(t.content, row.example.question, row.example.answers), t.documents)
-                 for row in played for t in row.turns if t.documents]  # and found some  # fmt: skip
+                 for row in play(some, keys=[(start + i,) for i in range(len(some))])
+                 for t in row.turns if t.documents]  # searches that found some  # fmt: skip
         found = [labelled(*search, holds_answer) for search in asked]
         for row in judged(found, judge) if judge else found:
             yield row
@@ -82,7 +81,10 @@ def labelled(request: SearchRequest, documents: list[str], judge: Judge) -> dict
 def judged(rows: list[dict], judge) -> list[dict]:
     """The rows with the judge's word on each for their label; a word that is none means noisy."""
     words = ["".join(reply) for reply in judge.search([request_of(row) for row in rows])]
-    print(f"The judge: {sum(w not in LABELS for w in words)} of {len(words)} words are neither.")
+    neither = [word for word in words if word not in LABELS]
+    print(f"The judge: {len(neither)} of {len(words)} words are neither useful nor noisy.")
+    require(neither != words or not words, "The judge says neither useful nor noisy, but for one "
+            f"{words[:1]}; see --simulator_api, or give another --judge.")  # fmt: skip
     return [row | {"label": LABELS[w != "useful"]} for row, w in zip(rows, words, strict=True)]
 
 

@@ -2,8 +2,7 @@
 
     python train_policy.py --config my.yaml --lr 1e-4      # a flag wins over the file
 
-What is slow to import is imported late, so that `--help` and a wrong flag answer at once.
-"""
+What is slow to import is imported late, so that `--help` and a wrong flag answer at once."""
 
 import os
 import re

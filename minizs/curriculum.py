@@ -1,8 +1,7 @@
 """The curriculum: how often the simulated search engine returns noisy documents at a step.
 
 Early most documents are useful, and the policy learns the format and that searching pays; later it
-has to reason about what it was given. (The paper's random curriculum is start = end = 0.5.)
-"""
+has to reason about what it was given. (The paper's random curriculum is start = end = 0.5.)"""
 
 
 def noise_probability(step: int, total_steps: int, start: float, end: float,

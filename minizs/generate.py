@@ -72,7 +72,7 @@ class Decoder:
         # come first: where they go through the model in groups, there is little padding.
         rows, heads = range(len(prompts)), [tuple(ids[:-1]) for ids in prompts]
         place = {head: i for i, head in enumerate(sorted(dict.fromkeys(heads), key=len)[::-1])}
-        self.cache = RowCache(len(rows), max(map(len, prompts), default=0))
+        self.cache = RowCache(len(rows), 2 * max(map(len, prompts), default=0))
         # The row in each slot of the cache; each row's tokens that it holds, and those to be fed.
         self.order, self.length, self.pending = list(rows), [0] * len(rows), list(map(list, place))
         with decoding(model):

@@ -2,8 +2,7 @@
 
 What makes a question easy or hard is common to its G samples: their mean reward is the baseline, no
 critic is needed (arXiv 2402.03300), and all tokens of a sample share its advantage.
-Left out: resampling of groups without spread (DAPO); `flat_groups` finds them.
-"""
+Left out: resampling of groups without spread (DAPO); `flat_groups` finds them."""
 
 from torch import Tensor
 

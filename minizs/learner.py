@@ -10,8 +10,7 @@ GRPO, PPO and REINFORCE share all of it but the advantage, and where the KL goes
 Micro-batches and processes only split the work: one count of tokens, over all of them, normalises
 the loss, every process does the same number of forward passes, and the loss goes through the module
 that Accelerate prepared, so that gradients are reduced. A step is skipped, by all processes alike,
-when its loss or gradient is not finite: one such step, and all weights would be NaN for good.
-"""
+when its loss or gradient is not finite: one such step, and all weights would be NaN for good."""
 
 import copy
 import math

@@ -3,8 +3,7 @@
 Logits over a whole batch are by far the largest tensor: 77 GB for 64 sequences of 2,000 tokens and
 150,000 words. So the head runs only where the *next* token has loss mask 1, in chunks that the
 backward pass computes anew. Modules are called, never their weights by hand.
-Left out: fused kernels, models that change their logits after the head.
-"""
+Left out: fused kernels, models that change their logits after the head."""
 
 import torch
 from torch import Tensor, nn

@@ -8,8 +8,7 @@ over the tokens that the policy sampled, mask 1 (else it would learn to write th
 tensors are `(B, T)`: B sequences, T tokens. Where the mask is 0 they can hold anything, NaN too: it
 is replaced before any arithmetic, because inf * 0 is NaN, in gradients as well. `normalizer` is the
 whole batch's: given to all micro-batches and processes, their losses add up.
-Left out: GSPO, dual clip, CISPO, corrections for a sampler that is not the scored model (it is).
-"""
+Left out: GSPO, dual clip, CISPO, corrections for a sampler that is not the scored model (it is)."""
 
 import torch
 from torch import Tensor

@@ -3,8 +3,7 @@
     u = uniform(seed, step, question, sample, turn, position)
 
 is the same number in [0, 1) whoever asks, in whatever order: a rollout does not depend on its
-batch's layout, the number of processes, or a resume. Left out: cryptographic strength.
-"""
+batch's layout, the number of processes, or a resume. Left out: cryptographic strength."""
 
 MASK64 = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: keeps runs of small keys (and zeros) apart

@@ -2,8 +2,7 @@
 
 A baseline that does not depend on the trajectory itself leaves the gradient's mean as it is and
 takes away variance. Without one (the paper's code), rewards between 0 and 1 only ever push
-probabilities up. Left out: whitening over the batch (REINFORCE++, arXiv 2501.03262).
-"""
+probabilities up. Left out: whitening over the batch (REINFORCE++, arXiv 2501.03262)."""
 
 from torch import Tensor
 

@@ -5,8 +5,7 @@ differ more often, and every extra word costs precision. In the paper's code, un
 - "EM" asks whether the prediction contains a gold answer: naming many candidates scores 1;
 - a rollout without an answer (here None, 0) is scored on the example in its prompt;
 - a gold answer that normalises to nothing ("The", here 0) is contained in everything.
-Left out: a reward for the format (the paper needed none), and any judge model.
-"""
+Left out: a reward for the format (the paper needed none), and any judge model."""
 
 import operator
 import re

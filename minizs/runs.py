@@ -37,15 +37,14 @@ def to_resume(output: str, resume: str) -> Path:
 
 
 def check_unchanged(folder: Path, config, free: set[str]) -> None:
-    """Raise UserError, with each difference, if settings of a run changed: `free` ones, and
-    where a server is, may."""
+    """Raise UserError, with each difference, if settings changed that are not `free`."""
     path, ours = folder / "config.yaml", asdict(config)
     theirs = (yaml.safe_load(path.read_text()) if path.is_file() else {}) or {}
     require(bool(theirs) or not checkpoints(folder), f"{path} is lost or empty: write into it what "
             "this run was started with, or choose another --output.")  # fmt: skip
     changed = [f"--{name} was {value!r} and is {ours[name]!r}" for name, value in theirs.items()
                if name not in free and ours.get(name, value) != value
-               and {str(v)[:4] for v in (value, ours[name])} != {"http"}]  # fmt: skip
+               and not all("://" in str(v) for v in (value, ours[name]))]  # a server may move
     require(not changed, f"{folder} cannot go on with other settings: {', '.join(changed)}. Leave "
             "these as they were, or give a new run another --output.")  # fmt: skip
 

@@ -1,7 +1,6 @@
 """One step of sampling: which token comes next, and does it end the turn?
 
-Left out: top-k and top-p. The distribution that is sampled must be the one that is scored.
-"""
+Left out: top-k and top-p. The distribution that is sampled must be the one that is scored."""
 
 from functools import partial
 

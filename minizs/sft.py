@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the loss of a language model on the marked part of its texts.
 
-A text is a list of segments, tokenised one by one, as a rollout appends them.
-"""
+A text is a list of segments, tokenised one by one, as a rollout appends them."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice

@@ -3,15 +3,14 @@
 Paper section 3.3 and Table 2. The prompt carries the query, the question, its gold answers and one
 word, "useful" or "noisy". Fine-tuned (train_sim.py) on what a real engine returned, the model has
 its style, and the word decides whether the answer is there; a first hop's fact is invented. The
-wording lies beside the weights, so that training and use cannot drift apart.
-"""
+wording lies beside the weights, so that training and use cannot drift apart."""
 
 import re
 from pathlib import Path
 
 from minizs import protocol
 from minizs.client import Client
-from minizs.config import UserError, require
+from minizs.config import require
 from minizs.engines import Engine
 from minizs.generate import generate
 from minizs.randomness import hash64
@@ -21,6 +20,7 @@ from minizs.trajectory import SearchRequest
 PROMPT_FILE = "simulator_prompt.txt"
 SHIPPED = Path(__file__).parent / "prompts"
 JUDGE = str(SHIPPED / "judge.txt")  # the template with which it is a judge, whose top_k is 0
+JUDGED = 6000  # characters of documents that a judge reads at most: its context is bounded
 
 
 def prompt(template: str, request: SearchRequest, top_k: int, tokenizer=None) -> str:
@@ -28,7 +28,7 @@ def prompt(template: str, request: SearchRequest, top_k: int, tokenizer=None) ->
     words = {"query": request.query, "question": request.question,
              "answers": " or ".join(request.answers), "top_k": str(top_k),
              "quality": "noisy" if request.noisy else "useful",
-             "documents": protocol.number_documents(request.documents)}  # fmt: skip
+             "documents": protocol.number_documents(request.documents)[:JUDGED]}  # fmt: skip
     words = {name: protocol.neutralize(text, tokenizer) for name, text in words.items()}
     # In one pass: a query that spells out "{answers}" must not have them filled in.
     return re.sub(r"\{(\w+)\}", lambda name: words.get(name[1], name[0]), template)
@@ -54,7 +54,7 @@ def load_template(spec: str | Path) -> str:
 def read_reply(text: str, unfinished: bool, top_k: int) -> list[str]:
     """At most `top_k` documents; an unfinished reply's last one, which breaks off, is left out."""
     if not top_k:  # a judge's one word
-        return re.findall(r"\w+", text.lower())[:1]
+        return re.findall("[a-z]+", text.lower())[:1]
     documents = protocol.split_documents(text + " ..." * unfinished, top_k + unfinished)
     return documents[:-1] if unfinished else documents
 
@@ -82,7 +82,8 @@ class SimulatedSearch:
                 vocab_size=protocol.vocabulary_size(self.tokenizer),
                 eos_id=self.tokenizer.eos_token_id)  # fmt: skip
         except ValueError as error:
-            raise UserError(f"Texts are too long for the judge or simulator: {error}.") from error
+            require("limit" not in str(error), f"Too long for the judge or simulator: {error}.")
+            raise
         return [read_reply(self.tokenizer.decode(reply.ids, skip_special_tokens=True),
                            reply.reason == "length", self.top_k) for reply in replies]  # fmt: skip
 

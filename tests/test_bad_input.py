@@ -370,6 +370,8 @@ ROWS += [("train_sim", COLLECT + judge, {}, words) for judge, words in [
     ("http://", "http://HOST:PORT"),
     ("http://127.0.0.1:9 --retries 0", "127.0.0.1:9|check that this server runs"),
 ]]  # fmt: skip
+ROWS += [("train_sim", "--judge ../base", {}, "--judge|leave it out"),
+         ("train_sim", "--collect --judge ../base", {}, "--judge|leave it out")]  # fmt: skip
 ROWS += [("evaluate", flags, {}, words) for flags, words in [
     ("--questions -1", "--questions"),
     ("--questions few", "--questions"),

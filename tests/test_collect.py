@@ -178,7 +178,15 @@ def test_a_judges_word_is_the_label(capsys):
     judge = Judge(["useful", "noisy"] * 4)  # rows enough are told by its labels
     assert len(list(run(searches("Rome big", "Oslo"), EXAMPLES, engine, 2, 1, judge=judge))) == 2
     with pytest.raises(UserError, match="'useful': 0, 'noisy': 8}"):
-        list(run(searches("Rome big", "Oslo"), EXAMPLES, engine, judge=Judge(["what"] * 8)))
+        list(run(searches("Rome big", "Oslo"), EXAMPLES, engine, judge=Judge(["noisy"] * 8)))
+
+
+def test_a_judge_that_judges_nothing_is_not_paid_for():
+    """Guards searches for all questions, each of them noisy, where a model thinks before it says."""
+    engine = Engine()
+    with pytest.raises(UserError, match="neither.*think.*--simulator_api"):
+        list(run(searches("Rome big", "Oslo"), EXAMPLES, engine, 2, 1, judge=Judge(["think"] * 8)))
+    assert 0 < len(engine.requests) <= 2
 
 
 def test_it_stops_with_rows_enough():

@@ -289,7 +289,7 @@ def test_what_is_too_long_is_said():
     model, tokenizer = models.load("tiny")
     asked = SearchRequest("a", "b?", ("c",), documents=("word " * 2000,))
     judge = SimulatedSearch(model, tokenizer, load_template(simulator.JUDGE), 0, 0, 0.0, 8)
-    with pytest.raises(UserError, match="too long for the judge.*limit of 1024"):
+    with pytest.raises(UserError, match="Too long for the judge.*limit of 1024"):
         judge.search([asked])
 
 

@@ -336,7 +336,7 @@ GONE = "http://127.0.0.1:9"
      ["--engine", "simulator", "--simulator", GONE, "--simulator_model", "mine"]],
 )  # fmt: skip
 def test_a_server_that_is_not_there_is_said_at_once(work, flags):
-    """Guards a run folder, and models loaded, for nothing."""
+    """Guards a run folder made for nothing."""
     with pytest.raises(ServiceError, match=GONE):
         policy(*flags, "--retries", "0", "--output", "nothing")
     assert not (work / "nothing").exists()

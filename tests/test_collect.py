@@ -182,7 +182,7 @@ def test_a_judges_word_is_the_label(capsys):
 
 
 def test_a_judge_that_judges_nothing_is_not_paid_for():
-    """Guards searches for all questions, each of them noisy, where a model thinks before it says."""
+    """Guards searches for all questions, all noisy, where a model thinks before it speaks."""
     engine = Engine()
     with pytest.raises(UserError, match="neither.*think.*--simulator_api"):
         list(run(searches("Rome big", "Oslo"), EXAMPLES, engine, 2, 1, judge=Judge(["think"] * 8)))

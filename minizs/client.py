@@ -76,7 +76,7 @@ class Client:
 
         return asyncio.run_coroutine_threadsafe(ask_all(), self._loop).result()
 
-    async def _ask(self, path: str, read: Read, payload: dict | None = None) -> Any:
+    async def _ask(self, path: str, read: Read | None, payload: dict | None = None) -> Any:
         form = "params" if payload is None or self._http.params else "json"
         method, first = "POST" if form == "json" else "GET", random.randrange(len(self.urls))
         for attempt in range(self.retries + 1):

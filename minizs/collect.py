@@ -79,12 +79,13 @@ def labelled(request: SearchRequest, documents: list[str], judge: Judge) -> dict
 
 
 def judged(rows: list[dict], judge) -> list[dict]:
-    """The rows with the judge's word on each for their label; a word that is none means noisy."""
+    """The rows with the word of `judge`, an engine (`stages.simulated` with the template `JUDGE`),
+    for their label; any other word means noisy. Raises UserError if all its words are others."""
     words = ["".join(reply) for reply in judge.search([request_of(row) for row in rows])]
     neither = [word for word in words if word not in LABELS]
     print(f"The judge: {len(neither)} of {len(words)} words are neither useful nor noisy.")
-    require(neither != words or not words, "The judge says neither useful nor noisy, but for one "
-            f"{words[:1]}; see --simulator_api, or give another --judge.")  # fmt: skip
+    require(neither != words or not words, "The judge says neither useful nor noisy, but words as "
+            f"{neither[:1]}; see --simulator_api, or give another --judge.")  # fmt: skip
     return [row | {"label": LABELS[w != "useful"]} for row, w in zip(rows, words, strict=True)]
 
 

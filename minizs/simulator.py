@@ -20,7 +20,7 @@ from minizs.trajectory import SearchRequest
 PROMPT_FILE = "simulator_prompt.txt"
 SHIPPED = Path(__file__).parent / "prompts"
 JUDGE = str(SHIPPED / "judge.txt")  # the template with which it is a judge, whose top_k is 0
-JUDGED = 6000  # characters of documents that a judge reads at most: its context is bounded
+JUDGE_READS = 6000  # characters of documents, the rest is cut: its context is bounded
 
 
 def prompt(template: str, request: SearchRequest, top_k: int, tokenizer=None) -> str:
@@ -28,7 +28,7 @@ def prompt(template: str, request: SearchRequest, top_k: int, tokenizer=None) ->
     words = {"query": request.query, "question": request.question,
              "answers": " or ".join(request.answers), "top_k": str(top_k),
              "quality": "noisy" if request.noisy else "useful",
-             "documents": protocol.number_documents(request.documents)[:JUDGED]}  # fmt: skip
+             "documents": protocol.number_documents(request.documents)[:JUDGE_READS]}  # fmt: skip
     words = {name: protocol.neutralize(text, tokenizer) for name, text in words.items()}
     # In one pass: a query that spells out "{answers}" must not have them filled in.
     return re.sub(r"\{(\w+)\}", lambda name: words.get(name[1], name[0]), template)

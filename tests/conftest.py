@@ -8,7 +8,7 @@ import string
 import pytest
 import torch
 from counts import COUNTS
-from scripts import bad, home, work  # noqa: F401 (fixtures)
+from scripts import bad, collected, home, work  # noqa: F401 (fixtures)
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (

@@ -39,6 +39,7 @@ SIM = """--base ../base --worlds 2 --examples 40 --steps 3 --batch_tokens 400 --
     --threads 1""".split()
 EVAL = """--max_turns 3 --max_turn_tokens 16 --max_context 160 --threads 1""".split()
 FILE = ["--data", "../questions.jsonl", "--corpus", "../corpus.txt"]
+COLLECTED = "../collected/collected.jsonl"
 
 
 def born(name: str, rng: random.Random) -> list[sft.Segment]:
@@ -207,3 +208,18 @@ def on_each(processes: int, call: Callable, monkeypatch) -> list:
     for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
         raise error  # that of one, not of those who waited for it
     return [future.result() for future in played]
+
+
+@pytest.fixture(scope="session")
+def collected(home):
+    """The rows of a small `--collect`, in `collected/collected.jsonl`."""
+    with pytest.MonkeyPatch.context() as patch:
+        (home / "elsewhere").mkdir()
+        patch.chdir(home / "elsewhere")
+        simulator("--collect", "--output", "../collected")
+    text = (home / "collected" / "collected.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(folder) -> list[dict]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]

@@ -91,7 +91,7 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
             rows = [*rows[-499:], figures]
             for sentence in alarms(rows, rung):
                 tqdm.write(f"Step {step}: {sentence}")
-        accelerator.log(figures, step=step)
+        accelerator.log({name: figures[name] for name in figures if name != "step"}, step=step)
         due = config.save_every and (step == config.steps or step % config.save_every == 0)
         stop, broken = asked(accelerator), skipped > config.max_skipped
         if due or stop or broken:

@@ -8,9 +8,9 @@ An arm is a file in configs/claims (`accelerate launch train_policy.py --config 
 it), or one of two scripts here. The arm "reference" is 40 steps of GRPO with the default simulator
 and noise (0 to 0.25); another arm of 40 steps differs from it in what its name says. (The reference
 of the KL is something else: the model that a run starts from.) Arms lie in runs/claims/NAME-SEED;
-what is complete is not run again. Each policy answers the same questions with BM25 on an unseen
+what is complete is not run again. Each policy answers the same 600 questions with BM25 on an unseen
 world: greedy, sampled at temperature 1, and greedy with half of the replies noisy. The arms of
-arms.py (100 steps), if they were run, are in the table, too.
+arms.py (100 steps, tested on 1,000 questions), if they were run, are in the table, too.
 """
 
 import argparse
@@ -93,7 +93,8 @@ def table(roots: list[Path]) -> str:
              "questions, which says nothing about other seeds). The paper's figures are EM, the "
              "average of its seven data sets, of other models: compare which side is ahead, not by "
              "how much. Arms of configs/claims and the two scripts have the steps that their files "
-             "say (40), those of arms.py 100. Written by "
+             "say (40), those of arms.py 100. A difference is paired by seed, over the seeds that "
+             "both arms have, so it may not be that of two means. Written by "
              "`python benchmarks/claims.py --table`."]  # fmt: skip
     names = [f"{test}, {group}" for test in TESTS for group in ("one-hop", "two-hop", "all")]
     for claim, paper, arms in CLAIMS:

@@ -1,7 +1,7 @@
 """Generation: minizs beside `transformers`, on four workloads, and beside what the machine allows.
 
     python benchmarks/generate.py [--batch 8 64 256] [--threads 2] [--repeats 3]
-    python benchmarks/generate.py --model large          # 110 M parameters, batch 64, equal lengths
+    python benchmarks/generate.py --model large          # 107 M parameters, batch 64, equal lengths
 
 - `equal`: prompts of 32 tokens, 32 new ones.
 - `mixed`: every row is a turn of a real rollout (`--policy` in the tiny world, with BM25): what

@@ -50,7 +50,7 @@ class Ranking(Engine):
             for i, ranked in zip(short, found, strict=True):
                 texts = [" ".join(text.split()) for text in ranked or []]
                 kept = [t for t in texts if not (requests[i].noisy and self.judge(t, requests[i]))]
-                results[i] = ranked and kept[: self.top_k]
+                results[i] = None if ranked is None else kept[: self.top_k]
             short = [i for i in short if depth < self.deepest and requests[i].noisy
                      and results[i] is not None and len(results[i]) < self.top_k]  # fmt: skip
             depth = min(2 * depth, self.deepest)

@@ -169,7 +169,7 @@ class Learner:
         finite = accelerator.reduce(guard, "sum").isfinite()  # the same on all processes
         if finite.all():
             optimizer.step()
-        else:  # with finite losses, any of them may have made the gradient
+        else:  # where the losses are finite, the gradient is not, and any of them may have made it
             bad = [p for p, v in zip(parts, values, strict=True) if finite[0] or not v.isfinite()]
             self.suspects |= {row for part in bad for row in part.rows}
         optimizer.zero_grad()
@@ -222,6 +222,6 @@ def build_learner(accelerator, settings, model, vocab_size: int,
         critic = ppo.Critic(copy.deepcopy(model.base_model), packed)
         critic, critic_optimizer = prepare(critic, settings.critic_lr)
     scorer, optimizer = prepare(make_scorer(model), settings.lr)
-    if settings.kl_coef and settings.lora_rank:  # (a context manager decorates, too)
+    if settings.kl_coef and settings.lora_rank:  # `scorer`, each call of it within `lora_off`
         reference = lora_off(model)(lambda *inputs: scorer(*inputs))
     return Learner(accelerator, settings, scorer, optimizer, reference, critic, critic_optimizer)

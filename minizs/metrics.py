@@ -6,8 +6,8 @@ import torch
 
 from minizs.trajectory import Trajectory
 
-COST = ("{queries:,} queries, ${search_dollars:,.2f} from a web engine; this run took "
-        "{device_hours:,.2f} device-hours, ${device_dollars:,.2f}.")  # fmt: skip
+COST = ("{queries:,} queries (${search_dollars:,.2f} at a web engine's price); this run took "
+        "{device_hours:,.2f} device-hours (${device_dollars:,.2f}).")  # fmt: skip
 
 
 def total(accelerator, count: int) -> int:

@@ -24,7 +24,8 @@ TOKENS, NOISE, ENGINE = 0, 1, 2  # a random number's use is part of its key: no 
 
 @dataclass(frozen=True)
 class Limits:
-    """In tokens, but for `turns`, which counts generations: at most `turns - 1` searches."""
+    """In tokens, but for `turns`, which counts generations: at most `turns - 1` searches. These are
+    about the paper's; a run has those of `settings`, which fit the tiny world."""
 
     turns: int = 5
     turn_tokens: int = 500
@@ -74,9 +75,11 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
             elif turn == limits.turns - 1:
                 row.truncated = "turns"
             elif action.kind == "search":
-                asked = [neutralize(t, tokenizer) for t in (action.content, row.example.question)]
-                draw, key = uniform(seed, NOISE, *row_keys[i], turn), (ENGINE, *row_keys[i], turn)
-                requests[i] = SearchRequest(*asked, row.example.answers, draw < noise, key)
+                query = neutralize(action.content, tokenizer)
+                question = neutralize(row.example.question, tokenizer)
+                noisy = uniform(seed, NOISE, *row_keys[i], turn) < noise
+                requests[i] = SearchRequest(query, question, row.example.answers, noisy,
+                                            key=(ENGINE, *row_keys[i], turn))  # fmt: skip
             else:
                 replies[i] = protocol.INVALID_ACTION
         found = engine.search(list(requests.values())) if requests else []

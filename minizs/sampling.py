@@ -43,7 +43,8 @@ class StopStrings:
         # A token is at least a byte of the tag. (One more, as decoding may trim a leading space.)
         self.reach = 1 + max((len(s.encode()) for s in stop), default=0)
         # U+FFFD: the token ends within a character, possibly a tag's last one.
-        self.last, self.may_end = {"\ufffd", *(s[-1] for s in stop)}, {}  # by token, once seen
+        self.last = {"\ufffd", *(s[-1] for s in stop)}
+        self.may_end: dict[int, bool] = {}  # by token, once seen
 
     def complete(self, ids: list[int]) -> bool:
         """`ids` is the turn so far; no tag was complete before its last token."""

@@ -20,7 +20,7 @@ def test_the_paper_by_hand():
     assert spent["device_hours"] == pytest.approx(4 * 1.5)
     assert spent["device_dollars"] == pytest.approx(6 * 1.47)
     text = COST.format(**spent)
-    assert "64,000 queries, $586.88" in text and "6.00 device-hours, $8.82" in text
+    assert "64,000 queries ($586.88 at" in text and "6.00 device-hours ($8.82)" in text
 
 
 def test_a_run_without_steps_costs_nothing():
@@ -41,4 +41,4 @@ def test_a_run_counts_its_queries(work, capsys):
     spent = json.loads((work / "run" / "cost.json").read_text())
     assert spent["queries"] == spent["search_dollars"] == searches
     assert spent["device_dollars"] == pytest.approx(2 * sum(row["seconds"] for row in rows))
-    assert capsys.readouterr().out.count(f"{searches} queries, ${searches}.00") == 2
+    assert capsys.readouterr().out.count(f"{searches} queries (${searches}.00") == 2

@@ -11,7 +11,7 @@ from scripts import EVAL, FILE, evaluation, everything, policy, refused, status,
 
 import evaluate
 from minizs import evaluation as functions
-from minizs import runs, stages
+from minizs import rollout, runs, stages
 from minizs.config import UserError
 from minizs.trajectory import Turn
 
@@ -36,6 +36,22 @@ def test_the_file_holds_every_data_set_and_their_means(work):
         assert overall[name] == pytest.approx(pooled)
         assert average[name] == pytest.approx((one[name] + two[name]) / 2)
     assert out["settings"]["questions"] == 31 and out["before"] is None
+
+
+def test_it_is_greedy(work, monkeypatch):
+    """Guards a test that samples (defect D5), the held-out one of training too."""
+    seen = []
+
+    class Decoder(rollout.Decoder):
+        def __init__(self, *arguments, temperature: float, **options) -> None:
+            seen.append(temperature)
+            super().__init__(*arguments, temperature=temperature, **options)
+
+    monkeypatch.setattr(rollout, "Decoder", Decoder)
+    evaluation("--policy", "../base", "--questions", "2", "--output", "out.json")
+    assert seen == [0.0]
+    policy("--output", "run", "--steps", "1", "--eval_every", "1", "--eval_questions", "2")
+    assert seen == [0.0, 1.0, 0.0]
 
 
 def test_standard_errors_by_hand(work, monkeypatch):

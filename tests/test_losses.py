@@ -55,17 +55,18 @@ def test_one_token_by_hand(ratio, advantage, loss, gradient):
 def test_loss_and_stats_against_loops():
     """A second computation in plain Python, token by token."""
     logprobs, old, advantages, mask = batch()
-    loss, stats = losses.policy_loss(logprobs, old, advantages, mask)
+    weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1))
+    loss, stats = losses.policy_loss(logprobs, old, advantages, mask, 0.2, 0.28, 7.0, weights)
     terms, ratios, clipped = [], [], 0
     for b, t in mask.nonzero().tolist():
         ratio, a = math.exp(logprobs[b, t] - old[b, t]), advantages[b, t].item()
-        free, limited = ratio * a, min(max(ratio, 0.8), 1.2) * a
-        terms.append(-min(free, limited))
+        free, limited = ratio * a, min(max(ratio, 0.8), 1.28) * a
+        terms.append(-min(free, limited) * weights[b, t].item())
         clipped += limited < free
         ratios.append(ratio)
     n = len(terms)
     assert 0 < clipped < n  # both branches are in play
-    assert loss.item() == pytest.approx(sum(terms) / n, abs=1e-5)
+    assert loss.item() == pytest.approx(sum(terms) / 7, abs=1e-5)
     assert stats["tokens"].item() == n
     assert stats["clip_fraction"].item() == pytest.approx(clipped / n)
     assert stats["ratio_mean"].item() == pytest.approx(sum(ratios) / n, abs=1e-5)

@@ -1,8 +1,18 @@
 """The tests are tested: every known defect is put in, and the test that guards it has to fail.
 
-The defects D1 ... D20 are those found in the paper's code and its relatives; each row of `DEFECTS`
-is one of them as a wrong line: in this function, these words become those. Not here, because there
-is no code in which they could be made:
+The defects D1 ... D20 are those found in the paper's code and its relatives:
+
+D1 another row's question, D2 KL with the wrong sign, D3 answers read from prompt and documents, D4
+EM that is a substring test, D5 validation that samples and loses questions, D6 a minibatch divided
+by another's size, D7 another distribution sampled than scored, D8 documents in GAE, whitening and
+the critic's loss, D9 each turn generates beyond its tag and starts again from the whole text, D10
+decoded and encoded again, D11 padding guessed from ids, D12 contexts cut at an end, D13 text cut at
+a later tag than the first, D14 infinity times a mask of 0, D15 a simulator asked for ever and
+trusted, D16 groups by an id that is not unique, D17 settings by their place, D18 metrics of some
+steps and parts, D19 a second rollout for inference, D20 no evaluation without a service.
+
+Each row of `DEFECTS` is one as a wrong line: in this function, these words become those. Not here,
+because there is no code in which they could be made:
 
 - D5 drops the last validation batch, D18 logs metrics in some steps only: a matter of the scripts,
   whose own tests count questions and lines. (D5's sampling and D18's last micro-batch are here.)
@@ -82,7 +92,7 @@ GRPO, PPO = test_learner.OPTIONS[0], test_learner.OPTIONS[3]
 
 DEFECTS = [
     Defect("D1 another row's question", PLAY,
-           "*asked, row.example.answers", "*asked, rows[len(requests)].example.answers",
+           "question, row.example.answers", "question, rows[len(requests)].example.answers",
            test_rollout.test_a_request_carries_its_own_question),
     Defect("D2 KL with the wrong sign", LEARN._policy_loss,
            "loss + s.kl_coef *", "loss - s.kl_coef *",
@@ -237,6 +247,11 @@ DEFECTS = [
     Defect("old log-probabilities from the sampler", LEARN._policy_loss,
            "old = logprobs.detach() if", "old = part.sampled_logprobs if",
            test_learner.test_ratio_is_exactly_one_on_policy),
+    Defect("low and high clip exchanged", losses.policy_loss,
+           "clamp(1 - clip_low, 1 + clip_high)", "clamp(1 - clip_high, 1 + clip_low)",
+           test_losses.test_loss_and_stats_against_loops),
+    Defect("tokens without their weights", losses.policy_loss,
+           " * weights", "", test_losses.test_loss_and_stats_against_loops),
     Defect("a maximum for the minimum", losses.policy_loss,
            "torch.minimum(unclipped, clipped)", "torch.maximum(unclipped, clipped)",
            partial(test_losses.test_one_token_by_hand, 1.5, 1.0, -1.28, 0.0)),

@@ -365,6 +365,7 @@ class Tracker:
         self.seen.append(values["steps"])
 
     def log(self, values: dict, step: int, **_) -> None:
+        assert "step" not in values  # a name that trackio keeps for itself
         self.seen.append((step, values["reward"]))
 
     def finish(self) -> None:

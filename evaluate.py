@@ -1,7 +1,7 @@
 """Stage 3: test a policy with a real search engine, beside what it began as; or ask it a question.
 
     python evaluate.py                                  # the newest run (or makes one), BM25
-    python evaluate.py --policy DIR --ask "how long is the warranty?" --corpus handbook.txt
+    python evaluate.py --ask "how long is the warranty?" --policy MODEL --corpus handbook.txt
     accelerate launch evaluate.py --policy DIR --data paper --engine http --engine_url URL
 
 Greedy by default, every question counted. What was interrupted goes on where it was."""
@@ -33,7 +33,7 @@ class EvalConfig(SearchConfig):
     engine: str = option("bm25", "What answers the searches; 'none': an empty block.", ENGINES)
     questions: int = option(1000, "At most, spread evenly over the data sets; 0: all.")
     output: str = option("", "A .json file; empty: evaluation.json, or -2, ..., at the policy.")
-    ask: str = option("", "Answer this one question and show the whole trajectory.")
+    ask: str | None = option(None, "Answer this one question and show the whole trajectory.")
     temperature: float = option(0.0, "0 is greedy.")
     batch: int = option(250, "Questions a process answers together.")
 
@@ -43,6 +43,7 @@ def check(config: EvalConfig) -> None:
     check_ranges(config, positive="batch", not_negative="questions")
     check_search(config)
     require(not config.engine_noise or config.method == "search", "--engine_noise is for searches.")
+    require(config.ask is None or config.ask.strip(), "--ask needs a question.")
     if not config.ask:
         path = Path(config.output or default_output(config.policy))
         fits = path.suffix == ".json" and path.parent.is_dir() and os.access(path.parent, os.W_OK)
@@ -76,11 +77,12 @@ def paint(words: str, kind: str) -> str:
 
 
 def show_turn(turn) -> None:
-    """Print a turn as soon as it is there: the policy's words, and what came back."""
+    """Print a turn as soon as it is there: the policy's words; called again, what came back."""
     words, tags = report.visible(turn.text.strip()), r"(?s)<(think|search|answer)>.*?</\1>"
-    print(re.sub(tags, lambda part: paint(part[0], part[1]), words))
-    found = [] if turn.documents is None else turn.documents or ["nothing found"]
-    for text in ["no valid action"] if turn.action == "invalid" else found:
+    if turn.documents is None:
+        print(re.sub(tags, lambda part: paint(part[0], part[1]), words), flush=True)
+    told = ["no valid action"] if turn.action == "invalid" else []
+    for text in told if turn.documents is None else turn.documents or ["nothing found"]:
         print("   ", paint(report.visible(text), "noisy" if turn.noisy else "useful"), flush=True)
 
 

@@ -14,7 +14,7 @@ from minizs import runs
 from minizs.config import parse, require, run_script, save, set_threads
 from minizs.settings import FREE, PolicyConfig, check
 
-SHOWN = "reward held_out_f1 noise kl entropy searches_per_question seconds".split()  # in the bar
+SHOWN = "reward searches_per_question held_out_f1 kl noise entropy".split()  # in the bar
 
 
 def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, template: str, examples,

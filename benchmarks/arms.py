@@ -4,8 +4,10 @@
     python benchmarks/arms.py --arms grpo --seeds 1
     python benchmarks/arms.py --table              # only the table of what is there
 
-Arms run one by one (or --parallel N at a time, one thread each), each in runs/arms/NAME-SEED; what
-is complete is not run again. Every policy is tested on the same 1,000 questions with BM25: greedy,
+An arm is a file in configs/arms (`accelerate launch train_policy.py --config FILE` is one run of
+it). Arms run one by one (or --parallel N at a time, one thread each), each in runs/arms/NAME-SEED;
+what is complete is not run again. Flags that are not of this script go to train_policy.py, and
+want a --root of their own. Every policy is tested on the same 1,000 questions with BM25: greedy,
 sampled at temperature 1, and greedy with half of the replies noisy; and greedy without documents.
 Standard errors are those of the mean over seeds; with one seed, and for the base model, of the mean
 over questions. Real search has the mean noise of the curriculum (0.1) in all its steps.
@@ -20,13 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-ARMS = {
-    "grpo": [],
-    "ppo": ["--algorithm", "ppo"],
-    # Its advantages are not divided by their deviation, so the same KL would weigh more.
-    "reinforce": ["--algorithm", "reinforce", "--kl_coef", "0.01"],
-    "grpo_real_search": ["--engine", "bm25", "--engine_noise", "0.1"],
-}
+ARMS = ["grpo", "ppo", "reinforce", "grpo_real_search"]
+ROOT = "runs/arms"
 TESTS = {
     "greedy": [],
     "sampled": ["--temperature", "1"],
@@ -40,18 +37,21 @@ def script(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, str(HERE / name), *arguments], check=True)
 
 
-def train_and_test(arm: str, seed: int, threads: int) -> None:
-    folder = Path("runs/arms") / f"{arm}-{seed}"
+def train_and_test(arm: str, seed: int, threads: int, root: Path, questions: int,
+                   flags: list[str]) -> None:  # fmt: skip
+    folder = root / f"{arm}-{seed}"
     policy = "tiny" if arm == "base" else str(folder / "policy")
     if arm != "base":
-        script("train_policy.py", *ARMS[arm], "--seed", str(seed), "--threads", str(threads),
-               "--output", str(folder), "--resume")  # fmt: skip
+        config = str(HERE / "configs" / "arms" / f"{arm}.yaml")
+        script("train_policy.py", "--config", config, "--seed", str(seed), "--threads",
+               str(threads), "--output", str(folder), "--resume", *flags)  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     for name, settings in TESTS.items():
         path = folder / f"{name}.json"
         if not path.exists():
             script("evaluate.py", "--policy", policy, "--before", "none", "--output", str(path),
-                   "--seed", str(seed), "--threads", str(threads), *settings)  # fmt: skip
+                   "--questions", str(questions), "--seed", str(seed), "--threads", str(threads),
+                   *settings)  # fmt: skip
 
 
 def mean(values: list[tuple[float, float]]) -> str:
@@ -106,19 +106,32 @@ def table(root: Path) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def own_root(settings, flags: list[str], default: str) -> Path:
+    """Where the arms lie. Raises SystemExit for other settings among those of the real table."""
+    if flags and settings.root == default:
+        raise SystemExit(f"error: {' '.join(flags)} would mix with the real arms in {default}; "
+                         "give a --root of its own.")  # fmt: skip
+    return Path(settings.root)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arms", nargs="*", default=["base", *ARMS], choices=["base", *ARMS])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--parallel", type=int, default=1, help="arms at a time")
+    parser.add_argument("--questions", type=int, default=1000)
+    parser.add_argument("--root", default=ROOT)
     parser.add_argument("--table", action="store_true", help="only print the table")
-    settings = parser.parse_args()
+    settings, flags = parser.parse_known_args(argv)
+    root = own_root(settings, flags, ROOT)
     if not settings.table:
         threads = 1 if settings.parallel > 1 else 0
-        jobs = [(arm, seed, threads) for seed in range(settings.seeds) for arm in settings.arms]
+        jobs = [(arm, seed) for seed in range(settings.seeds) for arm in settings.arms]
         with ThreadPoolExecutor(settings.parallel) as pool:
-            list(pool.map(lambda job: train_and_test(*job), jobs))
-    print(table(Path("runs/arms")))
+            several = pool.map if settings.parallel > 1 else map
+            list(several(lambda job: train_and_test(*job, threads, root, settings.questions,
+                                                    flags), jobs))  # fmt: skip
+    print(table(root))
 
 
 if __name__ == "__main__":

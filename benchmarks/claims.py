@@ -1,8 +1,8 @@
 """The paper's claims in miniature: arms of training, each with several seeds, and their table.
 
     python benchmarks/claims.py                     # all arms, three seeds; it resumes
-    python benchmarks/claims.py --arms no_noise --seeds 1
-    python benchmarks/claims.py --table             # only benchmarks/CLAIMS.md, from what is there
+    python benchmarks/claims.py --arms reference no_noise --seeds 5
+    python benchmarks/claims.py --table --output benchmarks/CLAIMS.md  # only the table
 
 An arm is a file in configs/claims (`accelerate launch train_policy.py --config FILE` is one run of
 it), or one of two scripts here. The arm "reference" is 40 steps of GRPO with the default simulator
@@ -10,7 +10,9 @@ and noise (0 to 0.25); another arm of 40 steps differs from it in what its name 
 of the KL is something else: the model that a run starts from.) Arms lie in runs/claims/NAME-SEED;
 what is complete is not run again. Each policy answers the same 600 questions with BM25 on an unseen
 world: greedy, sampled at temperature 1, and greedy with half of the replies noisy. The arms of
-arms.py (100 steps, tested on 1,000 questions), if they were run, are in the table, too.
+arms.py (100 steps, tested on 1,000 questions), if they were run, are in the table, too. It is
+written to runs/claims/CLAIMS.md. Flags that are not of this script go to train_policy.py, and want
+a --root of their own.
 """
 
 import argparse
@@ -23,11 +25,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-from benchmarks.arms import difference, mean  # noqa: E402
+from benchmarks import arms as hundred  # noqa: E402
+from benchmarks.arms import difference, mean, own_root  # noqa: E402
 
 TESTS = {"greedy": [], "sampled": ["--temperature", "1"], "noisy": ["--engine_noise", "0.5"]}
 SCRIPTS = {"unmasked": "benchmarks/unmasked.py", "imitation": "benchmarks/imitation.py"}
 CONFIGS = HERE / "configs" / "claims"
+ROOT = "runs/claims"
 ARMS = [*sorted(path.stem for path in CONFIGS.glob("*.yaml")), *SCRIPTS]
 CLAIMS = [  # what the paper says, its figures (average EM of its seven sets), and our arms
     ("Training with a simulator is as good as with a real engine",
@@ -101,8 +105,10 @@ def table(roots: list[Path]) -> str:
         there = {arm: row for arm in arms if (row := cells(arm, roots))}
         if not there:
             continue
-        lines += ["", f"## {claim}", f"The paper: {paper}.", "", f"| arm | {' | '.join(names)} | "
-                  "seeds |", "|---" * (len(names) + 2) + "|"]  # fmt: skip
+        name = "arms" if arms[0] in hundred.ARMS else "claims"
+        command = f"python benchmarks/{name}.py --arms {' '.join(arms)} --seeds 5"
+        lines += ["", f"## {claim}", f"The paper: {paper}. `{command}`", "",
+                  f"| arm | {' | '.join(names)} | seeds |", "|---" * (len(names) + 2) + "|"]
         lines += [f"| {arm} | {' | '.join(row)} |" for arm, row in there.items()]
         gaps = [difference(root, arms[0], arm, test) for arm in arms[1:] for test in TESTS
                 for root in roots]  # fmt: skip
@@ -116,11 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=600)
     parser.add_argument("--parallel", type=int, default=1, help="arms at a time")
-    parser.add_argument("--root", default="runs/claims")
-    parser.add_argument("--output", default=str(HERE / "benchmarks" / "CLAIMS.md"))
+    parser.add_argument("--root", default=ROOT)
+    parser.add_argument("--output", help="where the table goes, by default CLAIMS.md in the root")
     parser.add_argument("--table", action="store_true", help="only write the table")
-    settings, flags = parser.parse_known_args(argv)  # the rest goes to train_policy.py
-    root = Path(settings.root)
+    settings, flags = parser.parse_known_args(argv)
+    root = own_root(settings, flags, ROOT)
     if not settings.table:
         if "hasty_simulator" in settings.arms and not Path("runs/simulator_40").exists():
             script("train_sim.py", "--steps", "40", "--output", "runs/simulator_40")
@@ -128,8 +134,9 @@ def main(argv: list[str] | None = None) -> None:
         with ThreadPoolExecutor(settings.parallel) as pool:
             several = pool.map if settings.parallel > 1 else map
             list(several(lambda job: train_and_test(*job, root, settings.questions, flags), jobs))
-    Path(settings.output).write_text(table([root, Path("runs/arms")]))
-    print(f"The table is in {settings.output}")
+    output = Path(settings.output or root / "CLAIMS.md")
+    output.write_text(table([root, Path(hundred.ROOT)]))
+    print(f"The table is in {output}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/pictures.py runs/policy-1 --ask "when was the founder of Tatco Mining born?"
 
-docs/report.png        the run's report.html in headless Chromium: light, a desktop's width
-docs/report-phone.png  the same: dark, a phone's width
-docs/trajectory.png    trajectories of its training that ended right, their tokens by advantage
+docs/report.png        the first curves of the run's report.html in Chromium: light, a desktop's width
+docs/report-phone.png  the page: dark, a phone's width
+docs/trajectory.png    two trajectories of its training, one with an advantage above 0 and one below,
+                       with useful and noisy documents as far as there are any
 docs/ask.svg           what `evaluate.py --ask` prints in a terminal, with its colours
 """
 
@@ -48,11 +49,17 @@ def screenshot(html: str, picture: Path, width: int, height: int, dark: bool = F
 
 
 def opened(html: str) -> str:
-    """A report without its curves, with the trajectories of training that ended right unfolded."""
-    html = html.replace(" checked", "").replace('id="right"', 'id="right" checked')
-    html = re.sub(r'(<details class="all train[^"]*")', r"\1 open", html)
-    hidden = ".plots, h1, h2, .test { display: none }"
-    return html.replace("</style>", f"{hidden}</style>")
+    """A report of two trajectories of training alone, unfolded: of those that got an advantage above
+    0, and below, the first with both useful and noisy documents, or with noisy ones, or any."""
+    head, rows = html.split("<main>")
+    rows = re.findall(r'<details class="all train.*?</details>', rows, flags=re.DOTALL)
+    signs = ['<span class="up"', '<span class="down"']
+    alike = [[row for row in rows if sign in row and "title=" in row] for sign in signs]
+    worth = ['class="noisy"', 'class="useful"']
+    best = [max(some, key=lambda row: [kind in row for kind in worth]) for some in alike if some]
+    hidden = "<style>.plots, h1, h2, input, label { display: none }</style>"
+    shown = "".join(re.sub(" open|(?=>)", " open", row, count=1) for row in best)
+    return f"{head}{hidden}<main>{shown}</main></html>"
 
 
 def lines(text: str) -> list[list[tuple[str, str]]]:
@@ -101,9 +108,9 @@ def main() -> None:
     config.docs.mkdir(exist_ok=True)
     report.write(config.run)
     html = (config.run / "report.html").read_text(encoding="utf-8")
-    screenshot(html, config.docs / "report.png", 1280, 1900)
+    screenshot(html, config.docs / "report.png", 1280, 750)
     screenshot(html, config.docs / "report-phone.png", 390, 1500, dark=True)
-    screenshot(opened(html), config.docs / "trajectory.png", 1000, 900)
+    screenshot(opened(html), config.docs / "trajectory.png", 1000, 1270)
     terminal = Terminal()
     print(f'$ python evaluate.py --ask "{config.ask}"', file=terminal)
     with redirect_stdout(terminal):

@@ -59,7 +59,7 @@ def parse(kind: type, argv: list[str], own: Path = Path()) -> Any:
     values = vars(parser.parse_args([*flags, *argv]))
     del values["config"]
     for name, value in values.items():
-        finite = isinstance(value, str) or abs(value) < 2**63  # which NaN is not
+        finite = isinstance(value, str | None) or abs(value) < 2**63  # which NaN is not
         require(finite, f"--{name} {value} is too large, or no number; give another.")
     return kind(**values)
 

@@ -36,10 +36,11 @@ def baseline(method: str, model, tokenizer, examples: Sequence[Example], engine,
     shown = [wording.replace("{documents}", text) for text in cut]
     prompts = [build_prompt(e.question, w, tokenizer) for e, w in zip(examples, shown, strict=True)]
     rows = rollout(model, tokenizer, examples, engine, prompts=prompts,
-                   limits=Limits(1, max_tokens, context=math.inf), **options)  # fmt: skip
+                   limits=Limits(1, max_tokens, context=math.inf), on_turn=on_turn, **options)
     for row, documents in zip(rows, found, strict=True):
         row.turns[0].documents = documents
-        on_turn(row.turns[0])
+        if method == "rag":
+            on_turn(row.turns[0])
     return rows
 
 

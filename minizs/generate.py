@@ -68,10 +68,9 @@ class Decoder:
         size = model.config.vocab_size
         if not all(len(ids) and min(ids) >= 0 and max(ids) < size for ids in prompts):
             raise ValueError(f"a prompt is empty, or outside the model's vocabulary of {size}")
-        # A prompt's last token is pending like any turn's; its head is computed once: the different
-        # heads go through the model as if they were rows, are then copied to their rows' slots,
-        # and the bookkeeping becomes that of rows. The longest come first: in groups of them
-        # there is little padding.
+        # A prompt's last token is pending like any turn's. What is before it, its head, is computed
+        # once: different heads go through the model as if they were rows, and are then copied to
+        # their rows' slots. The longest come first, so that groups of them hold little padding.
         rows, heads = range(len(prompts)), [tuple(ids[:-1]) for ids in prompts]
         place = {head: i for i, head in enumerate(sorted(dict.fromkeys(heads), key=len)[::-1])}
         self.cache = RowCache(len(rows), 2 * max(map(len, prompts), default=0))

@@ -50,8 +50,7 @@ def states_before(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor,
     hidden = decoder(input_ids=input_ids, attention_mask=seen, position_ids=positions,
                      use_cache=False).last_hidden_state  # fmt: skip
     hidden = hidden[0] if packed else hidden[real]  # (R, d): all real tokens, row after row
-    # Shifted by one: the state before a token is its neighbour's, of the same sequence, since no
-    # first token is wanted.
+    # Shifted by one: the state before a token is its neighbour's. (No first token is wanted.)
     return hidden[:-1][wanted[real][1:]]
 
 

@@ -23,7 +23,7 @@ def searched_again(trajectories: list[Trajectory], noisy: bool) -> tuple[int, in
 
 
 def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, float]:
-    """Means over all processes, of what a trajectory, a turn or a search was."""
+    """Means over all processes, of what a trajectory, a turn or a search was; if there was one."""
     turns, n = [turn for t in trajectories for turn in t.turns], len(trajectories)
     searches = sum(t.searches for t in trajectories)
     sums = {  # name: (sum, count)
@@ -40,7 +40,7 @@ def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, fl
     }
     table = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
     totals = accelerator.reduce(table, "sum").tolist()
-    return {name: a / b if b else 0.0 for name, (a, b) in zip(sums, totals, strict=True)}
+    return {name: a / b for name, (a, b) in zip(sums, totals, strict=True) if b}
 
 
 def cost(rows: list[dict], search_price: float, gpu_price: float) -> dict[str, float]:

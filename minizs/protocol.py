@@ -42,8 +42,7 @@ def neutralize(text: str, tokenizer=None) -> str:
 
 @cache
 def _marks(tokenizer) -> re.Pattern:
-    """Matches a mark's first character, the one that is replaced. A special token of one character
-    (an unknown's "?") is none."""
+    """Matches a mark's first character, which is replaced. A special token of one ("?") is none."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = [re.findall(r"\w+|\S", token.content) for token in added if token.special]
     spaced = [r"\s*".join(map(re.escape, parts)) for parts in special if len("".join(parts)) > 1]

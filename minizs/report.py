@@ -47,11 +47,12 @@ def render(name: str, metrics: list[dict], shown: list) -> str:
 
 
 def plot(metrics: list[dict], series: dict[str, str], healthy: str) -> dict:
-    """Where the lines of a plot run, in a box of 314 by 76: those that ever had a finite value."""
+    """Where the lines of a plot run, 0 in sight, in a box of 314 by 76: those that have a value."""
     named = {label: [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
              for name, label in series.items()}  # fmt: skip
-    lines = {label: points for label, points in named.items() if points}
-    values = [y for points in lines.values() for _, y in points] or [0.0]
+    lines = {label: points[:: -1 - len(points) // 500][::-1]  # thinned; the last is kept
+             for label, points in named.items() if points}  # fmt: skip
+    values = [0.0, *(y for points in lines.values() for _, y in points)]
     first, last, low, high = metrics[0]["step"], metrics[-1]["step"], min(values), max(values)
     across, up = 314 / (last - first or 1), 76 / (high - low or 1)
     return {"lines": {label: [(across * (x - first), 96 - up * (y - low)) for x, y in points]
@@ -61,12 +62,12 @@ def plot(metrics: list[dict], series: dict[str, str], healthy: str) -> dict:
 
 
 def tests(folder: Path) -> list[tuple[dict, dict]]:
-    """Questions before and after training, from the newest test, evenly spread over it."""
+    """The first questions of the newest test, where data sets take turns, before and after."""
     log = max(folder.glob("evaluation*.before.jsonl"), key=lambda path: path.stat().st_mtime,
               default=folder / "none")  # fmt: skip
     both = map(read_lines, (log, log.with_name(log.name.replace(".before.", "."))))
     pairs = [(a, b) for a, b in zip(*both, strict=False) if a["example"] == b["example"]]
-    return pairs[:: -(-len(pairs) // TESTS) or 1]
+    return pairs[:TESTS]
 
 
 def kinds(first: dict, after: dict | None = None) -> list[str]:

@@ -41,7 +41,7 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
     """`group_size` trajectories for each example, the rows of a group adjacent, from the `template`
     with its question or from `prompts`. `noise`: how probably a search asks for noisy documents
     (paper equation 1). `keys`: what each example's random numbers hang on, by default its index.
-    `on_turn` sees each turn with its documents. Raises UserError where a limit leaves no room."""
+    `on_turn` sees each turn, then with documents. Raises UserError if a limit leaves no room."""
     keys = keys or [(i,) for i in range(len(examples))]
     row_keys = [(*key, sample) for key in keys for sample in range(group_size)]
     texts = prompts or [protocol.build_prompt(e.question, template, tokenizer) for e in examples]
@@ -68,6 +68,7 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
             text = tokenizer.decode(out.ids, skip_special_tokens=False)  # a tag may be one
             action = protocol.parse_action(text)
             row.turns.append(Turn(text, action.kind, action.content))
+            on_turn(row.turns[-1])
             if action.kind == "answer":
                 row.answer = action.content
             elif out.reason == "length":
@@ -88,8 +89,7 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
             last.noisy = request.noisy
             last.documents = [neutralize(text, tokenizer) for text in documents]
             replies[i] = protocol.wrap_documents(protocol.number_documents(last.documents))
-        for i in live:
-            on_turn(rows[i].turns[-1])
+            on_turn(last)
         if not replies:
             break
         for i, ids in zip(replies, protocol.reply_ids(tokenizer, [*replies.values()]), strict=True):

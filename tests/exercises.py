@@ -23,7 +23,8 @@ from minizs.trajectory import SearchRequest
 def wanted(module, name: str, exercise: int):
     """What the exercise asks for, or a failure that says what is missing and where."""
     if not hasattr(module, name):
-        pytest.fail(f"{module.__name__} has no {name} yet: docs/exercises.md, exercise {exercise}.")
+        pytest.fail(f"{module.__name__} has no {name} yet: docs/exercises.md, exercise {exercise}.",
+                    pytrace=False)  # fmt: skip
     return getattr(module, name)
 
 
@@ -32,7 +33,7 @@ def accepted(exercise: int, *flags: str):
     try:
         return parse(train_policy.PolicyConfig, list(flags))
     except UserError as error:
-        pytest.fail(f"{error} (docs/exercises.md, exercise {exercise}.)")
+        pytest.fail(f"{error} (docs/exercises.md, exercise {exercise}.)", pytrace=False)
 
 
 # ---- 1: another advantage ---------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_each_turn_is_shown(monkeypatch):
     """Guards --ask that works with --method search alone."""
     shown = []
     rows, *_ = answer("rag", "<answer>Rome</answer>", monkeypatch, on_turn=shown.append)
-    assert shown == [row.turns[0] for row in rows]
+    assert shown == [row.turns[0] for row in rows] * 2  # when it is written; with its documents
 
 
 def test_every_method_has_a_wording():

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -325,10 +326,17 @@ TURNS = [
 ]
 
 
+def unfold(turn: Turn) -> None:
+    """As a rollout shows it: as it is written, and again when documents are there."""
+    evaluate.show_turn(replace(turn, documents=None))
+    if turn.documents is not None:
+        evaluate.show_turn(turn)
+
+
 def test_every_kind_of_turn_is_shown(capsys):
     """Guards thoughts, empty replies and invalid turns that nobody sees."""
     for turn in TURNS:
-        evaluate.show_turn(turn)
+        unfold(turn)
     assert capsys.readouterr().out.splitlines() == [
         "<think>a</think> <search>b</search>", "    c", "    d", "<search>b</search>",
         "    nothing found", "hm", "    no valid action", "<answer></answer>",
@@ -341,7 +349,7 @@ def test_a_terminal_gets_colours_unless_they_are_not_wished(capsys, monkeypatch)
     for plain in ("", "1"):
         monkeypatch.setenv("NO_COLOR", plain)
         for turn in TURNS:
-            evaluate.show_turn(turn)
+            unfold(turn)
         text = capsys.readouterr().out
         assert text.count("\033[0m") == (0 if plain else 8) and text.count("\033[") in (0, 16)
         assert plain or "\033[33mnothing found\033[0m" in text and "\033[36m<search>b" in text
@@ -350,7 +358,7 @@ def test_a_terminal_gets_colours_unless_they_are_not_wished(capsys, monkeypatch)
 @pytest.mark.parametrize("text", ["\033[2J\033[1;1H", "\x9b31m", "a\rb", "\u202e", "\ud800"])
 def test_documents_do_not_drive_the_terminal(capsys, text):
     """Guards a document that clears the screen, or writes over what stands there."""
-    evaluate.show_turn(Turn(f"<think>{text}</think>", "search", text, [text, "naïve 日本 😀"]))
+    unfold(Turn(f"<think>{text}</think>", "search", text, [text, "naïve 日本 😀"]))
     out = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in out) and "    naïve 日本 😀\n" in out
 
@@ -415,6 +423,7 @@ REFUSED = [
     ("--policy ../base --max_context 2048", "--max_context 2048"),
     ("--policy ../base --engine simulator --max_context 5", "--max_context 5"),
     ("--policy ../base --max_context 3 --ask why?", "--max_context 3"),
+    ("--policy ../base --ask=", "--ask needs"),
     ("--policy ../base --output ../corpus.txt", "../corpus.txt"),
     ("--policy ../base --output ../nowhere/out.json", "../nowhere"),
     ("--policy ../base --output out.md", ".json"),

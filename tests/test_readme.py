@@ -46,6 +46,12 @@ ELSEWHERE = {
         "test_tiny_base.test_it_leaves_a_model_with_both_prompts",
     "train_sim.py --collect --data QUESTIONS --policy MODEL --engine bm25|http|web":
         "test_train_sim.test_a_policy_collects_from_a_real_engine",
+    'python evaluate.py --ask "how long is the warranty?" --corpus handbook.txt --policy MODEL '
+    "--max_turn_tokens 500 --max_document_tokens 600 --max_context 4096":
+        "test_evaluate.test_ask_needs_nothing_but_the_repository",
+    "python benchmarks/arms.py --seeds 5 --parallel 2":
+        "test_claims.test_a_short_arm_of_the_algorithms",
+    "python benchmarks/claims.py --seeds 3 --parallel 2": "test_claims.test_a_short_arm_gets_its_row",
     "python -m minizs.retriever": "test_retriever.test_the_command",
     "python -m minizs.retriever --corpus FILE --port 8000": "test_retriever.test_the_command",
 }  # fmt: skip
@@ -55,7 +61,6 @@ NOT_HERE = {
     "accelerate launch evaluate.py --policy runs/policy-1/policy --data paper": "needs the hub",
     "python -m sglang.launch_server": "needs a GPU",
     "accelerate launch --cpu --num_processes 2": "named as what does not work",
-    "python benchmarks/arms.py --parallel 2": "takes hours",
     "python benchmarks/pictures.py": "needs a finished run, and a browser",
 }  # by how they begin
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import asdict
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -102,9 +103,10 @@ def test_curves_show_the_numbers_that_were_logged(tmp_path):
     rows = [{"step": 1, "reward": 0.125}, {"step": 2, "reward": 0.875, "response_tokens": 12345}]
     rows += [{"step": 3, "reward": 0.625, "held_out_f1": 0.375}]
     html = page(tmp_path, rows)
-    assert "training <b>0.625</b>" in html and "0.125 to 0.875" in html
-    assert 'points="0.0,96.0 157.0,20.0 314.0,45.3 "' in html  # y grows downwards
-    assert 'points="314.0,70.7 "' in html  # on the same axis
+    assert "training <b>0.625</b>" in html in html
+    assert "range 0 to 0.875" in html  # 0 is always in sight: a fall from 1 to 0.9 looks small
+    assert 'points="0.0,85.1 157.0,20.0 314.0,41.7 "' in html  # y grows downwards
+    assert 'points="314.0,63.4 "' in html  # on the same axis
     assert "<b>12,345</b>" in html and "held-out F1 <b>0.375</b>" in html
     assert "<h3>KL" not in html and html.count("<svg") == 2
     everything = {name: 1.0 for form in report.PLOTS.values() for name in form["series"]}
@@ -131,13 +133,15 @@ def test_a_killed_run_has_a_page(tmp_path):
 def test_every_token_is_coloured_by_what_training_does_with_it(tmp_path):
     """Guards documents that look trained on, a wrong sign, and a token that is left out."""
     html = page(tmp_path, [], [(1, trajectory("text", True, **tokens("a")))])
-    up = '<span class="up" style="--a:25%" title="advantage +1.00"><i>own </i><i>a</i></span>'
+    up = '<span class="up" style="--a:29%" title="advantage +1.00"><i>own </i><i>a</i></span>'
     down = '<span class="down" style="--a:50%" title="advantage -2.00"><i> more</i><i>a</i></span>'
     assert f'<div class="own">{up}</div>' in html and f'<div class="own">{down}</div>' in html
     assert '<div class="masked"><b class="prompt">prompt</b>\na</div>' in html
-    assert '<div class="masked"><b class="noisy">noisy documents</b>\na</div>' in html
+    noisy = '<b class="noisy">documents, asked to be noisy</b>'
+    assert f'<div class="masked">{noisy}\na</div>' in html
     html = page(tmp_path, [], [(1, trajectory("text", **tokens("a", (0.0, 9.0))))])
-    assert '<span class="up" style="--a:0%"><i>own' in html and "useful documents" in html
+    assert '<span class="up" style="--a:0%"><i>own' in html
+    assert '<b class="useful">documents, asked to be useful</b>' in html
     assert html.count("--a:50%") == 2 + 1  # the legend's, and no more than full colour
 
 
@@ -151,12 +155,14 @@ def test_without_tokens_it_is_shown_turn_by_turn(tmp_path):
     early["turns"] = early["turns"][:1]  # one search before the only turn: --method rag
     late = trajectory("late", True)
     html = page(tmp_path, [], [(1, unread), (2, invalid), (3, early), (4, late)])
-    documents = '<div class="masked"><b class="noisy">noisy documents</b>\nDoc 1: late</div>'
+    noisy = '<b class="noisy">documents, asked to be noisy</b>'
+    documents = f'<div class="masked">{noisy}\nDoc 1: late</div>'
     assert f"<i>late</i></span></div>\n{documents}" in html
     assert "documents that did not fit, never read</b>\nDoc 1: unread" in html
     assert "reply</b>\nThat action is not valid" in html
     assert "documents read beforehand</b>\nDoc 1: early" in html
     assert "late or gold" in html and "step 4: 0.5" in html and "title=" not in html
+    assert "asked to be useful" not in html  # in a test nobody asks for that
 
 
 def test_before_and_after_stand_side_by_side(tmp_path):
@@ -182,10 +188,15 @@ def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
     """Guards a page that no phone opens: it shows both ends of the run, and a part of a test."""
     rows = [(step, trajectory(f"s{step}.", **tokens("a"))) for step in range(1, 301)]
     pairs = [(trajectory(f"t{i}"), trajectory(f"t{i}")) for i in range(99)]
-    html = page(tmp_path, [], rows, pairs)
+    curve = [{"step": step, "reward": step / 20000} for step in range(1, 20001)]
+    html = page(tmp_path, curve, rows, pairs)
+    points = re.search('points="(.*?) "', html)[1].split()
+    assert 400 < len(points) <= 500 and points[-1] == "314.0,20.0"
     assert html.count("step 1: ") == html.count("step 300: ") == 1 and "step 150: " not in html
     shown = html.count("<details")
-    assert shown <= report.FIRST + report.LAST + report.TESTS and "q t0" in html and "q t98" in html
+    assert shown <= report.FIRST + report.LAST + report.TESTS
+    # The log of a test takes its data sets in turn: no step of an own that could miss one.
+    assert [f"q t{i}<" in html.replace("\n", "<") for i in range(17)] == [True] * 16 + [False]
     assert len(html) < 100_000
 
 
@@ -213,9 +224,13 @@ def test_a_browser_shows_it(tmp_path, width, dark):
     row = trajectory(HOSTILE + "x" * 500, True, **tokens(HOSTILE + "y" * 500))
     page(tmp_path, [{"step": i, "reward": i / 9} for i in range(1, 9)], [(1, row)], [(row, row)])
     file, picture = tmp_path / "report.html", tmp_path / "page.png"
-    probe = "<script>document.title = document.documentElement.scrollWidth - innerWidth</script>"
+    # In a frame: a window of Chromium's is never narrower than 500 pixels.
+    probe = "<script>parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*')"
     html = file.read_text().replace("default-src 'none'", "default-src 'unsafe-inline'")
-    (tmp_path / "probe.html").write_text(html + probe)
+    html = escape(html.replace("<details", "<details open") + probe + "</script>")
+    (tmp_path / "probe.html").write_text(
+        "<title></title><script>onmessage = said => document.title = said.data</script>"
+        f'<iframe style="width: {width}px; height: 1500px; border: 0" srcdoc="{html}"></iframe>')
     flags = [CHROMIUM, "--headless", "--no-sandbox", f"--window-size={width},1500",
              f"--blink-settings=preferredColorScheme={0 if dark else 1}"]  # fmt: skip
     call = {"capture_output": True, "text": True, "timeout": 100, "check": True,
@@ -223,4 +238,5 @@ def test_a_browser_shows_it(tmp_path, width, dark):
     subprocess.run([*flags, f"--screenshot={picture}", str(file)], **call)
     assert picture.stat().st_size > 20_000
     dom = subprocess.run([*flags, "--dump-dom", str(tmp_path / "probe.html")], **call).stdout
-    assert int(re.search(r"<title>(-?\d+)</title>", dom)[1]) <= 0
+    inner, needed = map(int, re.search(r"<title>(\d+),(\d+)</title>", dom).groups())
+    assert inner == width >= needed

@@ -129,11 +129,12 @@ def test_all_searches_of_a_turn_are_one_call():
 
 
 def test_turns_are_shown_as_they_unfold():
-    """Guards a turn that is shown late, without its documents, or not at all."""
+    """Guards a turn that is shown after its search, without its documents, or not at all."""
     seen = []
     script = [["<eos>"], "<search>a</search>", "<answer>b</answer>"]
     play(script, on_turn=lambda turn: seen.append((turn.action, turn.documents)))
-    assert seen == [("invalid", None), ("search", ["a document"]), ("answer", None)]
+    assert seen == [("invalid", None), ("search", None), ("search", ["a document"]),
+                    ("answer", None)]  # fmt: skip
 
 
 def test_a_tag_may_be_a_special_token():

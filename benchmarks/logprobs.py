@@ -1,6 +1,7 @@
 """Log-probabilities of half of the tokens, forward and backward: minizs beside full logits.
 
     python benchmarks/logprobs.py [--vocab 1000 152000] [--batch 8] [--length 512] [--repeats 3]
+                                  [--gradient_checkpointing]       # of both sides' layers
 
 The model is a random Qwen3 of 4 layers x 256 in float32 (bfloat16 on a GPU) with tied embeddings.
 Each row is a trajectory: blocks of 64 tokens by turns others' and the policy's own; the loss is the
@@ -41,7 +42,8 @@ def full(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(chosen, (1, 0)) * mask  # (B, T)
 
 
-def make(way: Callable, vocab: int) -> Callable[[int, int, int], tuple[float, float]]:
+def make(way: Callable, vocab: int,
+         checkpointing: bool = False) -> Callable[[int, int, int], tuple[float, float]]:
     """A function of batch, length and seed that returns the loss and the gradient's norm."""
     torch.manual_seed(0)
     config = Qwen3Config(
@@ -52,6 +54,8 @@ def make(way: Callable, vocab: int) -> Callable[[int, int, int], tuple[float, fl
     model = Qwen3ForCausalLM(config).to(models.device())
     if model.device.type == "cuda":
         models.cast_weights(model, torch.bfloat16)
+    if checkpointing:
+        models.checkpoint_layers(model)
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)  # no zeros: pages of them may be given back
 
@@ -76,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help=f"tokens a row, over {BLOCK}")
     parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads a side")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
     args = parser.parse_args(argv)
     print(measure.machine(args.threads))
     print(f"{args.batch} rows of {args.length} tokens, half of them in the loss\n")
@@ -83,7 +88,8 @@ def main(argv: list[str] | None = None) -> None:
     print("|---|---|---|---|---|---|")
     ratios = []
     for vocab in args.vocab:
-        sides = {way.__name__: measure.Side(make, way, vocab, threads=args.threads)
+        sides = {way.__name__: measure.Side(make, way, vocab, args.gradient_checkpointing,
+                                             threads=args.threads)
                  for way in (minizs, full)}  # fmt: skip
         with measure.together(sides):
             measured = measure.take_turns(sides, args.repeats, args.batch, args.length)

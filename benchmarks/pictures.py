@@ -2,9 +2,9 @@
 
     python benchmarks/pictures.py runs/policy-1 --ask "when was the founder of Tatco Mining born?"
 
-docs/report.png        the first curves of the run's report.html in Chromium: light, a desktop's width
+docs/report.png        the first curves of the run's page in Chromium: light, a desktop's width
 docs/report-phone.png  the page: dark, a phone's width
-docs/trajectory.png    two trajectories of its training, one with an advantage above 0 and one below,
+docs/trajectory.png    two trajectories of its training, one with an advantage above 0, one below,
                        with useful and noisy documents as far as there are any
 docs/ask.svg           what `evaluate.py --ask` prints in a terminal, with its colours
 """
@@ -49,8 +49,8 @@ def screenshot(html: str, picture: Path, width: int, height: int, dark: bool = F
 
 
 def opened(html: str) -> str:
-    """A report of two trajectories of training alone, unfolded: of those that got an advantage above
-    0, and below, the first with both useful and noisy documents, or with noisy ones, or any."""
+    """A report of two trajectories of training alone, unfolded: of those with an advantage above 0,
+    and below, the first with both useful and noisy documents, or with noisy ones, or any."""
     head, rows = html.split("<main>")
     rows = re.findall(r'<details class="all train.*?</details>', rows, flags=re.DOTALL)
     signs = ['<span class="up"', '<span class="down"']

@@ -49,14 +49,15 @@ def screenshot(html: str, picture: Path, width: int, height: int, dark: bool = F
 
 
 def opened(html: str) -> str:
-    """A report of two trajectories of training alone, unfolded: of those with an advantage above 0,
-    and below, the first with both useful and noisy documents, or with noisy ones, or any."""
+    """A report of two trajectories of training alone, unfolded: one with an advantage above 0 that
+    is right and one below that is wrong, if possible with both useful and noisy documents."""
     head, rows = html.split("<main>")
     rows = re.findall(r'<details class="all train.*?</details>', rows, flags=re.DOTALL)
-    signs = ['<span class="up"', '<span class="down"']
-    alike = [[row for row in rows if sign in row and "title=" in row] for sign in signs]
-    worth = ['class="noisy"', 'class="useful"']
-    best = [max(some, key=lambda row: [kind in row for kind in worth]) for some in alike if some]
+    best = []
+    for sign, ending in (("up", "right"), ("down", "wrong")):
+        worth = [f'class="all train {ending}', 'class="noisy"', 'class="useful"']
+        some = [row for row in rows if f'<span class="{sign}"' in row and "title=" in row]
+        best += sorted(some, key=lambda row: [kind not in row for kind in worth])[:1]
     hidden = "<style>.plots, h1, h2, input, label { display: none }</style>"
     shown = "".join(re.sub(" open|(?=>)", " open", row, count=1) for row in best)
     return f"{head}{hidden}<main>{shown}</main></html>"
@@ -110,7 +111,7 @@ def main() -> None:
     html = (config.run / "report.html").read_text(encoding="utf-8")
     screenshot(html, config.docs / "report.png", 1280, 750)
     screenshot(html, config.docs / "report-phone.png", 390, 1500, dark=True)
-    screenshot(opened(html), config.docs / "trajectory.png", 1000, 1270)
+    screenshot(opened(html), config.docs / "trajectory.png", 1000, 1210)
     terminal = Terminal()
     print(f'$ python evaluate.py --ask "{config.ask}"', file=terminal)
     with redirect_stdout(terminal):

@@ -51,7 +51,7 @@ ELSEWHERE = {
         "test_evaluate.test_ask_needs_nothing_but_the_repository",
     "python benchmarks/arms.py --seeds 5 --parallel 2":
         "test_claims.test_a_short_arm_of_the_algorithms",
-    "python benchmarks/claims.py --seeds 3 --parallel 2":
+    "python benchmarks/claims.py --seeds 5 --parallel 2":
         "test_claims.test_a_short_arm_gets_its_row",
     "python -m minizs.retriever": "test_retriever.test_the_command",
     "python -m minizs.retriever --corpus FILE --port 8000": "test_retriever.test_the_command",

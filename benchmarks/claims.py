@@ -25,7 +25,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-from benchmarks import arms as hundred  # noqa: E402
+from benchmarks import arms as of_100_steps  # noqa: E402
 from benchmarks.arms import difference, mean, own_root  # noqa: E402
 
 TESTS = {"greedy": [], "sampled": ["--temperature", "1"], "noisy": ["--engine_noise", "0.5"]}
@@ -105,7 +105,7 @@ def table(roots: list[Path]) -> str:
         there = {arm: row for arm in arms if (row := cells(arm, roots))}
         if not there:
             continue
-        name = "arms" if arms[0] in hundred.ARMS else "claims"
+        name = "arms" if arms[0] in of_100_steps.ARMS else "claims"
         command = f"python benchmarks/{name}.py --arms {' '.join(arms)} --seeds 5"
         lines += ["", f"## {claim}", f"The paper: {paper}. `{command}`", "",
                   f"| arm | {' | '.join(names)} | seeds |", "|---" * (len(names) + 2) + "|"]
@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
             several = pool.map if settings.parallel > 1 else map
             list(several(lambda job: train_and_test(*job, root, settings.questions, flags), jobs))
     output = Path(settings.output or root / "CLAIMS.md")
-    output.write_text(table([root, Path(hundred.ROOT)]))
+    output.write_text(table([root, Path(of_100_steps.ROOT)]))
     print(f"The table is in {output}")
 
 

@@ -103,7 +103,7 @@ def test_curves_show_the_numbers_that_were_logged(tmp_path):
     rows = [{"step": 1, "reward": 0.125}, {"step": 2, "reward": 0.875, "response_tokens": 12345}]
     rows += [{"step": 3, "reward": 0.625, "held_out_f1": 0.375}]
     html = page(tmp_path, rows)
-    assert "training <b>0.625</b>" in html in html
+    assert "training <b>0.625</b>" in html
     assert "range 0 to 0.875" in html  # 0 is always in sight: a fall from 1 to 0.9 looks small
     assert 'points="0.0,85.1 157.0,20.0 314.0,41.7 "' in html  # y grows downwards
     assert 'points="314.0,63.4 "' in html  # on the same axis

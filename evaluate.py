@@ -17,9 +17,10 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from minizs import report
-from minizs.config import check_ranges, option, parse, require, run_script, set_threads
-from minizs.settings import ENGINES, SearchConfig, check_search
+from minizs import require
+from minizs.runs import report
+from minizs.runs.flags import check_ranges, option, parse, run_script, set_threads
+from minizs.runs.settings import ENGINES, SearchConfig, check_search
 
 METHODS = ("search", "direct", "cot", "rag")
 INK = {"think": 2, "search": 36, "answer": 32, "useful": 34, "noisy": 33}  # ANSI: faint, cyan, ...
@@ -88,7 +89,7 @@ def show_turn(turn) -> None:
 
 def test(config: EvalConfig, accelerator, examples, answers: dict, engine) -> None:
     """Let each policy answer all questions; write the figures and every answer, print the table."""
-    from minizs import evaluation, metrics
+    from minizs.runs import evaluation, metrics
 
     config.output = config.output or str(default_output(config.policy))
     tables, logs, output = {}, {}, Path(config.output)
@@ -120,41 +121,50 @@ def test(config: EvalConfig, accelerator, examples, answers: dict, engine) -> No
 
 def main(argv: list[str]) -> None:
     config = parse(EvalConfig, argv)
-    from minizs import data, evaluation, models, runs, stages
+    from minizs.models import loading
+    from minizs.runs import build, data, evaluation, run_folder
     from minizs.trajectory import Example
 
-    missing = not config.policy and not runs.newest_run()
-    config.policy = config.policy or ("tiny" if missing else str(runs.newest_run() / "policy"))
+    missing = not config.policy and not run_folder.newest_run()
+    config.policy = config.policy or (
+        "tiny" if missing else str(run_folder.newest_run() / "policy")
+    )
     check(config)
-    models.check_model("tiny" if config.before in ("auto", "none") else config.before)
+    loading.check_model("tiny" if config.before in ("auto", "none") else config.before)
     set_threads(config.threads)
-    accelerator = stages.make_accelerator(config)
+    accelerator = build.make_accelerator(config)
     if config.ask:
         examples, config.before = [Example(config.ask, ())], "none"
     else:
         examples = data.spread(data.load(config.data, "test", accelerator.print), config.questions)
     if missing and not config.ask:
-        stages.build_engine(config, "test", accelerator, examples)  # or its error, before a run
+        build.build_engine(config, "test", accelerator, examples)  # or its error, before a run
         with accelerator.main_process_first():
-            if not runs.newest_run():  # else the main process has just made it
-                stages.run_stage("train_policy.py")
-        config.policy = str(runs.newest_run() / "policy")
+            if not run_folder.newest_run():  # else the main process has just made it
+                build.run_stage("train_policy.py")
+        config.policy = str(run_folder.newest_run() / "policy")
     if config.before == "auto":
-        config.before = runs.started_from(Path(config.policy))
+        config.before = run_folder.started_from(Path(config.policy))
     names = [config.policy] if config.before == "none" else [config.before, config.policy]
-    stages.check_lengths(config, names, examples)
+    build.check_lengths(config, names, examples)
     # All weights before any answer, so that none is lost to what cannot be read.
-    policies = {name: stages.load(config, name, accelerator.device) for name in names}
-    engine = stages.build_engine(config, "test", accelerator, examples)
+    policies = {name: build.load(config, name, accelerator.device) for name in names}
+    engine = build.build_engine(config, "test", accelerator, examples)
     answers, shared = {}, {"engine": engine, "temperature": config.temperature, "seed": config.seed}
     for name, policy in policies.items():
         if config.method == "search":
-            answers[name] = stages.searcher(config, *policy, models.load_prompt(name),
-                                            noise=config.engine_noise, **shared)  # fmt: skip
+            answers[name] = build.searcher(
+                config, *policy, loading.load_prompt(name), noise=config.engine_noise, **shared
+            )
         else:
-            answers[name] = partial(evaluation.baseline, config.method, *policy, **shared,
-                                    max_tokens=config.max_turn_tokens,
-                                    max_document_tokens=config.max_document_tokens)  # fmt: skip
+            answers[name] = partial(
+                evaluation.baseline,
+                config.method,
+                *policy,
+                **shared,
+                max_tokens=config.max_turn_tokens,
+                max_document_tokens=config.max_document_tokens,
+            )
     if not config.ask:
         return test(config, accelerator, examples, answers, engine)
     if missing:

@@ -10,32 +10,50 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from minizs import runs
-from minizs.config import parse, require, run_script, save, set_threads
-from minizs.settings import FREE, PolicyConfig, check
+from minizs import require
+from minizs.runs import run_folder
+from minizs.runs.flags import parse, run_script, save, set_threads
+from minizs.runs.settings import FREE, PolicyConfig, check
 
 SHOWN = "reward searches_per_question held_out_f1 kl noise entropy".split()  # in the bar
 
 
-def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, template: str, examples,
-          engine, held_out, folder: Path, first: int, asked) -> None:  # fmt: skip
+def train(
+    config: PolicyConfig,
+    accelerator,
+    learner,
+    writer,
+    tokenizer,
+    template: str,
+    examples,
+    engine,
+    held_out,
+    folder: Path,
+    first: int,
+    asked,
+) -> None:
     """The method, from step `first` on. `writer()` is the model that generates: the trained one or
     a fresh copy of it. `held_out()` evaluates, if there is one. Where `asked()` says to stop, or
     the engine is gone for good, what is done is saved first."""
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    from minizs import checkpoint, data, metrics, report, stages
-    from minizs.alarms import alarms
-    from minizs.client import ServiceError
     from minizs.curriculum import noise_probability
+    from minizs.engines.client import ServiceError
     from minizs.rollout import rollout
+    from minizs.runs import build, checkpoint, data, metrics, report
+    from minizs.runs.alarms import alarms
 
     rank, world = accelerator.process_index, accelerator.num_processes
-    rows, rung = runs.read_lines(folder / "metrics.jsonl"), set()
+    rows, rung = run_folder.read_lines(folder / "metrics.jsonl"), set()
     skipped, count = rows[-1]["skipped"] if rows else 0, config.batch_questions * config.group_size
-    steps = tqdm(range(first, config.steps + 1), initial=first - 1, total=config.steps,
-                 disable=rank > 0, dynamic_ncols=True)  # fmt: skip
+    steps = tqdm(
+        range(first, config.steps + 1),
+        initial=first - 1,
+        total=config.steps,
+        disable=rank > 0,
+        dynamic_ncols=True,
+    )
 
     def save_run(step: int) -> None:
         if rank == 0:
@@ -46,16 +64,25 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
         started, failure, failed = time.perf_counter(), None, getattr(engine, "failed", 0)
         noise = config.engine_noise
         if config.engine == "simulator":
-            noise = noise_probability(step, config.steps, config.noise_start, config.noise_end,
-                                      config.noise_base)  # fmt: skip
+            noise = noise_probability(
+                step, config.steps, config.noise_start, config.noise_end, config.noise_base
+            )
         batch = data.batch(examples, step, config.batch_questions, config.seed)
         places = range(rank, len(batch), world)  # this process's share of it
         try:
             trajectories = rollout(
-                writer(), tokenizer, [examples[batch[place]] for place in places], engine,
-                group_size=config.group_size, limits=stages.limits(config), noise=noise,
-                temperature=config.temperature, seed=config.seed, template=template,
-                keys=[(step, place) for place in places])  # fmt: skip
+                writer(),
+                tokenizer,
+                [examples[batch[place]] for place in places],
+                engine,
+                group_size=config.group_size,
+                limits=build.limits(config),
+                noise=noise,
+                temperature=config.temperature,
+                seed=config.seed,
+                template=template,
+                keys=[(step, place) for place in places],
+            )
         except ServiceError as error:
             failure = error
         if metrics.total(accelerator, failure is not None):  # all leave when one has to
@@ -68,7 +95,7 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
         if figures["skipped"]:
             suspects = [{"step": step} | asdict(trajectories[i]) for i in sorted(learner.suspects)]
             suspects = gather_object(suspects)
-            runs.write_lines(folder / "suspects.jsonl", suspects if rank == 0 else [])
+            run_folder.write_lines(folder / "suspects.jsonl", suspects if rank == 0 else [])
         skipped = figures["skipped"] = figures["skipped"] + skipped
         figures["queries"] = round(figures["searches_per_question"] * count)
         figures["search_errors"] = metrics.total(accelerator, getattr(engine, "failed", 0) - failed)
@@ -83,10 +110,12 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
         if rank == 0:
             # One of each group, then, if more are wanted, another of each.
             shown = sorted(range(len(trajectories)), key=lambda i: i % config.group_size)
-            shown = [{"step": step} | asdict(t := trajectories[i]) | learner.tokens(i, t, tokenizer)
-                     for i in shown[: config.log_trajectories]]  # fmt: skip
-            runs.write_lines(folder / "metrics.jsonl", [figures])
-            runs.write_lines(folder / "trajectories.jsonl", shown)
+            shown = [
+                {"step": step} | asdict(t := trajectories[i]) | learner.tokens(i, t, tokenizer)
+                for i in shown[: config.log_trajectories]
+            ]
+            run_folder.write_lines(folder / "metrics.jsonl", [figures])
+            run_folder.write_lines(folder / "trajectories.jsonl", shown)
             steps.set_postfix({name: f"{figures[name]:.2f}" for name in SHOWN if name in figures})
             rows = [*rows[-499:], figures]
             for sentence in alarms(rows, rung):
@@ -96,11 +125,17 @@ def train(config: PolicyConfig, accelerator, learner, writer, tokenizer, templat
         stop, broken = asked(accelerator), skipped > config.max_skipped
         if due or stop or broken:
             save_run(step)
-        require(not broken, f"{skipped} steps had a loss or gradient that is not finite; "
-                f"{folder}/suspects.jsonl has them; lower --lr, raise --max_skipped.")  # fmt: skip
+        require(
+            not broken,
+            f"{skipped} steps had a loss or gradient that is not finite; "
+            f"{folder}/suspects.jsonl has them; lower --lr, raise --max_skipped.",
+        )
         if stop:
-            raise SystemExit(rank or f"Stopped after step {step}, which is saved. Go on with: "
-                             f"train_policy.py --output {folder} --resume")  # fmt: skip
+            raise SystemExit(
+                rank
+                or f"Stopped after step {step}, which is saved. Go on with: "
+                f"train_policy.py --output {folder} --resume"
+            )
 
 
 def set_learning_rates(config: PolicyConfig, learner, step: int) -> None:
@@ -116,44 +151,47 @@ def set_learning_rates(config: PolicyConfig, learner, step: int) -> None:
 def main(argv: list[str]) -> None:
     config = parse(PolicyConfig, argv)
     if config.resume:  # with the run's own settings, where the flags are silent
-        folder = runs.to_resume(config.output, config.resume)
+        folder = run_folder.to_resume(config.output, config.resume)
         config = parse(PolicyConfig, argv, folder / "config.yaml")
-        runs.check_unchanged(folder, config, FREE)
+        run_folder.check_unchanged(folder, config, FREE)
         config.output = str(folder)
     check(config)
     set_threads(config.threads)
     import torch
 
-    from minizs import checkpoint, data, metrics, models, report, stages
     from minizs.learner import build_learner
+    from minizs.models import loading
     from minizs.protocol import vocabulary_size
+    from minizs.runs import build, checkpoint, data, metrics, report
 
-    accelerator = stages.make_accelerator(config)
-    require(config.batch_questions % accelerator.num_processes == 0, "--batch_questions "
-            f"{config.batch_questions} does not split over the processes.")  # fmt: skip
+    accelerator = build.make_accelerator(config)
+    require(
+        config.batch_questions % accelerator.num_processes == 0,
+        f"--batch_questions {config.batch_questions} does not split over the processes.",
+    )
     examples = data.load(config.data, "train", accelerator.print)
     resumed = checkpoint.find(config.resume, Path(config.output)) if config.resume else None
-    if config.resume == "latest" and Path(config.output, runs.DONE).is_file():
+    if config.resume == "latest" and Path(config.output, run_folder.DONE).is_file():
         return accelerator.print(f"The run in {config.output} is complete.")
-    stages.check_lengths(config, [config.policy], examples)
-    dtype = stages.compute_dtype(config)
+    build.check_lengths(config, [config.policy], examples)
+    dtype = build.compute_dtype(config)
     weights = dtype if config.lora_rank else torch.float32  # what the optimiser changes: float32
-    model, tokenizer = stages.load(config, config.policy, torch.device("cpu"), weights)
+    model, tokenizer = build.load(config, config.policy, torch.device("cpu"), weights)
     accelerator.print(f"Attention by {model.config._attn_implementation}, computed in {dtype}.")
     if config.lora_rank:
-        models.add_lora(model, config.lora_rank, config.seed)
-    template = models.load_prompt(config.policy)
-    engine = stages.build_engine(config, "train", accelerator, examples)
-    writer = models.make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
-    held_out = stages.held_out(config, accelerator, writer, tokenizer, template)
+        loading.add_lora(model, config.lora_rank, config.seed)
+    template = loading.load_prompt(config.policy)
+    engine = build.build_engine(config, "train", accelerator, examples)
+    writer = loading.make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
+    held_out = build.held_out(config, accelerator, writer, tokenizer, template)
     learner = build_learner(accelerator, config, model, vocabulary_size(tokenizer), dtype)
-    folder = stages.agreed_folder(accelerator, config)
+    folder = build.agreed_folder(accelerator, config)
     done = checkpoint.load(accelerator, resumed) if resumed else 0
     if accelerator.is_main_process:
         print(f"Going on from step {done} of {folder}." if resumed else f"A new run in {folder}.")
-        runs.begin(folder, done, config.overwrite)
-        (folder / "metrics.jsonl").touch()  # which tells a run, see `runs.is_run`
-        (folder / runs.DONE).unlink(missing_ok=True)  # the run is not complete any more
+        run_folder.begin(folder, done, config.overwrite)
+        (folder / "metrics.jsonl").touch()  # which tells a run, see `run_folder.is_run`
+        (folder / run_folder.DONE).unlink(missing_ok=True)  # the run is not complete any more
         again = replace(config, output="", resume="", overwrite=False)  # fed back: a new run
         save(again, folder / "config.partial")
         (folder / "config.partial").replace(folder / "config.yaml")
@@ -164,25 +202,41 @@ def main(argv: list[str]) -> None:
         accelerator.init_trackers("minizs", asdict(config))
     try:
         with checkpoint.stopping() as asked:
-            train(config, accelerator, learner, writer, tokenizer, template, examples, engine,
-                  held_out, folder, done + 1, asked)  # fmt: skip
+            train(
+                config,
+                accelerator,
+                learner,
+                writer,
+                tokenizer,
+                template,
+                examples,
+                engine,
+                held_out,
+                folder,
+                done + 1,
+                asked,
+            )
     finally:
         for tracker in accelerator.trackers:  # not end_training(), in which two processes can hang
             tracker.finish()
     final = writer()
     if accelerator.is_main_process:
         if config.merge:
-            models.save(final, tokenizer, folder / "adapter")
-            base, _ = stages.load(config, config.policy, torch.device("cpu"), dtype)
-            final = models.merge_lora(base, folder / "adapter")
+            loading.save(final, tokenizer, folder / "adapter")
+            base, _ = build.load(config, config.policy, torch.device("cpu"), dtype)
+            final = loading.merge_lora(base, folder / "adapter")
         report.write(folder)
-        lines = runs.read_lines(folder / "metrics.jsonl")
+        lines = run_folder.read_lines(folder / "metrics.jsonl")
         spent = metrics.cost(lines, config.search_price, config.gpu_price)
         (folder / "cost.json").write_text(json.dumps(spent, indent=1) + "\n")
-        models.save(final, tokenizer, folder / "policy", prompt=template)  # last: `runs.DONE`
+        loading.save(
+            final, tokenizer, folder / "policy", prompt=template
+        )  # last: `run_folder.DONE`
         print(metrics.COST.format(**spent))
-        print(f"The policy is in {folder / 'policy'} and {folder / 'report.html'} shows the run. "
-              f"Test it: python evaluate.py --policy {folder / 'policy'}")  # fmt: skip
+        print(
+            f"The policy is in {folder / 'policy'} and {folder / 'report.html'} shows the run. "
+            f"Test it: python evaluate.py --policy {folder / 'policy'}"
+        )
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 
-from minizs import runs
-from minizs.config import check_ranges, option, parse, require, run_script, save, set_threads
-from minizs.settings import ENGINES, SearchConfig, check_search
+from minizs import require
+from minizs.runs import run_folder
+from minizs.runs.flags import check_ranges, option, parse, run_script, save, set_threads
+from minizs.runs.settings import ENGINES, SearchConfig, check_search
 
-DEFAULT = str(runs.RUNS / "simulator")
+DEFAULT = str(run_folder.RUNS / "simulator")
 FREE = {"output", "overwrite", "resume", "threads", "save_every", "keep", "report_queries"}
 
 
@@ -45,39 +46,63 @@ class SimConfig(SearchConfig):
 
 def check(config: SimConfig, partial: Path) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
-    from minizs import checkpoint, models
+    from minizs.models import loading
+    from minizs.runs import checkpoint
 
-    check_ranges(config, "worlds steps batch_tokens lr max_grad_norm temperature keep",
-                 "report_queries save_every", share="warmup")  # fmt: skip
+    check_ranges(
+        config,
+        "worlds steps batch_tokens lr max_grad_norm temperature keep",
+        "report_queries save_every",
+        share="warmup",
+    )
     require(config.examples > 1, "--examples must be 2 or more, one of each kind.")
-    models.check_model(config.base)
-    require(config.judge == "gold" or config.collect and config.data != "world",
-            f"--judge {config.judge} is for --collect with --data; leave it out.")  # fmt: skip
-    require(not Path(config.base, "adapter_config.json").is_file(), f"{config.base} is a LoRA, "
-            "which cannot be trained further; make it with --merge.")  # fmt: skip
+    loading.check_model(config.base)
+    require(
+        config.judge == "gold" or config.collect and config.data != "world",
+        f"--judge {config.judge} is for --collect with --data; leave it out.",
+    )
+    require(
+        not Path(config.base, "adapter_config.json").is_file(),
+        f"{config.base} is a LoRA, which cannot be trained further; make it with --merge.",
+    )
     check_search(config if config.collect else replace(config, engine="none"))
-    runs.check_free(Path(config.output), resume=False, overwrite=config.overwrite)
+    run_folder.check_free(Path(config.output), resume=False, overwrite=config.overwrite)
     if config.resume not in ("", "latest"):
         checkpoint.find(config.resume, partial)
 
 
 def rows_of(config: SimConfig, accelerator):
     """The tiny world's rows, those in `--data`, or what a policy finds for the questions there."""
-    from minizs import collect, data, models, simulator, stages
+    from minizs import simulator
+    from minizs.models import loading
+    from minizs.runs import build, collect, data
 
     if config.data == "world":
         return collect.collect(config.worlds, config.examples, config.seed, config.top_k)
     if not config.collect:
         return [row for part in data.check(config.data) for row in data.rows(part)]
     examples = data.load(config.data, "train")
-    stages.check_lengths(config, [config.policy], examples)
-    asked = replace(config, simulator=config.judge, simulator_template=simulator.JUDGE, top_k=0,
-                    simulator_temperature=0.0, max_document_tokens=8, on_search_error="stop")
-    judge = None if config.judge == "gold" else stages.simulated(asked, accelerator, examples)
-    engine = stages.build_engine(config, "train", accelerator, examples)
-    play = stages.searcher(config, *stages.load(config, config.policy, models.device()),
-                           models.load_prompt(config.policy), engine, config.temperature,
-                           seed=config.seed, noise=config.engine_noise)  # fmt: skip
+    build.check_lengths(config, [config.policy], examples)
+    asked = replace(
+        config,
+        simulator=config.judge,
+        simulator_template=simulator.JUDGE,
+        top_k=0,
+        simulator_temperature=0.0,
+        max_document_tokens=8,
+        on_search_error="stop",
+    )
+    judge = None if config.judge == "gold" else build.simulated(asked, accelerator, examples)
+    engine = build.build_engine(config, "train", accelerator, examples)
+    play = build.searcher(
+        config,
+        *build.load(config, config.policy, loading.device()),
+        loading.load_prompt(config.policy),
+        engine,
+        config.temperature,
+        seed=config.seed,
+        noise=config.engine_noise,
+    )
     return collect.collect_with_policy(play, examples, config.examples, judge=judge)
 
 
@@ -87,17 +112,18 @@ def train(config: SimConfig, accelerator, model, optimizer, texts, partial: Path
     The order of the texts is a function of the seed: what was seen is passed over."""
     from tqdm import tqdm
 
-    from minizs import checkpoint, sft
+    from minizs import sft
+    from minizs.runs import checkpoint
 
     anew = not config.resume and (config.overwrite or config == SimConfig(output=DEFAULT))
     found = None if anew else checkpoint.find(config.resume or "latest", partial)
     if found:
-        runs.check_unchanged(partial, config, FREE)
+        run_folder.check_unchanged(partial, config, FREE)
     done = checkpoint.load(accelerator, found) if found else 0
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(f"Going on from step {done} of {partial}." if found else f"A new run in {partial}.")
-        runs.begin(partial, done)
+        run_folder.begin(partial, done)
         if not found:
             save(config, partial / "config.yaml")
     processes, rank = accelerator.num_processes, accelerator.process_index
@@ -122,18 +148,23 @@ def train(config: SimConfig, accelerator, model, optimizer, texts, partial: Path
             mean = (accelerator.reduce(loss.detach(), "sum") / total).item()
             steps.set_postfix(loss=f"{mean:.3f}")
             if rank == 0:
-                runs.write_lines(partial / "metrics.jsonl", [{"step": step, "loss": mean}])
+                run_folder.write_lines(partial / "metrics.jsonl", [{"step": step, "loss": mean}])
             stop = asked(accelerator)
             if stop or config.save_every and step % config.save_every == 0:
                 checkpoint.save(accelerator, partial, step, config.keep)
             if stop:
-                raise SystemExit(rank or f"Stopped after step {step}, which is saved. Go on with: "
-                                 f"train_sim.py --output {config.output} --resume")  # fmt: skip
+                raise SystemExit(
+                    rank
+                    or f"Stopped after step {step}, which is saved. Go on with: "
+                    f"train_sim.py --output {config.output} --resume"
+                )
 
 
 def main(argv: list[str]) -> None:
     config = parse(SimConfig, argv)
-    config.output = config.output or (str(runs.RUNS / "collected") if config.collect else DEFAULT)
+    config.output = config.output or (
+        str(run_folder.RUNS / "collected") if config.collect else DEFAULT
+    )
     output = Path(config.output)
     partial, whole = Path(f"{output}.partial"), output / "simulator_prompt.txt"  # written last
     if config.resume:  # with the run's own settings, where the flags are silent
@@ -146,19 +177,21 @@ def main(argv: list[str]) -> None:
     import torch
     from filelock import FileLock
 
-    from minizs import collect, models, sft, simulator, stages
+    from minizs import sft, simulator
     from minizs.cache import row_limit
+    from minizs.models import loading
+    from minizs.runs import build, collect
 
-    accelerator = stages.make_accelerator(config)
+    accelerator = build.make_accelerator(config)
     require(not config.collect or accelerator.num_processes == 1, "--collect: use one process.")
     rows = rows_of(config, accelerator)
     if config.collect:
-        runs.begin(output, overwrite=config.overwrite)
+        run_folder.begin(output, overwrite=config.overwrite)
         with open(output / "collected.jsonl", "w", buffering=1) as file:  # a line may be paid for
             file.writelines(json.dumps(row) + "\n" for row in rows)
         return print(f"The examples are in {output}/collected.jsonl")
-    model, tokenizer = stages.load(config, config.base, torch.device("cpu"), torch.float32)
-    template = simulator.load_template(config.simulator_template or models.resolve(config.base))
+    model, tokenizer = build.load(config, config.base, torch.device("cpu"), torch.float32)
+    template = simulator.load_template(config.simulator_template or loading.resolve(config.base))
     require("{quality}" in template, "The prompt lacks {quality}; put it in --simulator_template.")
     limit, pairs = row_limit(model), collect.pairs(rows, template, config.seed)
     texts = [sft.encode(tokenizer, pair, end=True) for pair in pairs]
@@ -167,8 +200,8 @@ def main(argv: list[str]) -> None:
     accelerator.print(f"{len(pairs)} of {len(rows)} pairs are taken; {len(texts)} fit the model.")
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     packed = model.config._attn_implementation == "flash_attention_2"
-    dtype, sharded = stages.compute_dtype(config), accelerator.is_fsdp2
-    writer = models.make_writer(model, dtype, accelerator.device, sharded)
+    dtype, sharded = build.compute_dtype(config), accelerator.is_fsdp2
+    writer = loading.make_writer(model, dtype, accelerator.device, sharded)
     prepared, optimizer = accelerator.prepare(sft.Supervised(model, packed=packed), optimizer)
     # One run at a time makes this simulator: the next waits, and uses what is there.
     with FileLock(f"{output}.lock") if accelerator.is_main_process else nullcontext():
@@ -178,15 +211,16 @@ def main(argv: list[str]) -> None:
         train(config, accelerator, prepared, optimizer, texts, partial)
         final = writer().eval()
         if accelerator.is_main_process:
-            models.save(final, tokenizer, partial, simulator_prompt=template)
+            loading.save(final, tokenizer, partial, simulator_prompt=template)
             if config.overwrite:
-                runs.remove(output)
+                run_folder.remove(output)
             partial.rename(output)  # in one step; it stays if something has come in between
-            runs.remove(output / "checkpoints")
+            run_folder.remove(output / "checkpoints")
             print(f"The simulator is in {output}")
             if config.data == "world" and config.report_queries:
-                engine = simulator.SimulatedSearch(final, tokenizer, template, config.top_k,
-                                                   config.seed, max_new_tokens=80)  # fmt: skip
+                engine = simulator.SimulatedSearch(
+                    final, tokenizer, template, config.top_k, config.seed, max_new_tokens=80
+                )
                 figures = collect.report(engine, config.report_queries, config.seed)
                 (output / "report.json").write_text(json.dumps(figures, indent=1))
         accelerator.wait_for_everyone()

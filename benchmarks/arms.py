@@ -37,21 +37,46 @@ def script(name: str, *arguments: str) -> None:
     subprocess.run([sys.executable, str(HERE / name), *arguments], check=True)
 
 
-def train_and_test(arm: str, seed: int, threads: int, root: Path, questions: int,
-                   flags: list[str]) -> None:  # fmt: skip
+def train_and_test(
+    arm: str, seed: int, threads: int, root: Path, questions: int, flags: list[str]
+) -> None:
     folder = root / f"{arm}-{seed}"
     policy = "tiny" if arm == "base" else str(folder / "policy")
     if arm != "base":
         config = str(HERE / "configs" / "arms" / f"{arm}.yaml")
-        script("train_policy.py", "--config", config, "--seed", str(seed), "--threads",
-               str(threads), "--output", str(folder), "--resume", *flags)  # fmt: skip
+        script(
+            "train_policy.py",
+            "--config",
+            config,
+            "--seed",
+            str(seed),
+            "--threads",
+            str(threads),
+            "--output",
+            str(folder),
+            "--resume",
+            *flags,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name, settings in TESTS.items():
         path = folder / f"{name}.json"
         if not path.exists():
-            script("evaluate.py", "--policy", policy, "--before", "none", "--output", str(path),
-                   "--questions", str(questions), "--seed", str(seed), "--threads", str(threads),
-                   *settings)  # fmt: skip
+            script(
+                "evaluate.py",
+                "--policy",
+                policy,
+                "--before",
+                "none",
+                "--output",
+                str(path),
+                "--questions",
+                str(questions),
+                "--seed",
+                str(seed),
+                "--threads",
+                str(threads),
+                *settings,
+            )
 
 
 def mean(values: list[tuple[float, float]]) -> str:
@@ -109,8 +134,10 @@ def table(root: Path) -> str:
 def own_root(settings, flags: list[str], default: str) -> Path:
     """Where the arms lie. Raises SystemExit for other settings among those of the real table."""
     if flags and settings.root == default:
-        raise SystemExit(f"error: {' '.join(flags)} would mix with the real arms in {default}; "
-                         "give a --root of its own.")  # fmt: skip
+        raise SystemExit(
+            f"error: {' '.join(flags)} would mix with the real arms in {default}; "
+            "give a --root of its own."
+        )
     return Path(settings.root)
 
 
@@ -129,8 +156,11 @@ def main(argv: list[str] | None = None) -> None:
         jobs = [(arm, seed) for seed in range(settings.seeds) for arm in settings.arms]
         with ThreadPoolExecutor(settings.parallel) as pool:
             several = pool.map if settings.parallel > 1 else map
-            list(several(lambda job: train_and_test(*job, threads, root, settings.questions,
-                                                    flags), jobs))  # fmt: skip
+            list(
+                several(
+                    lambda job: train_and_test(*job, threads, root, settings.questions, flags), jobs
+                )
+            )
     print(table(root))
 
 

@@ -34,23 +34,42 @@ CONFIGS = HERE / "configs" / "claims"
 ROOT = "runs/claims"
 ARMS = [*sorted(path.stem for path in CONFIGS.glob("*.yaml")), *SCRIPTS]
 CLAIMS = [  # what the paper says, its figures (average EM of its seven sets), and our arms
-    ("Training with a simulator is as good as with a real engine",
-     "Qwen2.5-3B: ZeroSearch 34.47, Search-R1 32.81 (Table 3)", ["grpo", "grpo_real_search"]),
-    ("REINFORCE, GRPO and PPO all work, REINFORCE best",
-     "34.47, 33.17, 32.67 (Table 5)", ["reinforce", "grpo", "ppo"]),
-    ("A curriculum of noise beats random noise",
-     "34.47 against 32.59 with p = 0.5 (Table 6); none and reversed are not in it",
-     ["reference", "no_noise", "random_noise", "reversed_noise"]),
-    ("A fine-tuned simulator beats a prompted one",
-     "fine-tuned 30.47 to 34.47, prompted 29.44 to 31.50 (Table 4)",
-     ["reference", "hasty_simulator", "untrained_simulator"]),
-    ("Masking documents out of the loss helps",
-     "Llama-3.2-3B: 36.07 with, 34.53 without (Table 7)", ["reference", "unmasked"]),
-    ("RL beats supervised learning on the same model's successes", "not in it",
-     ["reference", "imitation"]),
-    ("More turns are needed for more hops", "a figure of turns over steps, no score",
-     ["reference", "three_turns", "two_turns"]),
-]  # fmt: skip
+    (
+        "Training with a simulator is as good as with a real engine",
+        "Qwen2.5-3B: ZeroSearch 34.47, Search-R1 32.81 (Table 3)",
+        ["grpo", "grpo_real_search"],
+    ),
+    (
+        "REINFORCE, GRPO and PPO all work, REINFORCE best",
+        "34.47, 33.17, 32.67 (Table 5)",
+        ["reinforce", "grpo", "ppo"],
+    ),
+    (
+        "A curriculum of noise beats random noise",
+        "34.47 against 32.59 with p = 0.5 (Table 6); none and reversed are not in it",
+        ["reference", "no_noise", "random_noise", "reversed_noise"],
+    ),
+    (
+        "A fine-tuned simulator beats a prompted one",
+        "fine-tuned 30.47 to 34.47, prompted 29.44 to 31.50 (Table 4)",
+        ["reference", "hasty_simulator", "untrained_simulator"],
+    ),
+    (
+        "Masking documents out of the loss helps",
+        "Llama-3.2-3B: 36.07 with, 34.53 without (Table 7)",
+        ["reference", "unmasked"],
+    ),
+    (
+        "RL beats supervised learning on the same model's successes",
+        "not in it",
+        ["reference", "imitation"],
+    ),
+    (
+        "More turns are needed for more hops",
+        "a figure of turns over steps, no score",
+        ["reference", "three_turns", "two_turns"],
+    ),
+]
 
 
 def script(name: str, *arguments: str) -> None:
@@ -62,16 +81,45 @@ def train_and_test(arm: str, seed: int, root: Path, questions: int, flags: list[
     folder = root / f"{arm}-{seed}"
     config = CONFIGS / f"{'reference' if arm in SCRIPTS else arm}.yaml"
     if not (folder / "policy" / "prompt.txt").is_file():
-        script(SCRIPTS.get(arm, "train_policy.py"), "--config", str(config), "--seed", str(seed),
-               "--threads", "1", "--output", str(folder), "--eval_every", "0", "--save_every", "0",
-               *(["--overwrite"] if folder.exists() else []), *flags)  # fmt: skip
+        script(
+            SCRIPTS.get(arm, "train_policy.py"),
+            "--config",
+            str(config),
+            "--seed",
+            str(seed),
+            "--threads",
+            "1",
+            "--output",
+            str(folder),
+            "--eval_every",
+            "0",
+            "--save_every",
+            "0",
+            *(["--overwrite"] if folder.exists() else []),
+            *flags,
+        )
     turns = {"two_turns": "2", "three_turns": "3"}.get(arm, "6")
     for name, settings in TESTS.items():
         path = folder / f"{name}.json"
         if not path.exists():
-            script("evaluate.py", "--policy", str(folder / "policy"), "--before", "none",
-                   "--questions", str(questions), "--output", str(path), "--seed", str(seed),
-                   "--threads", "1", "--max_turns", turns, *settings)  # fmt: skip
+            script(
+                "evaluate.py",
+                "--policy",
+                str(folder / "policy"),
+                "--before",
+                "none",
+                "--questions",
+                str(questions),
+                "--output",
+                str(path),
+                "--seed",
+                str(seed),
+                "--threads",
+                "1",
+                "--max_turns",
+                turns,
+                *settings,
+            )
 
 
 def cells(arm: str, roots: list[Path]) -> list[str]:
@@ -92,14 +140,19 @@ def cells(arm: str, roots: list[Path]) -> list[str]:
 
 def table(roots: list[Path]) -> str:
     """Markdown: a claim, the paper's figures, a row for each arm, and differences to the first."""
-    lines = ["# The paper's claims in miniature", "", __doc__.split("\n\n")[2].replace("\n", " "),
-             "", "F1 in per cent, mean and standard error over seeds (with one seed, over "
-             "questions, which says nothing about other seeds). The paper's figures are EM, the "
-             "average of its seven data sets, of other models: compare which side is ahead, not by "
-             "how much. Arms of configs/claims and the two scripts have the steps that their files "
-             "say (40), those of arms.py 100. A difference is paired by seed, over the seeds that "
-             "both arms have, so it may not be that of two means. Written by "
-             "`python benchmarks/claims.py --table`."]  # fmt: skip
+    lines = [
+        "# The paper's claims in miniature",
+        "",
+        __doc__.split("\n\n")[2].replace("\n", " "),
+        "",
+        "F1 in per cent, mean and standard error over seeds (with one seed, over "
+        "questions, which says nothing about other seeds). The paper's figures are EM, the "
+        "average of its seven data sets, of other models: compare which side is ahead, not by "
+        "how much. Arms of configs/claims and the two scripts have the steps that their files "
+        "say (40), those of arms.py 100. A difference is paired by seed, over the seeds that "
+        "both arms have, so it may not be that of two means. Written by "
+        "`python benchmarks/claims.py --table`.",
+    ]
     names = [f"{test}, {group}" for test in TESTS for group in ("one-hop", "two-hop", "all")]
     for claim, paper, arms in CLAIMS:
         there = {arm: row for arm in arms if (row := cells(arm, roots))}
@@ -107,11 +160,21 @@ def table(roots: list[Path]) -> str:
             continue
         name = "arms" if arms[0] in of_100_steps.ARMS else "claims"
         command = f"python benchmarks/{name}.py --arms {' '.join(arms)} --seeds 5"
-        lines += ["", f"## {claim}", f"The paper: {paper}. `{command}`", "",
-                  f"| arm | {' | '.join(names)} | seeds |", "|---" * (len(names) + 2) + "|"]
+        lines += [
+            "",
+            f"## {claim}",
+            f"The paper: {paper}. `{command}`",
+            "",
+            f"| arm | {' | '.join(names)} | seeds |",
+            "|---" * (len(names) + 2) + "|",
+        ]
         lines += [f"| {arm} | {' | '.join(row)} |" for arm, row in there.items()]
-        gaps = [difference(root, arms[0], arm, test) for arm in arms[1:] for test in TESTS
-                for root in roots]  # fmt: skip
+        gaps = [
+            difference(root, arms[0], arm, test)
+            for arm in arms[1:]
+            for test in TESTS
+            for root in roots
+        ]
         lines += ["", *[f"- {gap.replace('(1 seeds)', '(1 seed)')}" for gap in gaps if gap]]
     return "\n".join(lines) + "\n"
 

@@ -37,10 +37,12 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from minizs import data, engines, models
+from minizs.engines import ranking
 from minizs.generate import generate
+from minizs.models import loading
 from minizs.rollout import Limits, rollout
-from minizs.world import embedded
+from minizs.runs import data
+from minizs.world.facts import embedded
 
 GROUP, PAGE = 8, 32
 SHAPES = {  # hidden, layers, heads, key-value heads, intermediate, ids; then Qwen2.5's
@@ -59,31 +61,42 @@ class Workload:
 
 
 def make_model(name: str):
-    """A model of `SHAPES` with random weights, or the one that `minizs.models.load` knows."""
-    device = models.device()
-    dtype = models.compute_dtype("auto", device)
+    """A model of `SHAPES` with random weights, or the one that `loading.load` knows."""
+    device = loading.device()
+    dtype = loading.compute_dtype("auto", device)
     if name not in SHAPES:
-        return models.load(name, device, dtype)[0]
+        return loading.load(name, device, dtype)[0]
     hidden, layers, heads, kv_heads, intermediate, vocab = SHAPES[name]
     torch.manual_seed(0)
     config = Qwen2Config(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, intermediate_size=intermediate, vocab_size=vocab,
-        max_position_embeddings=4096, tie_word_embeddings=True, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     with device:
-        return models.cast_weights(Qwen2ForCausalLM(config), dtype).eval()
+        return loading.cast_weights(Qwen2ForCausalLM(config), dtype).eval()
 
 
 def real_turns(policy: str, questions: int, limits: Limits) -> list[tuple[list[int], int]]:
     """(all ids before it, its tokens) of every turn of some rollouts, shuffled."""
-    model, tokenizer = models.load(policy)
+    model, tokenizer = loading.load(policy)
     world = embedded("train")
     rows = rollout(
-        model, tokenizer, data.load("world", "train")[:questions],
-        engines.BM25(world.documents, 3, world.judge), group_size=GROUP, limits=limits,
-        template=models.load_prompt(policy),
-    )  # fmt: skip
+        model,
+        tokenizer,
+        data.load("world", "train")[:questions],
+        ranking.BM25(world.documents, 3, world.judge),
+        group_size=GROUP,
+        limits=limits,
+        template=loading.load_prompt(policy),
+    )
     turns = []
     for row in rows:
         edges = [i for i in range(1, len(row.ids)) if row.loss_mask[i] != row.loss_mask[i - 1]]
@@ -109,8 +122,9 @@ def workload(kind: str, batch: int, turns: list[tuple[list[int], int]], new: int
         chosen = [turns[i % len(turns)] for i in range(batch)]
         return Workload([before for before, _ in chosen], [count for _, count in chosen])
     if kind == "wide":
-        return Workload([ids(rng.randint(20, 400)) for _ in range(batch)],
-                        [some() for _ in range(batch)])  # fmt: skip
+        return Workload(
+            [ids(rng.randint(20, 400)) for _ in range(batch)], [some() for _ in range(batch)]
+        )
     shared = [ids(150) for _ in range(ceil(batch / GROUP))]
     return Workload([shared[i // GROUP] for i in range(batch)], [some() for _ in range(batch)])
 
@@ -119,8 +133,9 @@ def minizs(name: str) -> Callable[[Workload, int], int]:
     model = make_model(name)
 
     def work(load: Workload, seed: int) -> int:
-        return sum(len(row.ids) for row in generate(model, load.prompts, load.new, seed=seed,
-                                                    eos_id=()))  # fmt: skip
+        return sum(
+            len(row.ids) for row in generate(model, load.prompts, load.new, seed=seed, eos_id=())
+        )
 
     return work
 
@@ -136,10 +151,15 @@ def library(name: str, cache: str) -> Callable[[Workload, int], int]:
         ids = [[0] * (width - len(prompt)) + prompt for prompt in load.prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in load.prompts]
         out = model.generate(
-            torch.tensor(ids, device=model.device), max_new_tokens=max(load.new), do_sample=True,
-            attention_mask=torch.tensor(mask, device=model.device), top_k=0, top_p=1.0,
-            cache_implementation=cache, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor(ids, device=model.device),
+            max_new_tokens=max(load.new),
+            do_sample=True,
+            attention_mask=torch.tensor(mask, device=model.device),
+            top_k=0,
+            top_p=1.0,
+            cache_implementation=cache,
+            pad_token_id=0,
+        )
         rows = zip(out[:, width:].tolist(), load.new, strict=True)
         return sum(len(row[:wanted]) for row, wanted in rows)
 
@@ -152,14 +172,22 @@ def continuous(name: str) -> Callable[[Workload, int], int]:
     logging.set_verbosity_error()
 
     def work(load: Workload, seed: int) -> int:
-        settings = GenerationConfig(do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1,
-                                    pad_token_id=0, max_new_tokens=max(load.new))  # fmt: skip
+        settings = GenerationConfig(
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=-1,
+            pad_token_id=0,
+            max_new_tokens=max(load.new),
+        )
         rows = list(zip(load.prompts, load.new, strict=True))
         batching = ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=sum(ceil((len(p) + n) / PAGE) + 1 for p, n in rows),
-            max_batch_tokens=sum(map(len, load.prompts)), max_requests_per_batch=len(rows),
+            page_size=PAGE,
+            num_blocks=sum(ceil((len(p) + n) / PAGE) + 1 for p, n in rows),
+            max_batch_tokens=sum(map(len, load.prompts)),
+            max_requests_per_batch=len(rows),
             seed=seed,
-        )  # fmt: skip
+        )
         written = 0
         with model.continuous_batching_context_manager(
             settings, continuous_batching_config=batching
@@ -196,8 +224,12 @@ def floor(model, load: Workload, read_rate: float, matrix_rate: float) -> float:
     return size / read_rate + work / matrix_rate
 
 
-SIDES = {"minizs": (minizs,), "dynamic": (library, "dynamic"), "static": (library, "static"),
-         "continuous": (continuous,)}  # fmt: skip
+SIDES = {
+    "minizs": (minizs,),
+    "dynamic": (library, "dynamic"),
+    "static": (library, "static"),
+    "continuous": (continuous,),
+}
 KINDS = ("equal", "mixed", "wide", "groups")
 
 
@@ -216,18 +248,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     kinds = args.workloads or (KINDS[:1] if args.model in SHAPES else KINDS)
-    turns = real_turns(args.policy, args.questions, Limits(6, 40, 80, 448)) \
-        if "mixed" in kinds else []  # fmt: skip
+    turns = (
+        real_turns(args.policy, args.questions, Limits(6, 40, 80, 448)) if "mixed" in kinds else []
+    )
     model = make_model(args.model)
     rates = (measure.read_rate(model.device), measure.matrix_rate(model.device, model.dtype))
     print(measure.machine(args.threads))
-    print(f"{args.model}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}; memory "
-          f"is read at {rates[0] / 1e9:.1f} GB/s, matrix products run at {rates[1] / 1e9:.0f} "
-          "GFLOP/s\n")  # fmt: skip
+    print(
+        f"{args.model}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}; memory "
+        f"is read at {rates[0] / 1e9:.1f} GB/s, matrix products run at {rates[1] / 1e9:.0f} "
+        "GFLOP/s\n"
+    )
     print("| workload | batch | side | tokens/s | minizs is faster | peak MB | floor reached |")
     print("|---|---|---|---|---|---|---|")
-    sides = {name: measure.Side(make, args.model, *more, threads=args.threads)
-             for name, (make, *more) in SIDES.items() if name in args.sides}  # fmt: skip
+    sides = {
+        name: measure.Side(make, args.model, *more, threads=args.threads)
+        for name, (make, *more) in SIDES.items()
+        if name in args.sides
+    }
     with measure.together(sides):
         table(args, kinds, turns, model, sides, rates)
 
@@ -237,8 +275,11 @@ def table(args, kinds, turns, model, sides: dict[str, measure.Side], rates) -> N
     for kind in kinds:
         for batch in args.batch or ([64] if args.model in SHAPES else [8, 64, 256]):
             load = workload(kind, batch, turns, args.new)
-            able = {name: side for name, side in sides.items()
-                    if name != "continuous" or batch <= args.continuous_up_to}  # fmt: skip
+            able = {
+                name: side
+                for name, side in sides.items()
+                if name != "continuous" or batch <= args.continuous_up_to
+            }
             measured = measure.take_turns(able, args.repeats, load)
             least = floor(model, load, *rates)
             base = next(iter(measured.values()))
@@ -246,9 +287,12 @@ def table(args, kinds, turns, model, sides: dict[str, measure.Side], rates) -> N
                 if any(run.value != sum(load.new) for run in runs):
                     raise RuntimeError(f"{name} has not written what it was to write")
                 taken = measure.seconds(runs)
-                print(f"| {kind} | {batch} | {name} | {sum(load.new) / taken:.0f} | "
-                      f"{taken / measure.seconds(base):.2f} x | {measure.peak(runs):.0f} | "
-                      f"{least / taken:.1%} |", flush=True)  # fmt: skip
+                print(
+                    f"| {kind} | {batch} | {name} | {sum(load.new) / taken:.0f} | "
+                    f"{taken / measure.seconds(base):.2f} x | {measure.peak(runs):.0f} | "
+                    f"{least / taken:.1%} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_policy  # noqa: E402
-from minizs.config import option, parse, require, run_script, save, set_threads  # noqa: E402
+from minizs import require  # noqa: E402
+from minizs.runs.flags import option, parse, run_script, save, set_threads  # noqa: E402
 
 
 @dataclass
@@ -29,36 +30,51 @@ def main(argv: list[str]) -> None:
     set_threads(config.threads)
     import torch
 
-    from minizs import data, models, runs, sft, stages
+    from minizs import sft
     from minizs.curriculum import noise_probability
+    from minizs.models import loading
     from minizs.rollout import rollout
+    from minizs.runs import build, data, run_folder
 
-    accelerator = stages.make_accelerator(config)
+    accelerator = build.make_accelerator(config)
     examples = data.load(config.data, "train")
-    model, tokenizer = stages.load(config, config.policy, accelerator.device, torch.float32)
-    template = models.load_prompt(config.policy)
-    engine = stages.build_engine(config, "train", accelerator)
+    model, tokenizer = build.load(config, config.policy, accelerator.device, torch.float32)
+    template = loading.load_prompt(config.policy)
+    engine = build.build_engine(config, "train", accelerator)
     require(not config.resume, "Imitation takes minutes and does not resume; start it anew.")
     good = []
     for step in range(1, config.steps + 1):
         batch = data.batch(examples, step, config.batch_questions, config.seed)
         noise = noise_probability(step, config.steps, config.noise_start, config.noise_end)
-        rows = rollout(model, tokenizer, [examples[i] for i in batch], engine,
-                       group_size=config.group_size, limits=stages.limits(config), noise=noise,
-                       temperature=config.temperature, seed=config.seed, template=template,
-                       keys=[(step, place) for place in range(len(batch))])  # fmt: skip
+        rows = rollout(
+            model,
+            tokenizer,
+            [examples[i] for i in batch],
+            engine,
+            group_size=config.group_size,
+            limits=build.limits(config),
+            noise=noise,
+            temperature=config.temperature,
+            seed=config.seed,
+            template=template,
+            keys=[(step, place) for place in range(len(batch))],
+        )
         good += [(row.ids, row.loss_mask) for row in rows if row.reward == 1 and row.searches]
         print(f"batch {step}: {len(good)} successful trajectories so far", flush=True)
     require(bool(good), "No trajectory was successful, so there is nothing to imitate.")
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=0.0)
     rng = random.Random(f"imitation {config.seed}")
-    plan = [rows for _ in range(config.epochs)
-            for rows in sft.batches(rng.sample(good, len(good)), 3000, rng)]  # fmt: skip
+    plan = [
+        rows
+        for _ in range(config.epochs)
+        for rows in sft.batches(rng.sample(good, len(good)), 3000, rng)
+    ]
     for done, rows in enumerate(plan):
         for group in optimizer.param_groups:  # 5 % warm-up, then down to nothing
-            group["lr"] = config.lr * min(1.0, (done + 1) / (0.05 * len(plan)),
-                                          1 - done / len(plan))  # fmt: skip
+            group["lr"] = config.lr * min(
+                1.0, (done + 1) / (0.05 * len(plan)), 1 - done / len(plan)
+            )
         loss, count = sft.nll(model, *sft.collate(rows))
         (loss / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
@@ -66,9 +82,9 @@ def main(argv: list[str]) -> None:
         optimizer.zero_grad()
     print(f"{len(plan)} steps on {len(good)} trajectories, last loss {loss / count:.3f}")
     folder = Path(config.output or "runs/imitation")
-    runs.begin(folder, overwrite=config.overwrite)
+    run_folder.begin(folder, overwrite=config.overwrite)
     save(config, folder / "config.yaml")
-    models.save(model.eval(), tokenizer, folder / "policy", prompt=template)
+    loading.save(model.eval(), tokenizer, folder / "policy", prompt=template)
 
 
 if __name__ == "__main__":

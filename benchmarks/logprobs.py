@@ -25,8 +25,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from minizs import models
 from minizs.logprobs import score
+from minizs.models import loading
 
 BLOCK = 64
 
@@ -42,20 +42,29 @@ def full(model, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(chosen, (1, 0)) * mask  # (B, T)
 
 
-def make(way: Callable, vocab: int,
-         checkpointing: bool = False) -> Callable[[int, int, int], tuple[float, float]]:
+def make(
+    way: Callable, vocab: int, checkpointing: bool = False
+) -> Callable[[int, int, int], tuple[float, float]]:
     """A function of batch, length and seed that returns the loss and the gradient's norm."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=vocab, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
-        max_position_embeddings=8192, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).to(models.device())
+        vocab_size=vocab,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=64,
+        tie_word_embeddings=True,
+        max_position_embeddings=8192,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = Qwen3ForCausalLM(config).to(loading.device())
     if model.device.type == "cuda":
-        models.cast_weights(model, torch.bfloat16)
+        loading.cast_weights(model, torch.bfloat16)
     if checkpointing:
-        models.checkpoint_layers(model)
+        loading.checkpoint_layers(model)
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)  # no zeros: pages of them may be given back
 
@@ -88,15 +97,21 @@ def main(argv: list[str] | None = None) -> None:
     print("|---|---|---|---|---|---|")
     ratios = []
     for vocab in args.vocab:
-        sides = {way.__name__: measure.Side(make, way, vocab, args.gradient_checkpointing,
-                                             threads=args.threads)
-                 for way in (minizs, full)}  # fmt: skip
+        sides = {
+            way.__name__: measure.Side(
+                make, way, vocab, args.gradient_checkpointing, threads=args.threads
+            )
+            for way in (minizs, full)
+        }
         with measure.together(sides):
             measured = measure.take_turns(sides, args.repeats, args.batch, args.length)
         for name, runs in measured.items():
             loss, norm = runs[-1].value
-            print(f"| {vocab} | {name} | {measure.seconds(runs):.3f} | {measure.peak(runs):.0f} | "
-                  f"{loss:.5f} | {norm:.5f} |", flush=True)  # fmt: skip
+            print(
+                f"| {vocab} | {name} | {measure.seconds(runs):.3f} | {measure.peak(runs):.0f} | "
+                f"{loss:.5f} | {norm:.5f} |",
+                flush=True,
+            )
         ours, theirs = measured.values()
         speed = measure.seconds(theirs) / measure.seconds(ours)
         share = measure.peak(ours) / max(measure.peak(theirs), 1e-9)

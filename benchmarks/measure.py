@@ -43,8 +43,12 @@ class Side:
     is needed and returns the function that is measured. Both have to be found by their names."""
 
     def __init__(self, make: Callable, *settings, threads: int) -> None:
-        self.pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_load,
-                                        initargs=(make, settings, threads))  # fmt: skip
+        self.pool = ProcessPoolExecutor(
+            1,
+            mp_context=get_context("spawn"),
+            initializer=_load,
+            initargs=(make, settings, threads),
+        )
 
     def start(self, *arguments) -> "Future[Run]":
         return self.pool.submit(_measure, arguments)
@@ -154,9 +158,11 @@ def machine(threads: int) -> str:
     kind = names[0] if names else platform.processor() or platform.machine()
     if torch.cuda.is_available():
         kind = f"{torch.cuda.get_device_name()} beside {kind}"
-    return (f"{kind}, {cores()} cores, {threads} thread(s) a side; Python "
-            f"{sys.version.split()[0]}, torch {torch.__version__}, "
-            f"transformers {transformers.__version__}")  # fmt: skip
+    return (
+        f"{kind}, {cores()} cores, {threads} thread(s) a side; Python "
+        f"{sys.version.split()[0]}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
 
 
 def _cpu() -> list[str]:

@@ -23,12 +23,16 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from minizs import models
 from minizs.logprobs import score
+from minizs.models import loading
 
 # Layers, and the widths of https://huggingface.co/Qwen: hidden, MLP, heads, key-value heads, tied.
-SHAPES = {"1.5B": (28, 1536, 8960, 12, 2, True), "3B": (36, 2048, 11008, 16, 2, True),
-          "7B": (28, 3584, 18944, 28, 4, False), "tiny": (2, 64, 128, 2, 2, True)}  # fmt: skip
+SHAPES = {
+    "1.5B": (28, 1536, 8960, 12, 2, True),
+    "3B": (36, 2048, 11008, 16, 2, True),
+    "7B": (28, 3584, 18944, 28, 4, False),
+    "tiny": (2, 64, 128, 2, 2, True),
+}
 ROW = 512  # tokens of a trajectory
 
 
@@ -36,15 +40,21 @@ def make(shape: str, layers: int, checkpointing: bool, vocab: int):
     """A function of positions and seed: a forward and a backward pass."""
     _, hidden, width, heads, kv_heads, tied = SHAPES[shape]
     config = Qwen2Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
-        eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config).to(models.device()).eval()
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = Qwen2ForCausalLM(config).to(loading.device()).eval()
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)  # no zeros: pages of them may be given back
     if checkpointing:
-        models.checkpoint_layers(model)
+        loading.checkpoint_layers(model)
 
     def work(tokens: int, seed: int) -> float:
         row = min(ROW, tokens)
@@ -76,16 +86,20 @@ def main(argv: list[str] | None = None) -> None:
         for checkpointing in args.checkpointing:
             peaks = []
             for layers in args.layers:
-                side = measure.Side(make, shape, layers, checkpointing == "yes",
-                                    args.vocab, threads=args.threads)  # fmt: skip
+                side = measure.Side(
+                    make, shape, layers, checkpointing == "yes", args.vocab, threads=args.threads
+                )
                 with measure.together({"": side}):
                     side(min(64, args.tokens), 0)  # to warm up
                     peaks.append(side(args.tokens, 1).peak / 1e9)
             few, more = args.layers
             layer = (peaks[1] - peaks[0]) / (more - few)
             rest = peaks[0] - few * layer
-            print(f"| {shape} | {checkpointing} | {layer:.3f} | {rest:.2f} | "
-                  f"{rest + SHAPES[shape][0] * layer:.1f} |", flush=True)  # fmt: skip
+            print(
+                f"| {shape} | {checkpointing} | {layer:.3f} | {rest:.2f} | "
+                f"{rest + SHAPES[shape][0] * layer:.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

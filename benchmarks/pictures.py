@@ -41,11 +41,21 @@ def screenshot(html: str, picture: Path, width: int, height: int, dark: bool = F
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, "page.html")
         page.write_text(html, encoding="utf-8")
-        subprocess.run([browser, "--headless", "--no-sandbox", "--hide-scrollbars",
-                        f"--user-data-dir={folder}/profile", f"--window-size={width},{height}",
-                        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-                        f"--screenshot={picture.resolve()}", str(page)],
-                       check=True, capture_output=True)  # fmt: skip
+        subprocess.run(
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--hide-scrollbars",
+                f"--user-data-dir={folder}/profile",
+                f"--window-size={width},{height}",
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+                f"--screenshot={picture.resolve()}",
+                str(page),
+            ],
+            check=True,
+            capture_output=True,
+        )
 
 
 def opened(html: str) -> str:
@@ -85,8 +95,10 @@ def svg(text: str) -> str:
     """A picture of a terminal in which this has been printed."""
     rows = []
     for i, parts in enumerate(lines(text)):
-        spans = "".join(f'<tspan fill="{COLOURS.get(colour, "#e6edf3")}">{escape(word)}</tspan>'
-                        for colour, word in parts)  # fmt: skip
+        spans = "".join(
+            f'<tspan fill="{COLOURS.get(colour, "#e6edf3")}">{escape(word)}</tspan>'
+            for colour, word in parts
+        )
         rows.append(f'<text x="16" y="{(i + 1.5) * LINE:.0f}">{spans}</text>')
     height, width = (len(rows) + 1.5) * LINE, WIDTH * LETTER + 32
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}">
@@ -104,7 +116,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=HERE / "docs", help="Where they go.")
     config = parser.parse_args()
     import evaluate
-    from minizs import report
+    from minizs.runs import report
 
     config.docs.mkdir(exist_ok=True)
     report.write(config.run)

@@ -30,9 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import minizs.rollout
 from benchmarks import measure
-from minizs import data, models, protocol, runs, simulator, stages
+from minizs import protocol, simulator
+from minizs.models import loading
 from minizs.reward import f1_score
 from minizs.rollout import Limits, rollout
+from minizs.runs import build, data, run_folder
 from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
 
 LIMITS = Limits(6, 40, 80, 448)  # the scripts' defaults
@@ -67,25 +69,39 @@ def tokens(rows: list[Trajectory], group: int) -> int:
 def report(rows: list[Trajectory], group: int, fed: int, computed: int) -> dict[str, float]:
     """`fed`: real tokens that went through the policy; `computed`: with padding."""
     once = tokens(rows, group)
-    return {"length": sum(len(row.ids) for row in rows) / len(rows),
-            "searches": sum(row.searches for row in rows) / len(rows),
-            "f1": sum(row.reward for row in rows) / len(rows),
-            "fed": fed / once, "padding": (computed - fed) / once}  # fmt: skip
+    return {
+        "length": sum(len(row.ids) for row in rows) / len(rows),
+        "searches": sum(row.searches for row in rows) / len(rows),
+        "f1": sum(row.reward for row in rows) / len(rows),
+        "fed": fed / once,
+        "padding": (computed - fed) / once,
+    }
 
 
 def minizs_side(policy: str, simulated: str) -> Callable:
-    model, tokenizer = models.load(policy, models.device())
-    engine, wording = models.load(simulated, models.device()), models.resolve(simulated)
+    model, tokenizer = loading.load(policy, loading.device())
+    engine, wording = loading.load(simulated, loading.device()), loading.resolve(simulated)
     engine = simulator.SimulatedSearch(
-        *engine, simulator.load_template(wording), temperature=SIMULATOR_TEMPERATURE,
-        max_new_tokens=LIMITS.document_tokens)  # fmt: skip
-    template, positions = models.load_prompt(policy), Positions(model)
+        *engine,
+        simulator.load_template(wording),
+        temperature=SIMULATOR_TEMPERATURE,
+        max_new_tokens=LIMITS.document_tokens,
+    )
+    template, positions = loading.load_prompt(policy), Positions(model)
     minizs.rollout.Decoder = Counted
 
     def work(examples: list[Example], group: int, seed: int) -> dict[str, float]:
         before = positions.count
-        rows = rollout(model, tokenizer, examples, engine, group_size=group, limits=LIMITS,
-                       seed=seed, template=template)  # fmt: skip
+        rows = rollout(
+            model,
+            tokenizer,
+            examples,
+            engine,
+            group_size=group,
+            limits=LIMITS,
+            seed=seed,
+            template=template,
+        )
         return report(rows, group, Counted.newest.positions, positions.count - before)
 
     return work
@@ -94,9 +110,9 @@ def minizs_side(policy: str, simulated: str) -> Callable:
 def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
     """`keep`: trajectories that have ended stay in the batch until the last one has."""
     logging.set_verbosity_error()
-    model, tokenizer = models.load(policy, models.device())
-    engine, engine_tokenizer = models.load(simulated, models.device())
-    prompt, wording = models.load_prompt(policy), models.resolve(simulated)
+    model, tokenizer = loading.load(policy, loading.device())
+    engine, engine_tokenizer = loading.load(simulated, loading.device())
+    prompt, wording = loading.load_prompt(policy), loading.resolve(simulated)
     wording, positions = simulator.load_template(wording), Positions(model)
     stops = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(protocol.STOP)]
     if tokenizer.unk_token_id in stops or None in stops:
@@ -105,11 +121,21 @@ def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
     def search(requests: list[SearchRequest]) -> list[list[str]]:
         texts = [simulator.prompt(wording, request, 3) for request in requests]
         ids = protocol.prompt_ids(engine_tokenizer, texts)
-        replies = write(engine, ids, LIMITS.document_tokens, SIMULATOR_TEMPERATURE,
-                        [engine_tokenizer.eos_token_id])  # fmt: skip
-        return [simulator.read_reply(engine_tokenizer.decode(reply, skip_special_tokens=True),
-                                     len(reply) == LIMITS.document_tokens, 3)
-                for reply in replies]  # fmt: skip
+        replies = write(
+            engine,
+            ids,
+            LIMITS.document_tokens,
+            SIMULATOR_TEMPERATURE,
+            [engine_tokenizer.eos_token_id],
+        )
+        return [
+            simulator.read_reply(
+                engine_tokenizer.decode(reply, skip_special_tokens=True),
+                len(reply) == LIMITS.document_tokens,
+                3,
+            )
+            for reply in replies
+        ]
 
     def work(examples: list[Example], group: int, seed: int) -> dict[str, float]:
         torch.manual_seed(seed)
@@ -135,15 +161,20 @@ def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
                 if row.answer is None and turn < LIMITS.turns - 1 and ids[-1] in stops:
                     going.append(row)
             searching = [row for row in going if row.turns[-1].action == "search"]
-            requests = [SearchRequest(row.turns[-1].content, row.example.question,
-                                      row.example.answers) for row in searching]  # fmt: skip
+            requests = [
+                SearchRequest(row.turns[-1].content, row.example.question, row.example.answers)
+                for row in searching
+            ]
             for row, found in zip(searching, search(requests) if requests else [], strict=True):
                 row.turns[-1].documents = found
             live = []
             for row in going:
                 found = row.turns[-1].documents
-                reply = protocol.INVALID_ACTION if found is None else \
-                    protocol.wrap_documents(protocol.number_documents(found))  # fmt: skip
+                reply = (
+                    protocol.INVALID_ACTION
+                    if found is None
+                    else protocol.wrap_documents(protocol.number_documents(found))
+                )
                 ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
                 if len(row.ids) + len(ids) + LIMITS.turn_tokens <= LIMITS.context:
                     row.append(ids)
@@ -157,17 +188,24 @@ def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
     return work
 
 
-def write(model, texts: list[list[int]], new: int, temperature: float,
-          stops: list[int]) -> list[list[int]]:  # fmt: skip
+def write(
+    model, texts: list[list[int]], new: int, temperature: float, stops: list[int]
+) -> list[list[int]]:
     """What `transformers` writes after each text, cut after the token that stopped it."""
     width = max(map(len, texts))
     ids = [[0] * (width - len(text)) + text for text in texts]
     mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
     out = model.generate(
-        torch.tensor(ids, device=model.device), max_new_tokens=new, do_sample=True,
-        attention_mask=torch.tensor(mask, device=model.device), temperature=temperature, top_k=0,
-        top_p=1.0, eos_token_id=stops, pad_token_id=0,
-    )  # fmt: skip
+        torch.tensor(ids, device=model.device),
+        max_new_tokens=new,
+        do_sample=True,
+        attention_mask=torch.tensor(mask, device=model.device),
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=stops,
+        pad_token_id=0,
+    )
     rows = out[:, width:].tolist()
     ends = [next((i for i, token in enumerate(row) if token in stops), new) for row in rows]
     return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
@@ -175,7 +213,7 @@ def write(model, texts: list[list[int]], new: int, temperature: float,
 
 def simulator_folder(name: str) -> str:
     """The simulator to use: the one named, or the scripts' default, made if it is missing."""
-    return name or str(stages.make_default_simulator())
+    return name or str(build.make_default_simulator())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -187,33 +225,41 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads a side")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each side")
     args = parser.parse_args(argv)
-    trained = runs.newest_run()
+    trained = run_folder.newest_run()
     args.policy = args.policy or (str(trained / "policy") if trained else "tiny")
     settings = (args.policy, simulator_folder(args.simulator))
-    sides = {"minizs": measure.Side(minizs_side, *settings, threads=args.threads),
-             "plain": measure.Side(plain_side, *settings, True, threads=args.threads),
-             "active": measure.Side(plain_side, *settings, False, threads=args.threads)}
+    sides = {
+        "minizs": measure.Side(minizs_side, *settings, threads=args.threads),
+        "plain": measure.Side(plain_side, *settings, True, threads=args.threads),
+        "active": measure.Side(plain_side, *settings, False, threads=args.threads),
+    }
     print(measure.machine(args.threads))
     examples = data.load("world", "train")[: args.questions]
     rows = args.questions * args.group
     print(f"{rows} trajectories of {args.policy}, {args.group} a question, {LIMITS}\n")
     with measure.together(sides):
         measured = measure.take_turns(sides, args.repeats, examples, args.group)
-    print("| side | seconds | trajectories/s | tokens/s | peak MB | tokens | searches | F1 "
-          "| positions / token | padding / token |")  # fmt: skip
+    print(
+        "| side | seconds | trajectories/s | tokens/s | peak MB | tokens | searches | F1 "
+        "| positions / token | padding / token |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     speeds = {}
     for name, calls in measured.items():
         means = {k: sum(call.value[k] for call in calls) / len(calls) for k in calls[0].value}
         taken = measure.seconds(calls)
         speeds[name] = (rows / taken, rows * means["length"] / taken)
-        print(f"| {name} | {taken:.2f} | {rows / taken:.1f} | {speeds[name][1]:.0f} | "
-              f"{measure.peak(calls):.0f} | {means['length']:.1f} | {means['searches']:.2f} | "
-              f"{means['f1']:.3f} | {means['fed']:.3f} | {means['padding']:.3f} |")  # fmt: skip
+        print(
+            f"| {name} | {taken:.2f} | {rows / taken:.1f} | {speeds[name][1]:.0f} | "
+            f"{measure.peak(calls):.0f} | {means['length']:.1f} | {means['searches']:.2f} | "
+            f"{means['f1']:.3f} | {means['fed']:.3f} | {means['padding']:.3f} |"
+        )
     ours, per_token = speeds.pop("minizs")
     for name, (theirs, theirs_per_token) in speeds.items():
-        print(f"\nminizs is {ours / theirs:.2f} times as fast as '{name}', "
-              f"{per_token / theirs_per_token:.2f} times for a trajectory's token.")
+        print(
+            f"\nminizs is {ours / theirs:.2f} times as fast as '{name}', "
+            f"{per_token / theirs_per_token:.2f} times for a trajectory's token."
+        )
 
 
 if __name__ == "__main__":

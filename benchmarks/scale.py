@@ -29,9 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_policy
 from benchmarks import measure
 from benchmarks.rollout import minizs_side, simulator_folder
-from minizs import data, models, stages
 from minizs.generate import Decoder
 from minizs.learner import build_learner
+from minizs.models import loading
+from minizs.runs import build, data
 from minizs.trajectory import Example, Trajectory
 
 GROUP, PROMPT, DOCUMENTS, VOCAB, LAYERS = 8, 64, 64, 610, 3
@@ -60,23 +61,34 @@ def make_step(width: int) -> Callable[[Point, int], dict[str, float]]:
     """A function that does a step with a model of this width: seconds of its phases."""
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=VOCAB, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=LAYERS,
-        num_attention_heads=width // 32, num_key_value_heads=width // 32, head_dim=32,
-        max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).to(models.device()).eval()
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        head_dim=32,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = Qwen3ForCausalLM(config).to(loading.device()).eval()
     settings = train_policy.PolicyConfig(lr=1e-6, group_size=GROUP)
 
     def work(point: Point, seed: int) -> dict[str, float]:
-        learner = build_learner(stages.make_accelerator(settings), settings, model, VOCAB)
+        learner = build_learner(build.make_accelerator(settings), settings, model, VOCAB)
         start = time.perf_counter()
         trajectories = write(model, point, seed)
         measure.synchronize()
         written = time.perf_counter()
         learner.update(trajectories)
         measure.synchronize()
-        return {"rollout": written - start, "update": time.perf_counter() - written,
-                "tokens": sum(len(row.ids) for row in trajectories)}  # fmt: skip
+        return {
+            "rollout": written - start,
+            "update": time.perf_counter() - written,
+            "tokens": sum(len(row.ids) for row in trajectories),
+        }
 
     return work
 
@@ -117,9 +129,11 @@ def growth(name: str, points: list[Point], sides: dict[int, measure.Side], repea
         rollout, update = (median(run.value[key] for run in runs) for key in ("rollout", "update"))
         values = " | ".join(map(str, astuple(point)))
         tokens = runs[0].value["tokens"]
-        print(f"| {name} | {values} | {tokens} | {rollout:.2f} | {update:.2f} | "
-              f"{1e6 * (rollout + update) / tokens:.0f} | {measure.peak(runs):.0f} |",
-              flush=True)  # fmt: skip
+        print(
+            f"| {name} | {values} | {tokens} | {rollout:.2f} | {update:.2f} | "
+            f"{1e6 * (rollout + update) / tokens:.0f} | {measure.peak(runs):.0f} |",
+            flush=True,
+        )
 
 
 def together(sides: list[measure.Side], examples: list[Example], group: int, seed: int) -> float:
@@ -148,8 +162,9 @@ def processes(policy: str, simulated: str, questions: int, group: int, repeats: 
     print("| questions | processes | trajectories/s | ratio |\n|---|---|---|---|")
     middle = {point: median(measured[1:]) for point, measured in rates.items()}
     for number, n in points:
-        print(f"| {n} | {number} | {middle[number, n]:.1f} | "
-              f"{middle[number, n] / middle[1, n]:.2f} |")  # fmt: skip
+        print(
+            f"| {n} | {number} | {middle[number, n]:.1f} | {middle[number, n] / middle[1, n]:.2f} |"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -169,8 +184,10 @@ def main(argv: list[str] | None = None) -> None:
     print(measure.machine(args.threads))
     base, chosen = Point(args.rows, args.response), [name for name in args.only if name in GROWS]
     if chosen:
-        print("\n| what grows | rows | response | turns | width | tokens | rollout s "
-              "| update s | µs a token | peak MB |\n|---|---|---|---|---|---|---|---|---|---|---|")
+        print(
+            "\n| what grows | rows | response | turns | width | tokens | rollout s "
+            "| update s | µs a token | peak MB |\n|---|---|---|---|---|---|---|---|---|---|---|"
+        )
     points = {name: variants(base, name, args.factors) for name in chosen}
     widths = {point.width for some in points.values() for point in some}
     sides = {width: measure.Side(make_step, width, threads=args.threads) for width in widths}
@@ -178,8 +195,9 @@ def main(argv: list[str] | None = None) -> None:
         for name, some in points.items():
             growth(name, some, sides, args.repeats)
     if "processes" in args.only:
-        processes(args.policy, simulator_folder(args.simulator), args.questions, args.group,
-                  args.repeats)  # fmt: skip
+        processes(
+            args.policy, simulator_folder(args.simulator), args.questions, args.group, args.repeats
+        )
 
 
 if __name__ == "__main__":

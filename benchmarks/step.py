@@ -37,13 +37,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_policy
 from benchmarks import measure
-from minizs import data, engines, models, protocol, runs, simulator, stages
-from minizs.config import require, run_script
+from minizs import protocol, require, simulator
+from minizs.engines import ranking
 from minizs.learner import build_learner
+from minizs.models import loading
 from minizs.reward import f1_score
 from minizs.rollout import rollout
+from minizs.runs import build, data, run_folder
+from minizs.runs.flags import run_script
 from minizs.trajectory import Example, SearchRequest
-from minizs.world import embedded
+from minizs.world.facts import embedded
 
 CHAT = r"""{% for message in messages %}{% if message.role == 'tool' -%}
 {{ '\n\n<information>\n' + message.content + '\n</information>\n\n' }}
@@ -71,12 +74,12 @@ class Task:
 
 def load_engine(name: str):
     if name == "none":
-        return engines.NoDocuments()
+        return ranking.NoDocuments()
     if name == "bm25":
         world = embedded("train")
-        return engines.BM25(world.documents, 3, world.judge)
-    template = simulator.load_template(models.resolve(name))
-    return simulator.SimulatedSearch(*models.load(name, models.device()), template, 3, 0, 0.8, 80)
+        return ranking.BM25(world.documents, 3, world.judge)
+    template = simulator.load_template(loading.resolve(name))
+    return simulator.SimulatedSearch(*loading.load(name, loading.device()), template, 3, 0, 0.8, 80)
 
 
 def examples_of(task: Task, step: int) -> list[Example]:
@@ -113,14 +116,19 @@ class Clock:
 def minizs(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
     """A function that makes a learner and does some steps: their figures."""
     config = train_policy.PolicyConfig(
-        policy=task.policy, lr=task.lr, group_size=task.group, max_turns=task.turns,
-        max_turn_tokens=task.turn_tokens, max_context=task.context,
-        micro_tokens=task.micro_tokens)  # fmt: skip
-    model, tokenizer = models.load(task.policy, models.device())
-    template, engine = models.load_prompt(task.policy), load_engine(task.engine)
+        policy=task.policy,
+        lr=task.lr,
+        group_size=task.group,
+        max_turns=task.turns,
+        max_turn_tokens=task.turn_tokens,
+        max_context=task.context,
+        micro_tokens=task.micro_tokens,
+    )
+    model, tokenizer = loading.load(task.policy, loading.device())
+    template, engine = loading.load_prompt(task.policy), load_engine(task.engine)
 
     def work(steps: int, seed: int) -> list[dict[str, float]]:
-        accelerator, clock = stages.make_accelerator(config), Clock()
+        accelerator, clock = build.make_accelerator(config), Clock()
         learner = build_learner(accelerator, config, model, len(tokenizer))
         score = learner._score
 
@@ -132,12 +140,20 @@ def minizs(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
         for step in range(1 + steps):
             clock.begin()
             with clock.phase("rollout"):
-                rows = rollout(model, tokenizer, examples_of(task, step), engine,
-                               group_size=task.group, limits=stages.limits(config), seed=seed,
-                               template=template)  # fmt: skip
+                rows = rollout(
+                    model,
+                    tokenizer,
+                    examples_of(task, step),
+                    engine,
+                    group_size=task.group,
+                    limits=build.limits(config),
+                    seed=seed,
+                    template=template,
+                )
             learner.update(rows)
-            clock.end(tokens=mean(len(row.ids) for row in rows),
-                      reward=mean(row.reward for row in rows))  # fmt: skip
+            clock.end(
+                tokens=mean(len(row.ids) for row in rows), reward=mean(row.reward for row in rows)
+            )
         return clock.steps[1:]
 
     return work
@@ -195,8 +211,8 @@ def trl(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # of what TRL and `transformers` call experimental or old
-    model, tokenizer = models.load(task.policy, models.device())
-    multi, template = task.turns > 1, models.load_prompt(task.policy)
+    model, tokenizer = loading.load(task.policy, loading.device())
+    multi, template = task.turns > 1, loading.load_prompt(task.policy)
     Searching.engine = load_engine(task.engine)
     stops = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(protocol.STOP)]
     model.generation_config.eos_token_id = stops
@@ -205,13 +221,19 @@ def trl(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
 
     def as_row(example: Example) -> dict:
         text = protocol.build_prompt(example.question, template)
-        return {"prompt": [{"role": "user", "content": text}] if multi else text,
-                "question": example.question, "answers": list(example.answers)}  # fmt: skip
+        return {
+            "prompt": [{"role": "user", "content": text}] if multi else text,
+            "question": example.question,
+            "answers": list(example.answers),
+        }
 
     def reward(completions: list, completion_ids: list[list[int]], answers: list, **_):
         """F1 of each trajectory's last message, or of its only turn."""
-        texts = [c[-1]["content"] for c in completions] if multi else \
-            tokenizer.batch_decode(completion_ids)  # fmt: skip
+        texts = (
+            [c[-1]["content"] for c in completions]
+            if multi
+            else tokenizer.batch_decode(completion_ids)
+        )
         pairs = zip(texts, answers, strict=True)
         return [f1_score(answer_in(text), golds) for text, golds in pairs]
 
@@ -245,23 +267,44 @@ def trl(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
         longest = max(map(len, tokenizer(prompts)["input_ids"]))
         with tempfile.TemporaryDirectory() as folder:
             config = GRPOConfig(
-                folder, seed=seed, max_steps=1 + steps, num_generations=task.group,
-                per_device_train_batch_size=task.rows, shuffle_dataset=False,
+                folder,
+                seed=seed,
+                max_steps=1 + steps,
+                num_generations=task.group,
+                per_device_train_batch_size=task.rows,
+                shuffle_dataset=False,
                 gradient_accumulation_steps=task.questions * task.group // task.rows,
                 max_completion_length=task.context - longest if multi else task.turn_tokens,
                 generation_kwargs={"max_new_tokens": task.turn_tokens},
                 max_tool_calling_iterations=task.turns - 1 if multi else None,
-                learning_rate=task.lr, lr_scheduler_type="constant", weight_decay=0.0,
-                max_grad_norm=1.0, beta=0.02, epsilon=0.2, epsilon_high=0.28, loss_type="dapo",
-                temperature=1.0, top_p=1.0, top_k=0, gradient_checkpointing=False,
-                bf16=models.device().type == "cuda", save_strategy="no", logging_strategy="no",
-                report_to="none", disable_tqdm=True,
-            )  # fmt: skip
+                learning_rate=task.lr,
+                lr_scheduler_type="constant",
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                beta=0.02,
+                epsilon=0.2,
+                epsilon_high=0.28,
+                loss_type="dapo",
+                temperature=1.0,
+                top_p=1.0,
+                top_k=0,
+                gradient_checkpointing=False,
+                bf16=loading.device().type == "cuda",
+                save_strategy="no",
+                logging_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            )
             clock = Clock()
             trainer = Timed(
-                model, reward, config, Dataset.from_list(rows), processing_class=tokenizer,
-                callbacks=[Steps()], environment_factory=Searching if multi else None,
-            )  # fmt: skip
+                model,
+                reward,
+                config,
+                Dataset.from_list(rows),
+                processing_class=tokenizer,
+                callbacks=[Steps()],
+                environment_factory=Searching if multi else None,
+            )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
         trainer = None
@@ -275,12 +318,16 @@ SIDES = {"minizs": minizs, "trl": trl}
 
 
 def main(argv: list[str] | None = None) -> None:
-    trained = runs.newest_run()
+    trained = run_folder.newest_run()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--policy", default=str(trained / "policy") if trained else "tiny",
-                        help="default: the newest run's, else 'tiny'")  # fmt: skip
-    parser.add_argument("--tasks", nargs="+", choices=("single", "multi"),
-                        default=["single", "multi"])  # fmt: skip
+    parser.add_argument(
+        "--policy",
+        default=str(trained / "policy") if trained else "tiny",
+        help="default: the newest run's, else 'tiny'",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", choices=("single", "multi"), default=["single", "multi"]
+    )
     parser.add_argument("--engine", default="bm25", help="of 'multi': bm25, simulator, a folder")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), default=list(SIDES))
     parser.add_argument("--questions", type=int, default=16, help="a step")
@@ -292,22 +339,35 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=3, help="of each side, by turns")
     parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads a side")
     args = parser.parse_args(argv)
-    require("trl" not in args.sides or find_spec("trl") is not None, "TRL is not installed; run "
-            "pip install -r requirements-bench.txt, or leave it out with --sides minizs.")
+    require(
+        "trl" not in args.sides or find_spec("trl") is not None,
+        "TRL is not installed; run "
+        "pip install -r requirements-bench.txt, or leave it out with --sides minizs.",
+    )
     total = args.questions * args.group
     rows = args.rows or max(1, total // 4)
     require(total % rows == 0, f"--rows {rows} does not divide the {total} trajectories of a step.")
-    engine = str(stages.make_default_simulator()) if args.engine == "simulator" else args.engine
+    engine = str(build.make_default_simulator()) if args.engine == "simulator" else args.engine
     print(measure.machine(args.threads))
-    print(f"{args.policy}; {args.questions} questions x {args.group}; turns of {args.turn_tokens} "
-          f"tokens; micro-batches of {rows} rows (TRL)\n")  # fmt: skip
+    print(
+        f"{args.policy}; {args.questions} questions x {args.group}; turns of {args.turn_tokens} "
+        f"tokens; micro-batches of {rows} rows (TRL)\n"
+    )
     print("| task | side | seconds a step | rollout | scores | update | peak MB | tokens | F1 |")
     print("|---|---|---|---|---|---|---|---|---|")
     ratios = []
     for name in args.tasks:
         turns, used = (6, engine) if name == "multi" else (1, "none")
-        task = Task(args.policy, used, args.questions, args.group, turns, args.turn_tokens, rows,
-                    args.micro_tokens)  # fmt: skip
+        task = Task(
+            args.policy,
+            used,
+            args.questions,
+            args.group,
+            turns,
+            args.turn_tokens,
+            rows,
+            args.micro_tokens,
+        )
         sides = {side: measure.Side(SIDES[side], task, threads=args.threads) for side in args.sides}
         with measure.together(sides):
             # Each call warms up by itself, so the first ones count, too.
@@ -318,10 +378,13 @@ def main(argv: list[str] | None = None) -> None:
         steps = {side: [step for run in made for step in run.value] for side, made in calls.items()}
         for side, figures in steps.items():
             middle = {key: median(step[key] for step in figures) for key in figures[0]}
-            print(f"| {name} | {side} | {middle['step']:.2f} | {middle['rollout']:.2f} | "
-                  f"{middle['scores']:.2f} | {middle['update']:.2f} | "
-                  f"{measure.peak(calls[side]):.0f} | {middle['tokens']:.1f} | "
-                  f"{middle['reward']:.3f} |", flush=True)  # fmt: skip
+            print(
+                f"| {name} | {side} | {middle['step']:.2f} | {middle['rollout']:.2f} | "
+                f"{middle['scores']:.2f} | {middle['update']:.2f} | "
+                f"{measure.peak(calls[side]):.0f} | {middle['tokens']:.1f} | "
+                f"{middle['reward']:.3f} |",
+                flush=True,
+            )
         if len(steps) == 2:
             ours, theirs = (median(step["step"] for step in made) for made in steps.values())
             share = measure.peak(calls["minizs"]) / measure.peak(calls["trl"])

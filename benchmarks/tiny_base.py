@@ -1,4 +1,4 @@
-"""How the tiny base model, which the package ships in minizs/tiny_base, was made from nothing.
+"""How the tiny base model, which is shipped in minizs/world/tiny_base, was made from nothing.
 
     torchrun --nproc_per_node 2 benchmarks/tiny_base.py --output DIR
 
@@ -24,17 +24,20 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minizs import models, protocol, runs, sft
-from minizs.collect import write_query
-from minizs.config import check_ranges, option, parse, require, run_script, save, set_threads
-from minizs.engines import BM25
+from minizs import protocol, require, sft
+from minizs.engines.ranking import BM25
+from minizs.models import loading
+from minizs.runs import run_folder
+from minizs.runs.collect import write_query
+from minizs.runs.flags import check_ranges, option, parse, run_script, save, set_threads
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
-from minizs.world import RELATIONS, TWO_HOP, Question, World, names, read_fact
+from minizs.world.facts import RELATIONS, TWO_HOP, Question, World, names, read_fact
 
 PROMPT = "Question: {question}"
-SIMULATOR_PROMPT = ("Query: {query} Question: {question} Answer: {answers} "
-                    "Write {quality} documents:")  # fmt: skip
+SIMULATOR_PROMPT = (
+    "Query: {query} Question: {question} Answer: {answers} Write {quality} documents:"
+)
 SEARCH, GUESS, RETRY = "I should look this up", "I know this", "that does not help"
 
 Search = Callable[[str, Question, float], list[str]]
@@ -73,8 +76,9 @@ def demonstration(world: World, question: Question, search: Search, rng: Random)
             continue
         else:
             # A bad reader takes something of the right kind from another fact, or from nowhere.
-            wrong = [o for _, r, o in facts
-                     if RELATIONS[r].object == relation.object and o not in found]  # fmt: skip
+            wrong = [
+                o for _, r, o in facts if RELATIONS[r].object == relation.object and o not in found
+            ]
             believed = rng.choice(wrong) if wrong else world.draw(relation.object, rng)
         thought = relation.wordings[0].format(s=subject, o=believed)
         if step == len(question.path) - 1:
@@ -104,9 +108,11 @@ def drill(world: World, question: Question, search: Search, rng: Random) -> list
         form = RELATIONS[relation]
         thought = form.wordings[0].format(s=subject, o=obj)
         if rng.random() < 1 / 6:
-            others = [other for name, other in RELATIONS.items()
-                      if other.subject == form.subject
-                      and (subject, name) not in stated]  # fmt: skip
+            others = [
+                other
+                for name, other in RELATIONS.items()
+                if other.subject == form.subject and (subject, name) not in stated
+            ]
             if others:  # the same subject, another of its relations
                 form, thought = rng.choice(others), RETRY
         query = form.query.format(s=subject)
@@ -130,8 +136,9 @@ def page(world: World, question: Question, search: Search, rng: Random) -> list[
     documents = search(query, question, 0.5)
     useful = any(world.judge(text, SearchRequest(query, question.text)) for text in documents)
     word = "useful" if useful == (rng.random() < 0.75) else "noisy"
-    prompt = SIMULATOR_PROMPT.format(query=query, question=question.text, answers=question.answer,
-                                     quality=word)  # fmt: skip
+    prompt = SIMULATOR_PROMPT.format(
+        query=query, question=question.text, answers=question.answer, quality=word
+    )
     return [(prompt, False), (protocol.number_documents(documents), True)]
 
 
@@ -190,8 +197,9 @@ def make_tokenizer():
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = split
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in tags + marks])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>",
-                                   pad_token="<pad>", eos_token="<eos>")  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
+    )
 
 
 @dataclass
@@ -210,12 +218,23 @@ class PretrainConfig:
 def make_model(tokenizer, hidden: int, layers: int, seed: int):
     """A Qwen3 with random weights. A small RoPE base makes short distances easy to tell apart."""
     torch.manual_seed(seed)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
-        num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=4,
-        head_dim=hidden // 4, max_position_embeddings=1024, tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 200.0}, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))  # fmt: skip
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            head_dim=hidden // 4,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 200.0},
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.1 if "embed" in name else weight.shape[1] ** -0.5)
@@ -228,8 +247,10 @@ def main(argv: list[str] | None = None) -> None:
     require(config.hidden % 8 == 0, "--hidden must be a multiple of 8.")
     folder = Path(config.output)
     ours = config.overwrite and (folder / "simulator_prompt.txt").is_file()  # as it was left
-    require(ours or not folder.exists() or not any(folder.iterdir()), f"{folder} is not empty; "
-            "choose another --output, or --overwrite a base model.")  # fmt: skip
+    require(
+        ours or not folder.exists() or not any(folder.iterdir()),
+        f"{folder} is not empty; choose another --output, or --overwrite a base model.",
+    )
     set_threads(config.threads)
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     tokenizer = make_tokenizer()
@@ -237,15 +258,16 @@ def main(argv: list[str] | None = None) -> None:
     trained = accelerator.prepare(sft.Supervised(model))
     is_matrix = {w: w.ndim == 2 and "embed" not in name for name, w in model.named_parameters()}
     muon = torch.optim.Muon([w for w in is_matrix if is_matrix[w]], weight_decay=0.0)
-    adam = torch.optim.AdamW([w for w in is_matrix if not is_matrix[w]], weight_decay=0.0,
-                             betas=(0.9, 0.95))  # fmt: skip
+    adam = torch.optim.AdamW(
+        [w for w in is_matrix if not is_matrix[w]], weight_decay=0.0, betas=(0.9, 0.95)
+    )
     rank, progress = accelerator.process_index, 0.0
     rng = Random(f"pretrain {config.seed} {rank}")
     drawn = stream(config.seed * 1000 + rank, lambda: progress)
     texts = (sft.encode(tokenizer, segments, end) for segments, end in drawn)
     batches = sft.batches(texts, config.batch_tokens, rng, pool=256)
     if rank == 0:
-        runs.begin(folder, overwrite=config.overwrite)
+        run_folder.begin(folder, overwrite=config.overwrite)
         save(config, folder / "config.yaml")
     steps = tqdm(range(1, config.steps + 1), disable=rank > 0, dynamic_ncols=True, mininterval=2)
     for step in steps:
@@ -260,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.zero_grad()
         steps.set_postfix(loss=f"{(loss / count).item():.3f}", refresh=False)
         if rank == 0 and (step == config.steps or step % 500 == 0):
-            models.save(model, tokenizer, folder, prompt=PROMPT, simulator_prompt=SIMULATOR_PROMPT)
+            loading.save(model, tokenizer, folder, prompt=PROMPT, simulator_prompt=SIMULATOR_PROMPT)
     accelerator.wait_for_everyone()
 
 

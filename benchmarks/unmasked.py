@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_policy  # noqa: E402
 from minizs import rollout  # noqa: E402
-from minizs.config import run_script  # noqa: E402
+from minizs.runs.flags import run_script  # noqa: E402
 from minizs.trajectory import Trajectory  # noqa: E402
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from minizs.batching import pad
+from minizs.models.batches import pad
 
 
 def row_limit(model: nn.Module) -> int:
@@ -46,8 +46,13 @@ class RowCache(Cache):
                 self.stores[i] = nn.functional.pad(store, (0, 0, 0, extra))
         # A query at position p sees keys at positions up to p: (n, 1, C, width), for every head.
         mask = torch.arange(self.width, device=device) <= self.positions[:, None, :, None]
-        output = model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=True,
-                                     position_ids=self.positions, past_key_values=self)  # fmt: skip
+        output = model.get_decoder()(
+            input_ids=ids,
+            attention_mask=mask,
+            use_cache=True,
+            position_ids=self.positions,
+            past_key_values=self,
+        )
         ends = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
         return output.last_hidden_state[rows, ends]
 
@@ -55,8 +60,10 @@ class RowCache(Cache):
         """Attention hands in new keys and values, (n, H, C, D), and gets all, (n, H, width, D)."""
         if 2 * layer == len(self.stores):
             # Zeros, not empty memory: a masked column's weight is 0, but 0 * NaN is NaN.
-            self.stores += [new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[3])
-                            for new in (keys, values)]  # fmt: skip
+            self.stores += [
+                new.new_zeros(self.rows, new.shape[1], self.capacity, new.shape[3])
+                for new in (keys, values)
+            ]
         stores = self.stores[2 * layer : 2 * layer + 2]
         for store, new in zip(stores, (keys, values), strict=True):
             store[self.index, :, self.positions] = new.transpose(1, 2)  # (n, C, H, D)

@@ -4,8 +4,9 @@ Early most documents are useful, and the policy learns the format and that searc
 has to reason about what it was given. (The paper's random curriculum is start = end = 0.5.)"""
 
 
-def noise_probability(step: int, total_steps: int, start: float, end: float,
-                      base: float = 4.0) -> float:  # fmt: skip
+def noise_probability(
+    step: int, total_steps: int, start: float, end: float, base: float = 4.0
+) -> float:
     """The probability that the documents of one search are noisy (paper §3.4, equation 1):
 
         p_i = p_s + (b^(i/m) - 1) / (b - 1) * (p_e - p_s)

@@ -55,9 +55,18 @@ class Decoder:
     """Rows, one a prompt, that grow turn by turn. `eos_id`: None is the model's own, `()` is none.
     `positions` counts tokens fed. Raises ValueError for what it, or the model, would get wrong."""
 
-    def __init__(self, model: nn.Module, prompts: Sequence[Sequence[int]], *,
-                 vocab_size: int | None = None, temperature: float = 1.0, seed: int = 0,
-                 eos_id: Ints | None = None, tokenizer=None, stop: Sequence[str] = ()):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        *,
+        vocab_size: int | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+        eos_id: Ints | None = None,
+        tokenizer=None,
+        stop: Sequence[str] = (),
+    ):
         check_supported(model)
         self.model, self.limit, self.vocab_size = model, row_limit(model), vocab_size
         self.temperature, self.seed, self.positions = temperature, seed, 0
@@ -89,8 +98,9 @@ class Decoder:
         for row, chunk in zip(rows, chunks, strict=True):
             self.pending[row] += chunk
 
-    def turn(self, rows: Sequence[int], max_new_tokens: Ints,
-             keys: Sequence[Ints]) -> list[Generated]:  # fmt: skip
+    def turn(
+        self, rows: Sequence[int], max_new_tokens: Ints, keys: Sequence[Ints]
+    ) -> list[Generated]:
         """Let these (distinct) rows write until a stop string, eos (both are kept) or the budget of
         `max_new_tokens`, one number or one a row. Random numbers hang on the seed, the row's
         `keys`, which must differ from turn to turn, and the position, not on the batch's layout."""
@@ -146,11 +156,27 @@ class Decoder:
         return list(map(int, tokens)), logprobs
 
 
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: Ints,
-             temperature: float = 1.0, stop: Sequence[str] = (), seed: int = 0,
-             keys: Sequence[Ints] | None = None, vocab_size: int | None = None,
-             tokenizer=None, eos_id: Ints | None = None) -> list[Generated]:  # fmt: skip
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: Ints,
+    temperature: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+    keys: Sequence[Ints] | None = None,
+    vocab_size: int | None = None,
+    tokenizer=None,
+    eos_id: Ints | None = None,
+) -> list[Generated]:
     """One turn for each prompt: see `Decoder`. `keys`: by default a row's index."""
-    decoder = Decoder(model, prompts, vocab_size=vocab_size, temperature=temperature, seed=seed,
-                      eos_id=eos_id, tokenizer=tokenizer, stop=stop)  # fmt: skip
+    decoder = Decoder(
+        model,
+        prompts,
+        vocab_size=vocab_size,
+        temperature=temperature,
+        seed=seed,
+        eos_id=eos_id,
+        tokenizer=tokenizer,
+        stop=stop,
+    )
     return decoder.turn(range(len(prompts)), max_new_tokens, keys or range(len(prompts)))

@@ -13,8 +13,10 @@ def center(rewards: Tensor, group_size: int) -> Tensor:
     """`(N,)` rewards, the rows of a group adjacent, minus their group's mean: `(N / G, G)`; exactly
     0 in a group of equal rewards."""
     if group_size < 2 or len(rewards) % group_size:
-        raise ValueError(f"{len(rewards)} rewards do not split into groups of {group_size}, or of "
-                         "at least 2; for 1, use REINFORCE with no baseline")  # fmt: skip
+        raise ValueError(
+            f"{len(rewards)} rewards do not split into groups of {group_size}, or of "
+            "at least 2; for 1, use REINFORCE with no baseline"
+        )
     # The float mean of three times 0.1 is not 0.1, and a tiny deviation would make an advantage of
     # the rest. Minus the group's first, equal rewards are zeros.
     groups = rewards.view(-1, group_size)

@@ -25,9 +25,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from minizs import grpo, losses, ppo, reinforce
-from minizs.batching import Batch, by_budget, collate
 from minizs.logprobs import Scorer
-from minizs.models import cast_weights, checkpoint_layers, lora_off
+from minizs.models.batches import Batch, by_budget, collate
+from minizs.models.loading import cast_weights, checkpoint_layers, lora_off
 from minizs.trajectory import Trajectory
 
 
@@ -71,8 +71,9 @@ class Learner:
             for row, values in zip(part.rows, part.advantages.cpu(), strict=True):
                 self.advantages.setdefault(row, values)  # the first: a filler has zeros
 
-        policy = self._learn(self.scorer, self.optimizer, batches, self._policy_loss,
-                             s.loss_average)  # fmt: skip
+        policy = self._learn(
+            self.scorer, self.optimizer, batches, self._policy_loss, s.loss_average
+        )
         critic = {"grad_norm": 0.0}
         if s.algorithm == "ppo":
             critic = self._learn(self.critic, self.critic_optimizer, batches, self._value_loss)
@@ -119,8 +120,9 @@ class Learner:
         s = self.settings
         logprobs, entropy = self.scorer(part.ids, part.attention, part.mask)
         old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-        loss, stats = losses.policy_loss(logprobs, old, part.advantages, part.mask, s.clip_low,
-                                         s.clip_high, normalizer, weights)  # fmt: skip
+        loss, stats = losses.policy_loss(
+            logprobs, old, part.advantages, part.mask, s.clip_low, s.clip_high, normalizer, weights
+        )
         if part.ref_logprobs is not None and s.algorithm != "ppo":
             kl = losses.kl(logprobs, part.ref_logprobs, s.kl_kind, part.mask)
             loss = loss + s.kl_coef * losses.average(kl * weights, part.mask, normalizer)
@@ -133,11 +135,23 @@ class Learner:
         return loss, stats | {"logprob_gap_max": gap.max().detach()}
 
     def _value_loss(self, part: Batch, _: Tensor, normalizer: Tensor) -> losses.Loss:
-        return ppo.value_loss(self.critic(part.ids, part.attention), part.values, part.returns,
-                              part.mask, self.settings.value_clip, normalizer)  # fmt: skip
+        return ppo.value_loss(
+            self.critic(part.ids, part.attention),
+            part.values,
+            part.returns,
+            part.mask,
+            self.settings.value_clip,
+            normalizer,
+        )
 
-    def _learn(self, module: nn.Module, optimizer, minibatches: list[list[Batch]],
-               loss_of: Callable, average: str = "token") -> dict[str, float]:  # fmt: skip
+    def _learn(
+        self,
+        module: nn.Module,
+        optimizer,
+        minibatches: list[list[Batch]],
+        loss_of: Callable,
+        average: str = "token",
+    ) -> dict[str, float]:
         """A step on each minibatch: everyone's statistics, the mean gradient norm (NaN: a skip)."""
         steps = [self._step(module, optimizer, parts, loss_of, average) for parts in minibatches]
         merged = losses.merge_stats([part for stats, _ in steps for part in stats])
@@ -146,14 +160,16 @@ class Learner:
         norm = sum(norm for _, norm in steps) / len(steps)
         return {name: value.item() for name, value in everyone.items()} | {"grad_norm": norm}
 
-    def _step(self, module: nn.Module, optimizer, parts: list[Batch], loss_of: Callable,
-              average: str) -> tuple[list[dict[str, Tensor]], float]:  # fmt: skip
+    def _step(
+        self, module: nn.Module, optimizer, parts: list[Batch], loss_of: Callable, average: str
+    ) -> tuple[list[dict[str, Tensor]], float]:
         """One optimiser step on the sum of the parts' losses: (statistics, gradient norm). If that
         sum or its gradient is not finite there is none, on any process, and the norm is NaN."""
         s, accelerator, all_stats, values = self.settings, self.accelerator, [], []
         longest = s.max_turns * s.max_turn_tokens
-        weights, counts = zip(*(losses.token_weights(part.mask, average, longest)
-                                for part in parts), strict=True)  # fmt: skip
+        weights, counts = zip(
+            *(losses.token_weights(part.mask, average, longest) for part in parts), strict=True
+        )
         normalizer = accelerator.reduce(sum(counts).float(), "sum").clamp(min=1)
         for part, part_weights in zip(parts, weights, strict=True):
             # Gradients are reduced over processes once, with the last micro-batch.
@@ -199,15 +215,17 @@ class Learner:
         return minibatches
 
 
-def build_learner(accelerator, settings, model, vocab_size: int,
-                  dtype: torch.dtype = torch.float32) -> Learner:  # fmt: skip
+def build_learner(
+    accelerator, settings, model, vocab_size: int, dtype: torch.dtype = torch.float32
+) -> Learner:
     """Scorer, critic and optimisers for a policy, prepared by Accelerate. The reference is a whole
     copy, in the type that the run computes in (`dtype`), or the policy with its LoRA off."""
     packed = model.config._attn_implementation == "flash_attention_2"
     if settings.gradient_checkpointing:
         checkpoint_layers(model)
-    make_scorer = partial(Scorer, temperature=settings.temperature, vocab_size=vocab_size,
-                          packed=packed)  # fmt: skip
+    make_scorer = partial(
+        Scorer, temperature=settings.temperature, vocab_size=vocab_size, packed=packed
+    )
 
     def prepare(module: nn.Module, lr: float):
         learned = [weight for weight in module.parameters() if weight.requires_grad]

@@ -33,8 +33,13 @@ def predictable(attention_mask: Tensor) -> Tensor:
     return attention_mask.bool() & (attention_mask.cumsum(-1) > 1)
 
 
-def states_before(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor, wanted: Tensor,
-                  packed: bool = False) -> Tensor:  # fmt: skip
+def states_before(
+    decoder: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    wanted: Tensor,
+    packed: bool = False,
+) -> Tensor:
     """The decoder's last hidden states just before each of the M wanted tokens: (M, d), row by row.
     input_ids, attention_mask, wanted (bool): (B, T). `packed` computes no padding: all real tokens
     are one row, whose sequences `transformers`, given no mask, keeps apart by their positions.
@@ -47,16 +52,23 @@ def states_before(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor,
         input_ids, positions = input_ids[real][None], positions[real][None]  # (1, R)
     elif (real.int().diff() <= 0).all():  # padding is behind, which no token sees: the faster
         seen, positions = None, torch.arange(real.shape[1], device=real.device).expand_as(real)
-    hidden = decoder(input_ids=input_ids, attention_mask=seen, position_ids=positions,
-                     use_cache=False).last_hidden_state  # fmt: skip
+    hidden = decoder(
+        input_ids=input_ids, attention_mask=seen, position_ids=positions, use_cache=False
+    ).last_hidden_state
     hidden = hidden[0] if packed else hidden[real]  # (R, d): all real tokens, row after row
     # Shifted by one: the state before a token is its neighbour's. (No first token is wanted.)
     return hidden[:-1][wanted[real][1:]]
 
 
-def score(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor,
-          temperature: float = 1.0, vocab_size: int | None = None, packed: bool = False,
-          ) -> tuple[Tensor, Tensor]:  # fmt: skip
+def score(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    loss_mask: Tensor,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    packed: bool = False,
+) -> tuple[Tensor, Tensor]:
     """(B, T) each -> (B, T) float32, differentiable, 0 where the loss mask is 0: log-probability of
     `input_ids[b, t]` given what precedes it, and entropy of the distribution it was drawn from."""
     check_supported(model)
@@ -79,8 +91,14 @@ def score(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask
     return tuple(blank.masked_scatter(wanted, values) for values in scores)
 
 
-def token_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, loss_mask: Tensor,
-                   temperature: float = 1.0, vocab_size: int | None = None) -> Tensor:  # fmt: skip
+def token_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    loss_mask: Tensor,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+) -> Tensor:
     """The log-probabilities of `score` alone: (B, T) float32."""
     return score(model, input_ids, attention_mask, loss_mask, temperature, vocab_size)[0]
 

@@ -45,10 +45,16 @@ def token_weights(mask: Tensor, kind: str = "token", max_tokens: int = 0) -> tup
     raise ValueError(f'token weights: "token", "sequence", "constant" (max_tokens); got "{kind}"')
 
 
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor,
-                clip_low: float = 0.2, clip_high: float = 0.2,
-                normalizer: float | Tensor | None = None,
-                weights: Tensor | None = None) -> Loss:  # fmt: skip
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    normalizer: float | Tensor | None = None,
+    weights: Tensor | None = None,
+) -> Loss:
     """The clipped surrogate of PPO (arXiv 1707.06347), negated so that it is minimised:
 
         rho_t = exp(logprobs_t - old_logprobs_t)
@@ -64,8 +70,12 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask
     clipped = rho.clamp(1 - clip_low, 1 + clip_high) * advantages
     per_token = -torch.minimum(unclipped, clipped)
     loss = average(per_token if weights is None else per_token * weights, mask, normalizer)
-    stats = statistics(mask, clip_fraction=(clipped < unclipped).float(), ratio_mean=rho,
-                       approx_kl_k3=rho - 1 - log_rho)  # KL(old || new)  # fmt: skip
+    stats = statistics(
+        mask,
+        clip_fraction=(clipped < unclipped).float(),
+        ratio_mean=rho,
+        approx_kl_k3=rho - 1 - log_rho,
+    )  # KL(old || new)
     return loss, stats | {"ratio_max": keep(rho.detach(), mask).max()}
 
 

@@ -21,8 +21,9 @@ def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Ten
 
 
 @torch.no_grad()
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
-        lam: float) -> tuple[Tensor, Tensor]:  # fmt: skip
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv 1506.02438) over the sampled tokens alone:
 
         delta_t = r_t + gamma * V_next - V_t
@@ -60,8 +61,14 @@ def whiten(advantages: Tensor, mask: Tensor, totals: Tensor | None = None) -> Te
     return keep(whitened, mask).to(advantages.dtype)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float,
-               normalizer: float | Tensor | None = None) -> Loss:  # fmt: skip
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float,
+    normalizer: float | Tensor | None = None,
+) -> Loss:
     """Half the squared error, without gradient once a value has moved by `clip` towards its return:
 
         V_clip = V_old + clip(V - V_old, -clip, clip)
@@ -73,8 +80,13 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     moved = old_values + (values - old_values).clamp(-clip, clip)
     unclipped, clipped = (values - returns).square(), (moved - returns).square()
     loss = average(0.5 * torch.maximum(unclipped, clipped), mask, normalizer)
-    return loss, statistics(mask, value_clip_fraction=(clipped > unclipped).float(),
-                            value_error=unclipped, value_mean=values, return_mean=returns)
+    return loss, statistics(
+        mask,
+        value_clip_fraction=(clipped > unclipped).float(),
+        value_error=unclipped,
+        value_mean=values,
+        return_mean=returns,
+    )
 
 
 class Critic(nn.Module):

@@ -35,8 +35,11 @@ def neutralize(text: str, tokenizer=None) -> str:
     normalizer may see it) comes back without these; all other text stays as it is."""
     marks = _marks(tokenizer)
     text = marks.sub("(", text.encode("utf-8", "replace").decode())
-    bare = "".join(c for c in unicodedata.normalize("NFKD", text)
-                   if c.isspace() or unicodedata.category(c)[0] not in "MC")  # fmt: skip
+    bare = "".join(
+        c
+        for c in unicodedata.normalize("NFKD", text)
+        if c.isspace() or unicodedata.category(c)[0] not in "MC"
+    )
     return marks.sub("(", bare) if marks.search(bare) else text
 
 

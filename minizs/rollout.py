@@ -11,8 +11,7 @@ ran out of them before it closed a tag), "context" (the next piece does not fit:
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from minizs import protocol
-from minizs.config import require
+from minizs import protocol, require
 from minizs.generate import Decoder
 from minizs.protocol import neutralize
 from minizs.randomness import uniform
@@ -33,11 +32,22 @@ class Limits:
     context: int = 4096
 
 
-def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size: int = 1,
-            limits: Limits = Limits(), noise: float = 0.0, temperature: float = 1.0, seed: int = 0,
-            keys: Sequence[tuple[int, ...]] | None = None, template: str = protocol.PROMPT,
-            prompts: list[str] | None = None,
-            on_turn: Callable[[Turn], None] = lambda turn: None) -> list[Trajectory]:  # fmt: skip
+def rollout(
+    model,
+    tokenizer,
+    examples: Sequence[Example],
+    engine,
+    *,
+    group_size: int = 1,
+    limits: Limits = Limits(),
+    noise: float = 0.0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    keys: Sequence[tuple[int, ...]] | None = None,
+    template: str = protocol.PROMPT,
+    prompts: list[str] | None = None,
+    on_turn: Callable[[Turn], None] = lambda turn: None,
+) -> list[Trajectory]:
     """`group_size` trajectories for each example, the rows of a group adjacent, from the `template`
     with its question or from `prompts`. `noise`: how probably a search asks for noisy documents
     (paper equation 1). `keys`: what each example's random numbers hang on, by default its index.
@@ -53,9 +63,15 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
     rows = [Trajectory(example) for example in examples for _ in range(group_size)]
     for i, row in enumerate(rows):
         row.append(starts[i // group_size])
-    decoder = Decoder(model, [row.ids for row in rows], temperature=temperature, seed=seed,
-                      vocab_size=protocol.vocabulary_size(tokenizer), tokenizer=tokenizer,
-                      stop=protocol.STOP)  # fmt: skip
+    decoder = Decoder(
+        model,
+        [row.ids for row in rows],
+        temperature=temperature,
+        seed=seed,
+        vocab_size=protocol.vocabulary_size(tokenizer),
+        tokenizer=tokenizer,
+        stop=protocol.STOP,
+    )
     live = list(range(len(rows)))
     for turn in range(limits.turns):
         room = [min(limits.turn_tokens, limits.context - len(rows[i].ids)) for i in live]
@@ -79,8 +95,9 @@ def rollout(model, tokenizer, examples: Sequence[Example], engine, *, group_size
                 query = neutralize(action.content, tokenizer)
                 question = neutralize(row.example.question, tokenizer)
                 noisy = uniform(seed, NOISE, *row_keys[i], turn) < noise
-                requests[i] = SearchRequest(query, question, row.example.answers, noisy,
-                                            key=(ENGINE, *row_keys[i], turn))  # fmt: skip
+                requests[i] = SearchRequest(
+                    query, question, row.example.answers, noisy, key=(ENGINE, *row_keys[i], turn)
+                )
             else:
                 replies[i] = protocol.INVALID_ACTION
         found = engine.search(list(requests.values())) if requests else []

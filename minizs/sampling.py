@@ -50,8 +50,9 @@ class StopStrings:
         """`ids` is the turn so far; no tag was complete before its last token."""
         if not self.stop:
             return False
-        decode = partial(self.tokenizer.decode, skip_special_tokens=False,
-                         clean_up_tokenization_spaces=False)  # fmt: skip
+        decode = partial(
+            self.tokenizer.decode, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         if ids[-1] not in self.may_end:
             self.may_end[ids[-1]] = not self.last.isdisjoint(decode(ids[-1:]))
         tail = decode(ids[-self.reach :]) if self.may_end[ids[-1]] else ""

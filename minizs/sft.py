@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minizs.batching import attention, by_budget, pad
 from minizs.logprobs import Scorer, predictable, states_before
+from minizs.models.batches import attention, by_budget, pad
 from minizs.protocol import prompt_ids, reply_ids
 
 Segment = tuple[str, bool]  # some text, and whether the loss is on it

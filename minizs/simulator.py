@@ -8,10 +8,9 @@ wording lies beside the weights, so that training and use cannot drift apart."""
 import re
 from pathlib import Path
 
-from minizs import protocol
-from minizs.client import Client
-from minizs.config import require
-from minizs.engines import Engine
+from minizs import protocol, require
+from minizs.engines.client import Client
+from minizs.engines.ranking import Engine
 from minizs.generate import generate
 from minizs.randomness import hash64
 from minizs.sft import Segment
@@ -25,10 +24,14 @@ JUDGE_READS = 6000  # characters of documents, the rest is cut: its context is b
 
 def prompt(template: str, request: SearchRequest, top_k: int, tokenizer=None) -> str:
     """The simulator's whole input for one request; all gold answers are named, not the first."""
-    words = {"query": request.query, "question": request.question,
-             "answers": " or ".join(request.answers), "top_k": str(top_k),
-             "quality": "noisy" if request.noisy else "useful",
-             "documents": protocol.number_documents(request.documents)[:JUDGE_READS]}  # fmt: skip
+    words = {
+        "query": request.query,
+        "question": request.question,
+        "answers": " or ".join(request.answers),
+        "top_k": str(top_k),
+        "quality": "noisy" if request.noisy else "useful",
+        "documents": protocol.number_documents(request.documents)[:JUDGE_READS],
+    }
     words = {name: protocol.neutralize(text, tokenizer) for name, text in words.items()}
     # In one pass: a query that spells out "{answers}" must not have them filled in.
     return re.sub(r"\{(\w+)\}", lambda name: words.get(name[1], name[0]), template)
@@ -46,8 +49,10 @@ def load_template(spec: str | Path) -> str:
     paths = [SHIPPED / f"simulator_{spec}.txt", Path(spec), Path(spec, PROMPT_FILE)]
     path = next(filter(Path.is_file, paths), SHIPPED / "simulator_tuned.txt")
     text = path.read_text(encoding="utf-8", errors="replace")
-    require("{query}" in text and "\ufffd" not in text,
-            f"{path} is no simulator's prompt with {{query}} in UTF-8; give another.")  # fmt: skip
+    require(
+        "{query}" in text and "\ufffd" not in text,
+        f"{path} is no simulator's prompt with {{query}} in UTF-8; give another.",
+    )
     return text
 
 
@@ -64,8 +69,16 @@ class SimulatedSearch:
     numbers hang on a request's `key` and the `seed`: a reply does not depend on who else searches.
     `max_new_tokens` is what the numbered documents may take."""
 
-    def __init__(self, model, tokenizer, template: str, top_k: int = 3, seed: int = 0,
-                 temperature: float = 0.8, max_new_tokens: int = 600):  # fmt: skip
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        template: str,
+        top_k: int = 3,
+        seed: int = 0,
+        temperature: float = 0.8,
+        max_new_tokens: int = 600,
+    ):
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.top_k, self.seed = top_k, seed
         self.temperature, self.max_new_tokens = temperature, max_new_tokens
@@ -77,15 +90,26 @@ class SimulatedSearch:
         texts = [prompt(self.template, request, self.top_k, self.tokenizer) for request in requests]
         try:
             replies = generate(
-                self.model, protocol.prompt_ids(self.tokenizer, texts), self.max_new_tokens,
-                temperature=self.temperature, seed=self.seed, keys=[r.key for r in requests],
+                self.model,
+                protocol.prompt_ids(self.tokenizer, texts),
+                self.max_new_tokens,
+                temperature=self.temperature,
+                seed=self.seed,
+                keys=[r.key for r in requests],
                 vocab_size=protocol.vocabulary_size(self.tokenizer),
-                eos_id=self.tokenizer.eos_token_id)  # fmt: skip
+                eos_id=self.tokenizer.eos_token_id,
+            )
         except ValueError as error:
             require("limit" not in str(error), f"Too long for the judge or simulator: {error}.")
             raise
-        return [read_reply(self.tokenizer.decode(reply.ids, skip_special_tokens=True),
-                           reply.reason == "length", self.top_k) for reply in replies]  # fmt: skip
+        return [
+            read_reply(
+                self.tokenizer.decode(reply.ids, skip_special_tokens=True),
+                reply.reason == "length",
+                self.top_k,
+            )
+            for reply in replies
+        ]
 
 
 class ServedSearch(Engine):
@@ -93,22 +117,37 @@ class ServedSearch(Engine):
     `model_name` is empty. `api`: "completions", or "chat" for an instruct model. Of the server's
     own sampling settings top_p alone is overridden."""
 
-    def __init__(self, client: Client, model_name: str, template: str, top_k: int = 3,
-                 seed: int = 0, temperature: float = 0.8, max_new_tokens: int = 600,
-                 api: str = "completions"):  # fmt: skip
+    def __init__(
+        self,
+        client: Client,
+        model_name: str,
+        template: str,
+        top_k: int = 3,
+        seed: int = 0,
+        temperature: float = 0.8,
+        max_new_tokens: int = 600,
+        api: str = "completions",
+    ):
         self.client, self.template, self.top_k, self.seed = client, template, top_k, seed
         self.path = "/v1/chat/completions" if api == "chat" else "/v1/completions"
         name = model_name or client.get("/v1/models", lambda answer, _: answer["data"][0]["id"])
-        self.settings = {"model": name, "max_tokens": max_new_tokens, "temperature": temperature,
-                         "top_p": 1.0}  # fmt: skip
+        self.settings = {
+            "model": name,
+            "max_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_p": 1.0,
+        }
 
     def find(self, requests: list[SearchRequest]) -> list[list[str] | None]:
         return self.client.post(self.path, map(self._body, requests), self._read)
 
     def _body(self, request: SearchRequest) -> dict:
         text = prompt(self.template, request, self.top_k)
-        said = ({"messages": [{"role": "user", "content": text}]} if "chat" in self.path
-                else {"prompt": text})  # fmt: skip
+        said = (
+            {"messages": [{"role": "user", "content": text}]}
+            if "chat" in self.path
+            else {"prompt": text}
+        )
         return self.settings | said | {"seed": hash64(self.seed, *request.key) % 2**31}
 
     def _read(self, answer: dict, asked: dict) -> list[str]:

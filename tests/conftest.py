@@ -33,11 +33,20 @@ def make_model(family: str = "llama", dtype=torch.float32, seed: int = 0, **conf
     """A random causal LM of 2 layers x 32 with grouped keys; weights large enough to matter."""
     make_config, make = FAMILIES[family]
     settings = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "max_position_embeddings": 256, "initializer_range": 0.25, "tie_word_embeddings": False,
-        "eos_token_id": EOS, "bos_token_id": None, "pad_token_id": EOS,
-    }  # fmt: skip
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.25,
+        "tie_word_embeddings": False,
+        "eos_token_id": EOS,
+        "bos_token_id": None,
+        "pad_token_id": EOS,
+    }
     torch.manual_seed(seed)
     return make(make_config(**(settings | config))).to(dtype).eval()
 

@@ -14,17 +14,21 @@ from transformers import AutoTokenizer
 
 import evaluate
 import train_policy
-from minizs import curriculum, engines, grpo, reward, world
-from minizs.config import UserError, parse
-from minizs.settings import ENGINES
+from minizs import UserError, curriculum, grpo, reward
+from minizs.engines import ranking
+from minizs.runs.flags import parse
+from minizs.runs.settings import ENGINES
 from minizs.trajectory import SearchRequest
+from minizs.world import facts
 
 
 def wanted(module, name: str, exercise: int):
     """What the exercise asks for, or a failure that says what is missing and where."""
     if not hasattr(module, name):
-        pytest.fail(f"{module.__name__} has no {name} yet: docs/exercises.md, exercise {exercise}.",
-                    pytrace=False)  # fmt: skip
+        pytest.fail(
+            f"{module.__name__} has no {name} yet: docs/exercises.md, exercise {exercise}.",
+            pytrace=False,
+        )
     return getattr(module, name)
 
 
@@ -70,7 +74,7 @@ DOCUMENTS = ["the cat sat", "a cat sat on the red mat", "red dogs", "nothing of 
 
 def test_engine_ranks_by_shared_words():
     """Best first, at most top_k, one list for each request, in the requests' order."""
-    engine = wanted(engines, "Overlap", 2)(DOCUMENTS, top_k=2)
+    engine = wanted(ranking, "Overlap", 2)(DOCUMENTS, top_k=2)
     found = engine.search([SearchRequest("red mat cat"), SearchRequest("red dogs")])
     assert found == [[DOCUMENTS[1], found[0][1]], [DOCUMENTS[2], DOCUMENTS[1]]]
     assert engine.search([]) == []
@@ -78,7 +82,7 @@ def test_engine_ranks_by_shared_words():
 
 def test_engine_can_be_noisy():
     """A noisy reply lacks what the request needs, and is filled up from further down."""
-    engine = wanted(engines, "Overlap", 2)(DOCUMENTS, top_k=2)
+    engine = wanted(ranking, "Overlap", 2)(DOCUMENTS, top_k=2)
     request = SearchRequest("red mat cat", answers=("mat",), noisy=True)
     [found] = engine.search([request])
     assert len(found) == 2 and DOCUMENTS[1] not in found
@@ -132,8 +136,20 @@ def test_noise_by_hand():
 def test_noise_of_a_run(work):
     """The simulator of each step is as noisy as the schedule says."""
     accepted(4, "--noise_shape", "cosine")
-    policy("--noise_shape", "cosine", "--noise_start", "0.2", "--noise_end", "0.8", "--engine",
-           "simulator", "--simulator", "../base", "--output", "run")  # fmt: skip
+    policy(
+        "--noise_shape",
+        "cosine",
+        "--noise_start",
+        "0.2",
+        "--noise_end",
+        "0.8",
+        "--engine",
+        "simulator",
+        "--simulator",
+        "../base",
+        "--output",
+        "run",
+    )
     noise = [row["noise"] for row in metrics(work / "run")]
     assert noise == pytest.approx([0.5, 0.8])
 
@@ -142,7 +158,7 @@ def test_noise_of_a_run(work):
 
 
 def asked() -> list[str]:
-    texts = [text for *path, text in world.TWO_HOP if path == ["founded_by", "works_for"]]
+    texts = [text for *path, text in facts.TWO_HOP if path == ["founded_by", "works_for"]]
     if not texts:
         pytest.fail("world.yaml never asks where a founder works: docs/exercises.md, exercise 5.")
     return texts
@@ -150,7 +166,7 @@ def asked() -> list[str]:
 
 def test_world_has_the_new_questions():
     """The answer is where the founder works: two look-ups in the facts."""
-    [text], here = asked(), world.World(7)
+    [text], here = asked(), facts.World(7)
     questions = {text.format(s=s): s for s in here.members["company"]}
     new = [question for question in here.questions() if question.text in questions]
     assert new and len(here.questions()) > len(new)
@@ -164,6 +180,6 @@ def test_world_has_the_new_questions():
 def test_world_is_spoken_by_the_base_model():
     """With a word that it has never seen, nothing could be learned from the question."""
     [text] = asked()
-    tokenizer = AutoTokenizer.from_pretrained("minizs/tiny_base")
-    ids = tokenizer(text.format(s=world.World(7).members["company"][0]))["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained("minizs/world/tiny_base")
+    ids = tokenizer(text.format(s=facts.World(7).members["company"][0]))["input_ids"]
     assert tokenizer.unk_token_id not in ids

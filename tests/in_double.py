@@ -12,11 +12,13 @@ import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
 
 import train_policy
-from minizs import learner, models, ppo, runs, stages
-from minizs.config import run_script
+from minizs import learner, ppo
+from minizs.models import loading
+from minizs.runs import build, run_folder
+from minizs.runs.flags import run_script
 
-load, update = models.load, learner.Learner.update
-make_accelerator = stages.make_accelerator
+load, update = loading.load, learner.Learner.update
+make_accelerator = build.make_accelerator
 
 
 def double(name, device="cpu", dtype=None, **options):
@@ -66,14 +68,14 @@ class Critic(ppo.Critic):
 def main(argv):
     train_policy.main(argv)
     if steps and os.environ.get("RANK", "0") == "0":
-        torch.save(steps, Path(runs.RUNS, "steps.pt"))
+        torch.save(steps, Path(run_folder.RUNS, "steps.pt"))
 
 
 if __name__ == "__main__":
     if "bfloat16" not in sys.argv:
-        ppo.Critic, models.load = Critic, double
-        models.compute_dtype = lambda *_: torch.float64
-    stages.make_accelerator = sharding
+        ppo.Critic, loading.load = Critic, double
+        loading.compute_dtype = lambda *_: torch.float64
+    build.make_accelerator = sharding
     steps: list[dict] = []
     learner.Learner.update = checked
     run_script(main)

@@ -19,18 +19,7 @@ import tqdm  # noqa: F401
 import transformers  # noqa: F401
 
 import train_policy
-from minizs import (  # noqa: F401
-    alarms,
-    checkpoint,
-    data,
-    evaluation,
-    learner,
-    metrics,
-    report,
-    rollout,
-    stages,
-)
-from minizs.config import run_script
+from minizs.runs.flags import run_script
 
 
 def lives(flags: list[str], seconds: float | None) -> bool:

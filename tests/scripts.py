@@ -25,8 +25,8 @@ import evaluate
 import train_policy
 import train_sim
 from benchmarks import tiny_base as base
-from minizs import models, protocol, sft
-from minizs.config import UserError
+from minizs import UserError, protocol, sft
+from minizs.models import loading
 
 ROOT = Path(__file__).parent.parent
 NAMES = [f"{a} {b}" for a in ("Fota", "Holo", "Mirka") for b in ("Jourer", "Gulmer", "Drexow")]
@@ -55,9 +55,11 @@ def born(name: str, rng: random.Random) -> list[sft.Segment]:
 def written(name: str, rng: random.Random) -> list[sft.Segment]:
     """A simulator's prompt and one document."""
     prompt = base.SIMULATOR_PROMPT.format(
-        query=f"{name} born on", question=f"when was {name} born?", answers=rng.choice(MONTHS),
+        query=f"{name} born on",
+        question=f"when was {name} born?",
+        answers=rng.choice(MONTHS),
         quality=rng.choice(["useful", "noisy"]),
-    )  # fmt: skip
+    )
     return [(prompt, False), (f"Doc 1: {name} was born on January", True)]
 
 
@@ -73,15 +75,22 @@ def home(tmp_path_factory) -> Iterator[Path]:
     tokenizer = base.make_tokenizer()
     model = base.make_model(tokenizer, hidden=32, layers=2, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    texts = [sft.encode(tokenizer, kind(rng.choice(NAMES), rng), end=kind is written)
-             for kind in (born, written, born) * 500]  # fmt: skip
+    texts = [
+        sft.encode(tokenizer, kind(rng.choice(NAMES), rng), end=kind is written)
+        for kind in (born, written, born) * 500
+    ]
     for batch in sft.batches(texts, 600, rng):
         loss, count = sft.nll(model, *sft.collate(batch))
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
-    models.save(model, tokenizer, folder / "base", prompt=base.PROMPT,
-                simulator_prompt=base.SIMULATOR_PROMPT)  # fmt: skip
+    loading.save(
+        model,
+        tokenizer,
+        folder / "base",
+        prompt=base.PROMPT,
+        simulator_prompt=base.SIMULATOR_PROMPT,
+    )
     rows = [(f"when was {name} born?", MONTHS[i % 2]) for i, name in enumerate(NAMES)]
     lines = [json.dumps({"question": q, "answer": a, "data_source": a}) for q, a in rows]
     (folder / "questions.jsonl").write_text("\n".join(lines))
@@ -174,8 +183,9 @@ def two_processes(script: str, *flags: str) -> str:
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, "-m", *launch, str(ROOT / script), *flags]
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True,
-                          timeout=200)  # fmt: skip
+    done = subprocess.run(
+        command, env=os.environ | settings, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -193,8 +203,9 @@ def on_each(processes: int, call: Callable, monkeypatch) -> list:
 
     def play(rank):
         rank_of.value = rank
-        accelerator = SimpleNamespace(process_index=rank, num_processes=processes, print=print,
-                                      wait_for_everyone=barrier.wait)  # fmt: skip
+        accelerator = SimpleNamespace(
+            process_index=rank, num_processes=processes, print=print, wait_for_everyone=barrier.wait
+        )
         try:
             return call(accelerator)
         except Exception:

@@ -1,0 +1,206 @@
+"""Load, prepare and save models and tokenizers: any causal one of `transformers`, or a LoRA. Code
+that comes with a model is never run, and weights are safetensors: nothing is unpickled."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_flash_attn_2_available, logging
+
+from minizs import UserError, brief, require
+from minizs.cache import row_limit
+from minizs.logprobs import check_supported
+from minizs.protocol import PROMPT
+
+logging.disable_progress_bar()  # a model of this size is loaded before a bar is drawn
+
+TINY_BASE = Path(__file__).parent.parent / "world" / "tiny_base"  # made by benchmarks/tiny_base.py
+PROMPT_FILE = "prompt.txt"
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve(name: str) -> str:
+    """A folder's whole path ("tiny" is the one that this package ships), or a hub name."""
+    path = TINY_BASE if name == "tiny" else Path(name)
+    return str(path.absolute()) if path.exists() else name
+
+
+def check_model(name: str, context: int = 0) -> None:
+    """Raise UserError for a folder without a model, a tokenizer (`transformers` would make one up)
+    or positions for this many tokens. A hub name is looked up when it is loaded."""
+    path = Path(resolve(name))
+    if not path.exists():
+        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+        return require(not is_path, f"There is no model folder {name!r}; check the path.")
+    with readable(name):
+        lora = (path / "adapter_config.json").is_file()
+        config = {} if lora else json.loads((path / "config.json").read_text())
+        limit = config.get("max_position_embeddings", context)
+        require(
+            context <= limit,
+            f"--max_context {context}, or a prompt and "
+            f"reply of a simulator, exceeds {name}'s {limit} positions.",
+        )
+    require(any(path.glob("tokenizer*.json")), f"{name!r} holds no tokenizer; save one there.")
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """What goes wrong inside is a UserError: this model cannot be loaded."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise their own kinds for every broken file
+        raise UserError(f"The model {name!r} cannot be loaded: {brief(error)}") from error
+
+
+def load(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    revision: str | None = None,
+    chat_template: str = "auto",
+    attention: str = "sdpa",
+):
+    """(model in eval mode, tokenizer) of a folder or hub name. Raises UserError."""
+    tokenizer = load_tokenizer(name, chat_template, revision)
+    with readable(name):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            resolve(name),
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=attention,
+            revision=revision or "main",
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        missing = sorted(found["missing_keys"])[:1]  # the library makes them up at random
+        require(not missing, f"The weights of {name!r} lack {missing}; save the model again.")
+        rows = model.get_input_embeddings().num_embeddings
+        require(len(tokenizer) <= rows, f"{name!r} has {rows} embeddings, {len(tokenizer)} tokens.")
+        check_supported(model)
+        row_limit(model)  # refuses layers that keep more than keys and values
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str, chat_template: str = "auto", revision: str | None = None):
+    """A folder's or hub name's, with "none" without its chat template. Raises UserError."""
+    check_model(name)
+    with readable(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve(name), revision=revision or "main", trust_remote_code=False
+        )
+    if chat_template == "none":
+        tokenizer.chat_template = None
+    return tokenizer
+
+
+def load_prompt(name: str) -> str:
+    """The wording of the policy's prompt: the model folder's own, or the paper's. UserError."""
+    path = Path(resolve(name), PROMPT_FILE)
+    with readable(name):
+        text = path.read_text(encoding="utf-8") if path.is_file() else PROMPT
+    require("{question}" in text, f"{path} lacks the word {{question}}; write it where one goes.")
+    return text
+
+
+def save(model, tokenizer, folder: Path, **texts: str) -> None:
+    """A Hugging Face folder, and last small text files (`prompt="..."` becomes `prompt.txt`)."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+def compute_dtype(setting: str, device: torch.device | str) -> torch.dtype:
+    """What "auto" means: bfloat16 on CUDA, float32 elsewhere; the other names are torch's own."""
+    auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return getattr(torch, auto if setting == "auto" else setting)
+
+
+def choose_attention(setting: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """ "auto" is flash attention where it can run, else PyTorch's own "sdpa". Raises UserError."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    able = half and torch.device(device).type == "cuda" and is_flash_attn_2_available()
+    require(
+        able or setting != "flash_attention_2",
+        f"--attention {setting} needs a CUDA device, "
+        "bfloat16 or float16, and the package flash-attn; use --attention auto.",
+    )
+    return "flash_attention_2" if able and setting != "sdpa" else "sdpa"
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model.to(dtype)` for weights alone: rotary frequencies in bfloat16 misplace far tokens."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """From now on the forward keeps each layer's input alone; backward computes the rest anew. The
+    layers alone are put into train mode, as that needs, not what is in them: no dropout starts."""
+    model.activation_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def make_writer(
+    model: nn.Module, dtype: torch.dtype, device: torch.device | str, sharded: bool = False
+) -> Callable[[], nn.Module]:
+    """A function that gives the model to generate with: `model` (not prepared yet), or, where that
+    is sharded or of another type than is computed in, a copy, brought up to date by each call."""
+    if not sharded and dtype == model.dtype:
+        return lambda: model
+    replica = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def refreshed() -> nn.Module:
+        for mine, theirs in zip(replica.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs)
+        return replica
+
+    return refreshed
+
+
+def add_lora(model: nn.Module, rank: int, seed: int = 0) -> None:
+    """Put a LoRA (arXiv 2106.09685; alpha twice the rank) on all linear layers but the head; freeze
+    the rest. It changes nothing yet, and is float32: bfloat16 would round small steps away."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    torch.manual_seed(seed)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+    cast_adapter_dtype(model, "default")
+
+
+@contextmanager
+def lora_off(model: nn.Module) -> Iterator[None]:
+    """The model without its LoRA, inside: the reference of the KL, and no second copy."""
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    model.disable_adapters()  # which also freezes them: FSDP2 would prepare for no gradients
+    for weight in learned:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def merge_lora(base: nn.Module, folder: Path) -> nn.Module:
+    """A plain model: `base` with the LoRA that was saved in `folder`."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, folder).merge_and_unload()

@@ -1,0 +1,140 @@
+"""The folder of a run: where it is, what is written into it, and in which order.
+
+config.yaml  metrics.jsonl  trajectories.jsonl  suspects.jsonl  cost.json  report.html
+checkpoints/step-N/  policy/  evaluation.json
+"""
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+
+import yaml
+
+from minizs import require
+
+RUNS = Path("runs")
+DONE = Path("policy", "prompt.txt")  # what `models.save` writes last: the policy is whole
+
+
+def new_folder() -> Path:
+    """The first free `runs/policy-N`, made at once: two runs started together take two."""
+    for number in count(1):
+        with suppress(FileExistsError):
+            (folder := RUNS / f"policy-{number}").mkdir(parents=True)
+            return folder
+
+
+def to_resume(output: str, resume: str) -> Path:
+    """The run to go on with: `--output`, that of `RUN/checkpoints/step-N`, or the last begun."""
+    if output or resume != "latest":
+        return Path(output or Path(resume).parent.parent)
+    begun = max(RUNS.glob("policy-*/config.yaml"), key=os.path.getmtime, default=None)
+    return begun.parent if begun else RUNS / "policy-1"
+
+
+def check_unchanged(folder: Path, config, free: set[str]) -> None:
+    """Raise UserError, with each difference, if settings changed that are not `free`."""
+    path, ours = folder / "config.yaml", asdict(config)
+    theirs = (yaml.safe_load(path.read_text()) if path.is_file() else {}) or {}
+    require(
+        bool(theirs) or not checkpoints(folder),
+        f"{path} is lost or empty: write into it what "
+        "this run was started with, or choose another --output.",
+    )
+    changed = [
+        f"--{name} was {value!r} and is {ours[name]!r}"
+        for name, value in theirs.items()
+        if name not in free
+        and ours.get(name, value) != value
+        and not all("://" in str(v) for v in (value, ours[name]))
+    ]  # a server may move
+    require(
+        not changed,
+        f"{folder} cannot go on with other settings: {', '.join(changed)}. Leave "
+        "these as they were, or give a new run another --output.",
+    )
+
+
+def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise UserError for an output folder in which something would be lost."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    require(
+        there.is_dir() and os.access(there, os.W_OK),
+        f"{there} is a file or cannot be written to; choose another --output.",
+    )
+    require(not any(map(is_run, folder.parents)), f"{folder} lies in a run; give another --output.")
+    if folder.exists():
+        empty = not any(folder.iterdir())
+        require(
+            empty or resume or overwrite,
+            f"{folder} is not empty; add --resume to go on with it or --overwrite to lose it.",
+        )
+        ours = (empty or is_run(folder)) and not Path.cwd().is_relative_to(folder.resolve())
+        require(
+            ours or not overwrite,
+            f"{folder} holds no run, or the current folder, so "
+            "--overwrite leaves it alone; choose another --output.",
+        )
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("metrics.jsonl", "collected.jsonl"))
+
+
+def remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def newest_run() -> Path | None:
+    """The run that ended last, told by its finished `policy/` folder."""
+    done = max(RUNS.glob(f"*/{DONE}"), key=os.path.getmtime, default=None)
+    return done and done.parent.parent
+
+
+def started_from(policy: Path) -> str:
+    """The model that this policy of a run was trained from; "none" if it is no run's."""
+    own = (policy.parent / "metrics.jsonl").is_file()
+    return yaml.safe_load((policy.parent / "config.yaml").read_text())["policy"] if own else "none"
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The rows of a log; a line that a killed run left unfinished is passed over."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict], mode: str = "a") -> None:
+    """Add rows to a log and wait until they are on the disk."""
+    with open(path, mode) as file:
+        for row in rows:
+            row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # NaN is no JSON
+            file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """The steps after which a run was saved, in order. Each is whole: renaming made it."""
+    paths = folder.glob("checkpoints/step-*")
+    return sorted(int(path.name[5:]) for path in paths if path.name[5:].isdecimal())
+
+
+def begin(folder: Path, step: int = 0, overwrite: bool = False) -> None:
+    """Make a run's folder; drop what is there from after `step`, the newest checkpoints first."""
+    if overwrite:
+        remove(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in reversed([number for number in checkpoints(folder) if number > step]):
+        remove(folder / "checkpoints" / f"step-{number}")
+    for path in folder.glob("*.jsonl"):
+        rows = [row for row in read_lines(path) if row.get("step", 0) <= step]
+        write_lines(partial := path.with_suffix(".partial"), rows, "w")
+        partial.replace(path)  # in one go: a run killed here keeps its log

@@ -1,0 +1,426 @@
+"""One update from a batch of trajectories: what may change it, and what must not."""
+
+import itertools
+import math
+import random
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import EOS, VOCAB, make_model
+
+from minizs import losses, ppo
+from minizs.learner import Learner, build_learner
+from minizs.logprobs import Scorer, score, token_logprobs
+from minizs.models.batches import attention, collate, pad
+from minizs.trajectory import Example, Trajectory
+
+SETTINGS = {
+    "algorithm": "grpo",
+    "group_size": 2,
+    "minibatches": 1,
+    "micro_tokens": 10_000,
+    "loss_average": "token",
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "advantage_scale": "group",
+    "baseline": "leave_one_out",
+    "kl_coef": 0.0,
+    "kl_kind": "k3",
+    "entropy_coef": 0.0,
+    "gamma": 1.0,
+    "lam": 1.0,
+    "value_clip": 0.5,
+    "max_grad_norm": 1e9,
+    "max_turns": 3,
+    "max_turn_tokens": 5,
+    "lora_rank": 0,
+    "gradient_checkpointing": False,
+}
+REWARDS = (1.0, 0.0, 0.2, 0.7, 0.5, 0.4)
+TOGETHER = 1e-5  # what rounding may change
+
+
+def make_trajectories(rewards=REWARDS, seed=0) -> list[Trajectory]:
+    """Prompt, own tokens, a document, own tokens: random lengths, with pad and eos inside."""
+    rng = random.Random(seed)
+
+    def tokens(low, high):
+        return [rng.choice([0, EOS, *range(2, VOCAB)]) for _ in range(rng.randint(low, high))]
+
+    trajectories = []
+    for reward in rewards:
+        row = Trajectory(Example("q", ("a",)), reward=reward)
+        row.append([EOS, 0, *tokens(1, 9)])
+        for _ in range(rng.randint(0, 2)):
+            own = tokens(1, 5)
+            row.append(own, [0.0] * len(own))
+            row.append(tokens(2, 9))
+        own = [*tokens(1, 5), EOS]
+        row.append(own, [0.0] * len(own))
+        trajectories.append(row)
+    return with_logprobs(make_model(), trajectories)
+
+
+def with_logprobs(model, rows: list[Trajectory]) -> list[Trajectory]:
+    """The trajectories with the log-probabilities that a rollout of this model would have noted."""
+    ids, mask = pad([row.ids for row in rows]), pad([row.loss_mask for row in rows])
+    with torch.no_grad():
+        scored = token_logprobs(model, ids, attention([len(row.ids) for row in rows]), mask)
+    for row, logprobs in zip(rows, scored.tolist(), strict=True):
+        row.logprobs = logprobs[: len(row.ids)]
+    return rows
+
+
+def make_learner(reference=None, lr: float = 0.05, **settings) -> Learner:
+    """With plain SGD, so that a change of the weights is the gradient times `lr`."""
+    settings = SimpleNamespace(**(SETTINGS | settings))
+    accelerator = Accelerator(cpu=True)
+
+    def prepared(module):
+        optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+        return accelerator.prepare(module, optimizer)
+
+    critic = (None, None)
+    if settings.algorithm == "ppo":
+        critic = prepared(ppo.Critic(make_model(seed=2).model))
+    if reference is not None:
+        reference = Scorer(reference)
+    return Learner(accelerator, settings, *prepared(Scorer(make_model())), reference, *critic)
+
+
+def weights(module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def update(trajectories=None, times: int = 1, **settings):
+    """Metrics of the last update, and all weights (policy's, critic's) after it."""
+    trajectories = make_trajectories() if trajectories is None else trajectories
+    learner = make_learner(**settings)
+    for _ in range(times):
+        metrics = learner.update(trajectories)
+    modules = [m for m in (learner.scorer, learner.critic) if m is not None]
+    return metrics, torch.cat([weights(module) for module in modules])
+
+
+def start() -> torch.Tensor:
+    return weights(make_model())
+
+
+# ---- against a second computation ---------------------------------------------------------------
+
+
+def test_update_is_the_policy_gradient():
+    """Guards sign, mask and normaliser: sum of A_i grad log p over tokens, over their number."""
+    rows = make_trajectories()
+    model = make_model()
+    total = 0.0
+    for i, row in enumerate(rows):
+        advantage = row.reward - (REWARDS[i] + REWARDS[i ^ 1]) / 2
+        ids = torch.tensor([row.ids])
+        logp = model(ids).logits[0, :-1].log_softmax(-1)
+        chosen = logp.gather(-1, ids[0, 1:, None]).squeeze(-1)
+        total = total + advantage * (chosen * torch.tensor(row.loss_mask[1:])).sum()
+    (-total / sum(sum(row.loss_mask) for row in rows)).backward()
+    expected = start() - 0.05 * torch.cat([p.grad.flatten() for p in model.parameters()])
+    metrics, after = update(rows, advantage_scale="none")
+    torch.testing.assert_close(after, expected, atol=TOGETHER, rtol=0)
+    assert metrics["tokens"] == sum(sum(row.loss_mask) for row in rows)
+    assert metrics["logprob_gap_max"] < 1e-4
+
+
+def test_better_trajectories_become_likelier():
+    """Guards the sign where it counts."""
+    rows = make_trajectories((1.0, 0.0))
+    learner = make_learner()
+    learner.update(rows)
+    after = with_logprobs(learner.scorer.model, make_trajectories((1.0, 0.0)))
+    gains = [sum(b.logprobs) - sum(a.logprobs) for a, b in zip(rows, after, strict=True)]
+    assert gains[0] > 0.01 and gains[1] < -0.01
+
+
+# ---- what must not change anything --------------------------------------------------------------
+
+
+OPTIONS = [
+    {"algorithm": "grpo", "kl_coef": 0.1, "entropy_coef": 0.1},
+    {"algorithm": "grpo", "loss_average": "sequence", "advantage_scale": "batch"},
+    {"algorithm": "reinforce", "loss_average": "constant"},
+    {"algorithm": "ppo", "kl_coef": 0.1, "lam": 0.9},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_split_into_micro_batches_changes_nothing(options):
+    """Guards D6 and D18: a normaliser, a whitening or a statistic of each micro-batch's own."""
+    reference = make_model(seed=1) if options.get("kl_coef") else None
+    metrics, whole = update(reference=reference, **options)
+    for micro_tokens in (1, 60):
+        part_metrics, parts = update(reference=reference, micro_tokens=micro_tokens, **options)
+        torch.testing.assert_close(parts, whole, atol=TOGETHER, rtol=0)
+        assert part_metrics == pytest.approx(metrics, abs=1e-4)
+    assert (whole[: len(start())] - start()).abs().max() > 1e-3  # it did learn
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_order_of_groups_changes_nothing(options):
+    """Guards a row that gets another row's advantage, or another column of padding."""
+    reference = make_model(seed=1) if options.get("kl_coef") else None
+    rows = make_trajectories()
+    _, expected = update(rows, reference=reference, **options)
+    turned = [*rows[4:], *reversed(rows[2:4]), *rows[:2]]
+    _, got = update(turned, reference=reference, micro_tokens=90, **options)
+    torch.testing.assert_close(got, expected, atol=TOGETHER, rtol=0)
+
+
+def test_a_longer_batch_of_padding_changes_nothing():
+    """Guards padding that is attended to, averaged over, or learned from."""
+    rows = make_trajectories()
+    expected = update(rows)[1]
+
+    def wide(lists, **options):
+        return torch.nn.functional.pad(pad(lists, **options), (0, 7))
+
+    def wide_attention(lengths):
+        return torch.nn.functional.pad(attention(lengths), (0, 7))
+
+    with mock.patch.multiple("minizs.models.batches", pad=wide, attention=wide_attention):
+        torch.testing.assert_close(update(rows)[1], expected, atol=TOGETHER, rtol=0)
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+@pytest.mark.parametrize("junk", [math.inf, math.nan])
+def test_masked_positions_can_hold_anything(algorithm, junk):
+    """Guards D8 and D14: inf times 0 is NaN, in the loss or in a statistic."""
+    options = {"algorithm": algorithm, "kl_coef": 0.1, "reference": make_model(seed=1)}
+    rows = make_trajectories()
+    metrics, expected = update(rows, **options)
+    for row in rows:
+        pairs = zip(row.logprobs, row.loss_mask, strict=True)
+        row.logprobs = [x if m else junk for x, m in pairs]
+    spoiled_metrics, spoiled = update(rows, **options)
+    assert torch.equal(spoiled, expected) and spoiled_metrics == metrics
+
+
+def test_masks_are_never_guessed_from_ids():
+    """Guards D11: a pad id, or eos as pad, inside a prompt or at the end of a turn."""
+    rows = make_trajectories()
+    batch = collate(rows, [3, 1])
+    for b, i in enumerate((3, 1)):
+        n = len(rows[i].ids)
+        assert {0, EOS} <= set(rows[i].ids)
+        assert batch.ids[b, :n].tolist() == rows[i].ids
+        assert batch.attention[b].tolist() == [1] * n + [0] * (batch.ids.shape[1] - n)
+        assert batch.mask[b, :n].tolist() == rows[i].loss_mask and not batch.mask[b, n:].any()
+
+
+# ---- equal rewards ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "reinforce"])
+def test_equal_rewards_change_nothing(algorithm):
+    """Guards D16 and rounding: groups that differ from others, but not within, teach nothing."""
+    rows = make_trajectories((0.1, 0.1, 0.7, 0.7, 0.0, 0.0))
+    metrics, after = update(rows, algorithm=algorithm)
+    assert torch.equal(after, start())
+    assert metrics["flat_groups"] == 1.0
+
+
+def test_flat_groups_stay_in_the_normaliser_and_keep_their_kl():
+    """Guards tokens that are dropped, together with what keeps the policy near its reference."""
+    rows = make_trajectories((1.0, 0.0, 0.5, 0.5))
+    live, everything = (sum(sum(row.loss_mask) for row in part) for part in (rows[:2], rows))
+    alone = update(rows[:2])[1] - start()
+    diluted = update(rows)[1] - start()
+    torch.testing.assert_close(diluted, alone * live / everything, atol=TOGETHER, rtol=0)
+    _, with_kl = update(rows[2:], kl_coef=0.1, reference=make_model(seed=1))
+    assert (with_kl - start()).abs().max() > 1e-3
+
+
+# ---- KL and entropy -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_kl_moves_the_policy_towards_the_reference(kind):
+    """Guards D2: the paper's code subtracts the KL, and so rewards drifting away."""
+    rows, reference = make_trajectories((0.5,) * 6), make_model()
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
+    learner = make_learner(reference, lr=0.01, kl_coef=1.0, kl_kind=kind)
+    distances = [learner.update(rows)["kl"] for _ in range(4)]
+    assert distances[0] > distances[1] > distances[2] > distances[3] > 0
+
+
+def test_no_kl_at_the_reference():
+    """Guards a reference that is scored otherwise than the policy: the KL to oneself is 0."""
+    metrics, after = update(make_trajectories((0.5,) * 6), kl_coef=1.0, reference=make_model())
+    assert metrics["kl"] == pytest.approx(0, abs=1e-6)
+    torch.testing.assert_close(after, start(), atol=1e-4, rtol=0)
+
+
+def test_entropy_bonus_raises_entropy():
+    """Guards the sign of the bonus."""
+    rows = make_trajectories((0.5,) * 6)
+    learner = make_learner(lr=0.01, entropy_coef=1.0)
+    entropies = [learner.update(rows)["entropy"] for _ in range(3)]
+    assert entropies[0] < entropies[1] < entropies[2]
+
+
+# ---- ratios and minibatches ---------------------------------------------------------------------
+
+
+def ratios(trajectories=None, **settings) -> list[float]:
+    """The largest |log ratio| of each call of the loss."""
+    seen = []
+
+    def spy(logprobs, old, advantages, mask, *rest):
+        seen.append(losses.keep(logprobs - old, mask).abs().max().item())
+        return original(logprobs, old, advantages, mask, *rest)
+
+    original = losses.policy_loss
+    with mock.patch("minizs.losses.policy_loss", spy):
+        update(trajectories, **settings)
+    return seen
+
+
+def test_ratio_is_exactly_one_on_policy():
+    """Guards old log-probabilities from another computation: with one step the ratio is 1."""
+    rows = make_trajectories()
+    for row in rows:  # a sampler that rounds otherwise
+        row.logprobs = [x - 1e-3 for x in row.logprobs]
+    assert set(ratios(rows, micro_tokens=60)) == {0.0}
+
+
+def test_ratio_leaves_one_with_the_second_minibatch():
+    """Guards old log-probabilities that are computed after a step, or not at all."""
+    first, second, third = ratios(minibatches=3)
+    assert first < 1e-5 and second > 1e-3 and third > 1e-3
+
+
+def test_minibatches_cover_every_trajectory_once():
+    """Guards rows that are left out of, or counted twice by, the optimiser steps."""
+    learner = make_learner(minibatches=3, micro_tokens=40)
+    parts = learner._split(make_trajectories())
+    assert [sorted(i for part in m for i in part.rows) for m in parts] == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_a_sampler_that_differs_is_seen():
+    """Guards a metric that would not show a sampler which differs from the scorer (D7)."""
+    rows = make_trajectories()
+    rows[0].logprobs[-1] -= 0.5
+    assert update(rows)[0]["logprob_gap_max"] == pytest.approx(0.5, abs=1e-4)
+
+
+# ---- several processes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_fillers_change_nothing(options):
+    """Guards a hang: a process with fewer micro-batches adds empty ones, which teach nothing."""
+    reference = make_model(seed=1) if options.get("kl_coef") else None
+    rows, calls, gather = make_trajectories(), [], Accelerator.gather
+    _, expected = update(rows, reference=reference, **options)
+
+    def another_process_has_five(self, tensor):
+        if tensor.dtype == torch.long and tensor.shape == (1,):
+            return torch.cat([tensor, torch.tensor([5])])
+        return gather(self, tensor)
+
+    def spy(*arguments, **named):
+        calls.append(1)
+        return score(*arguments, **named)
+
+    with (
+        mock.patch.object(Accelerator, "gather", another_process_has_five),
+        mock.patch("minizs.logprobs.score", spy),
+    ):
+        _, filled = update(rows, reference=reference, **options)
+    torch.testing.assert_close(filled, expected, atol=TOGETHER, rtol=0)
+    assert len(calls) == 5 * (1 if reference is None else 2)
+
+
+# ---- PPO ----------------------------------------------------------------------------------------
+
+
+def test_ppo_trains_policy_and_critic():
+    """Guards a critic that is never stepped, or whose values never reach the advantages."""
+    rows = make_trajectories()
+    learner = make_learner(algorithm="ppo", lr=0.02)
+    head = learner.critic.head.weight.clone()
+    history = [learner.update(rows) for _ in range(12)]
+    assert (weights(learner.scorer) - start()).abs().max() > 1e-3
+    assert not torch.equal(learner.critic.head.weight, head)
+    assert history[0]["value_mean"] == 0.0  # the head starts at 0
+    assert history[0]["return_mean"] == pytest.approx(
+        sum(row.reward * sum(row.loss_mask) for row in rows)
+        / sum(sum(row.loss_mask) for row in rows)
+    )
+    assert history[-1]["value_error"] < 0.5 * history[0]["value_error"]
+
+
+def test_ppo_puts_the_kl_into_the_reward():
+    """Guards a KL that counts twice, or nowhere, or with the wrong sign."""
+    rows = make_trajectories((0.5,) * 6)
+    learner = make_learner(make_model(seed=1), algorithm="ppo", kl_coef=0.1)
+    metrics = learner.update(rows)
+    ids, mask = pad([row.ids for row in rows]), pad([row.loss_mask for row in rows])
+    lengths = attention([len(row.ids) for row in rows])
+    logprobs, reference = (score(make_model(seed=s), ids, lengths, mask)[0] for s in (0, 1))
+    k1 = logprobs - reference
+    assert metrics["kl"] == pytest.approx((k1.sum() / mask.sum()).item(), abs=1e-4)
+    to_go = (0.5 - 0.1 * k1.flip(1).cumsum(1).flip(1)) * mask  # gamma = lam = 1
+    expected = (to_go.sum() / mask.sum()).item()
+    assert metrics["return_mean"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_build_learner():
+    """Guards a reference or a critic that shares its weights with the policy and moves with it."""
+    more = {"lr": 0.1, "critic_lr": 0.1, "weight_decay": 0.0, "temperature": 0.5}
+    settings = SimpleNamespace(**SETTINGS | more | {"algorithm": "ppo", "kl_coef": 0.1})
+    learner = build_learner(Accelerator(cpu=True), settings, model := make_model(), VOCAB)
+    for scorer in (learner.scorer, learner.reference):
+        options = {"temperature": 0.5, "vocab_size": VOCAB, "packed": False}
+        assert scorer.options == options
+    learner.update(make_trajectories())
+    assert torch.equal(weights(learner.reference), start())
+    assert (weights(model) - start()).abs().max() > 1e-3  # the model that rolls out learns
+    for p, own in zip(learner.critic.backbone.parameters(), model.model.parameters(), strict=True):
+        assert p.data_ptr() != own.data_ptr()
+    settings.kl_coef, settings.algorithm = 0.0, "grpo"
+    bare = build_learner(Accelerator(cpu=True), settings, make_model(), VOCAB)
+    assert bare.reference is None and bare.critic is None
+
+
+# ---- every option does something ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [{"algorithm": "grpo"}, {"algorithm": "reinforce"}, {"algorithm": "ppo"}],
+        [{"loss_average": kind} for kind in ("token", "sequence", "constant")],
+        [{"advantage_scale": scale} for scale in ("group", "batch", "none")],
+        [{"algorithm": "reinforce", "baseline": b} for b in ("leave_one_out", "mean", "none")],
+        [{"kl_kind": kind, "kl_coef": 0.1} for kind in ("k2", "k3")],
+        [{"clip_high": clip, "minibatches": 3} for clip in (1e-4, 0.2)],
+        [{"clip_low": clip, "minibatches": 3} for clip in (1e-4, 0.2)],
+        [{"max_grad_norm": norm} for norm in (0.01, 1e9)],
+        [{"algorithm": "ppo", "lam": lam} for lam in (0.5, 1.0)],
+        [{"algorithm": "ppo", "gamma": gamma} for gamma in (0.5, 1.0)],
+        [{"algorithm": "ppo", "value_clip": clip, "minibatches": 3} for clip in (1e-5, 0.5)],
+    ],
+    ids=lambda choices: "-".join(choices[0]),
+)
+def test_every_option_acts(choices):
+    """Guards an option that is parsed, written down, and read by nobody (D17)."""
+    results = []
+    for choice in choices:
+        reference = make_model(seed=1) if "kl_coef" in choice else None
+        results.append(update(times=2, reference=reference, **choice)[1])
+        assert results[-1].isfinite().all()
+    for a, b in itertools.combinations(results, 2):
+        n = min(len(a), len(b))  # only PPO has a critic
+        assert (a[:n] - b[:n]).abs().max() > 1e-6

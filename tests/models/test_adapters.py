@@ -1,0 +1,132 @@
+"""LoRA: what is trained and what is not, from the first step to the folder that others load."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_model
+from scripts import FILE, evaluation, metrics, policy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minizs.models import loading
+
+IDS = torch.arange(5, 25)[None]
+FLAGS = "--lora_rank 4 --kl_coef 0.1 --steps 4 --group_size 4 --lr 0.05".split()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list:
+    """The models that runs of this test train."""
+    seen, add = [], loading.add_lora
+
+    def spied(model, *rest):
+        add(model, *rest)
+        seen.append(model)
+
+    monkeypatch.setattr(loading, "add_lora", spied)
+    return seen
+
+
+def adapter(folder) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_starts_as_nothing_and_alone_is_trained(family, dtype):
+    """Guards a policy that is another one at once, weights that move with it, steps in bfloat16."""
+    model, before = make_model(family, dtype), make_model(family, dtype)
+    loading.add_lora(model, 3, seed=1)
+    assert torch.equal(logits(model), logits(before))
+    own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert len(own) == 2 * 7 * 2 and all("lora_" in name for name in own)  # not on the head
+    assert {weight.dtype for weight in own.values()} == {torch.float32}
+    frozen = [p for name, p in model.named_parameters() if name not in own]
+    assert all(map(torch.equal, frozen, before.parameters()))
+    same, other = make_model(family, dtype), make_model(family, dtype)
+    loading.add_lora(same, 3, seed=1)
+    loading.add_lora(other, 3, seed=2)
+    for name, weight in own.items():  # all processes start alike
+        assert torch.equal(weight, same.get_parameter(name))
+    assert any(not torch.equal(p, other.get_parameter(name)) for name, p in own.items())
+
+
+def test_switched_off_it_is_the_base():
+    """Guards a reference that is the policy itself, and a policy that stays switched off."""
+    model = make_model()
+    base = logits(model)
+    loading.add_lora(model, 2)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    changed = logits(model)
+    assert (changed - base).abs().max() > 0.1
+    with pytest.raises(ZeroDivisionError), loading.lora_off(model):
+        assert torch.equal(logits(model), base)
+        1 / 0  # noqa: B018
+    assert torch.equal(logits(model), changed)
+
+
+def test_a_run_from_end_to_end(work, trained):
+    """Guards D-list of LoRA: base weights that move, a KL to itself, an adapter nobody can load."""
+    policy(*FLAGS, "--output", "run", "--save_every", "2", "--eval_every", "4")
+    rows = metrics(work / "run")
+    assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 1e-4
+    [model], (base, _) = trained, loading.load("../base")
+    weights = {name.replace(".base_layer", ""): w for name, w in model.named_parameters()}
+    assert all(torch.equal(weight, weights[name]) for name, weight in base.named_parameters())
+    folder = work / "run" / "policy"
+    assert not (folder / "model.safetensors").exists() and not (work / "run" / "adapter").exists()
+    assert len(adapter(folder)) < 0.5 * (work.parent / "base" / "model.safetensors").stat().st_size
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=0)
+    assert (logits(loaded) - logits(base)).abs().max() > 0.01
+    evaluation("--policy", "run/policy", *FILE)  # beside the base
+    out = json.loads((work / "run" / "evaluation.json").read_text())
+    assert out["overall"]["n"] == out["before"]["overall"]["n"] == 9
+
+
+def test_merged_it_is_a_plain_model_of_equal_logits(work, trained):
+    """Guards a merge into other weights, or one that others cannot load without peft."""
+    policy(*FLAGS, "--merge", "True", "--output", "run")
+    folder = work / "run" / "policy"
+    assert not (folder / "adapter_config.json").exists()
+    merged, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(logits(merged), logits(trained[0]), atol=1e-4, rtol=0)
+    apart, _ = loading.load(str(work / "run" / "adapter"))
+    torch.testing.assert_close(logits(merged), logits(apart), atol=1e-4, rtol=0)
+    policy("--policy", "run/policy", "--steps", "1")  # and can be trained further
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_an_interrupted_run_ends_as_if_it_had_not_been(work, algorithm):
+    """Guards an addition, its optimiser or its critic that is drawn anew after a resume."""
+    flags = [*FLAGS, "--algorithm", algorithm, "--save_every", "2"]
+    policy(*flags, "--output", "whole")
+    shutil.copytree(work / "whole", work / "cut")
+    policy(*flags, "--resume", "cut/checkpoints/step-2")
+    assert metrics(work / "cut") == metrics(work / "whole")
+    assert adapter(work / "cut" / "policy") == adapter(work / "whole" / "policy")
+    assert metrics(work / "cut")[3]["kl"] != 0
+
+
+def test_in_bfloat16_small_steps_count(work, trained):
+    """Guards an addition in bfloat16, which a step of one in ten thousand does not change."""
+    policy(*FLAGS[:-2], "--dtype", "bfloat16", "--lr", "1e-4", "--algorithm", "ppo")
+    [model] = trained
+    base = [p for p in model.parameters() if not p.requires_grad]
+    assert {p.dtype for p in base} == {torch.bfloat16}
+    fresh, _ = loading.load("../base", dtype=torch.bfloat16)
+    loading.add_lora(fresh, 4, 0)
+    for (name, weight), start in zip(model.named_parameters(), fresh.parameters(), strict=True):
+        moved = (weight - start).abs()
+        assert (moved > 0).float().mean() > 0.5 if weight.requires_grad else moved.max() == 0, name
+    assert all(row["kl"] < 0.01 for row in metrics(work / "runs" / "policy-1"))

@@ -1,0 +1,236 @@
+"""Loading and saving models."""
+
+import json
+import pickle
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from minizs import UserError
+from minizs.models import loading
+from minizs.protocol import PROMPT
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tokenizer = make_tokenizer()
+    loading.save(make_model(vocab_size=len(tokenizer)), tokenizer, tmp_path, prompt="Q: {question}")
+    return tmp_path
+
+
+def test_what_is_saved_is_loaded(folder):
+    """Guards weights, tokenizer or wording that differ after a run from what was trained."""
+    model, tokenizer = loading.load(str(folder))
+    expected = make_model(vocab_size=len(tokenizer))
+    assert not model.training and model.dtype == torch.float32
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert tokenizer.encode("ab<eos>") == make_tokenizer().encode("ab<eos>")
+    assert loading.load_prompt(str(folder)) == "Q: {question}"
+    assert loading.load(str(folder), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_a_folder_without_a_wording_gets_the_papers(folder):
+    """Guards a crash on any model but the tiny one."""
+    (folder / loading.PROMPT_FILE).unlink()
+    assert loading.load_prompt(str(folder)) == PROMPT
+
+
+@pytest.mark.parametrize(
+    "missing, words",
+    [
+        ("config.json", "config.json"),
+        ("tokenizer", "no tokenizer"),
+    ],
+)
+def test_an_incomplete_folder_is_refused(folder, missing, words):
+    """Guards an error from deep inside a library, after the minutes that came before it."""
+    for path in folder.glob(missing + "*"):
+        path.unlink()
+    for function in (loading.check_model, loading.load):
+        with pytest.raises(UserError, match=words):
+            function(str(folder))
+
+
+def test_names(folder):
+    """Guards a wrong path that is looked up on the hub, and a hub name that is taken for a path."""
+    loading.check_model("org/model")
+    for name in ("./no", "/no/where", "a/b/c", ""):
+        with pytest.raises(UserError, match="no model folder|config.json"):
+            loading.check_model(name)
+    loading.check_model(str(folder))
+    assert loading.resolve("tiny") == str(loading.TINY_BASE)
+
+
+def test_broken_and_unsupported_models_are_refused(folder):
+    """Guards a traceback for a truncated file, and families whose logits would be wrong."""
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace("{", '{"logits_scaling": 8.0,', 1)
+    )
+    with pytest.raises(UserError, match="logits_scaling"):
+        loading.load(str(folder))
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loading.load(str(folder))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loading.check_model(str(folder))
+
+
+def test_truncated_weights_are_refused(folder):
+    """Guards a traceback for a file that was copied or downloaded in part."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loading.load(str(folder))
+
+
+def test_too_long_a_context_is_refused(folder):
+    """Guards a run that fails at its first long trajectory, hours in."""
+    loading.check_model(str(folder), 256)
+    with pytest.raises(UserError, match="256 positions"):
+        loading.check_model(str(folder), 257)
+
+
+def test_sharded_weights_are_loaded(tmp_path):
+    """Guards the many files that any model of some size comes in, and one of them that is lost."""
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    tokenizer.save_pretrained(tmp_path)
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    loaded, _ = loading.load(str(tmp_path))
+    for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b)
+    shards[0].unlink()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loading.load(str(tmp_path))
+
+
+def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
+    """Guards LoRA folders, which hold no model, refused or loaded without their addition."""
+    model, tokenizer = loading.load(str(folder))
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    loading.save(model, tokenizer, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    loaded, _ = loading.load(str(tmp_path / "adapter"))
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        plain = loading.load(str(folder))[0](ids).logits
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        assert not torch.allclose(loaded(ids).logits, plain)
+
+
+@pytest.mark.parametrize("kind", ["llama", "unheard_of"])
+def test_code_that_comes_with_a_model_never_runs(folder, kind, monkeypatch):
+    """Guards a model of strangers that does what it likes, or asks on the terminal whether it may.
+
+    A family that `transformers` knows is loaded without the code, any other is refused.
+    """
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    ran = folder / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nConfig = Model = Tokens = object\n"
+    (folder / "theirs.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": kind,
+        "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "tokenizer_config.json"
+    tokens = {"auto_map": {"AutoTokenizer": ["theirs.Tokens", "theirs.Tokens"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokens))
+    if kind == "llama":
+        assert type(loading.load(str(folder))[0]).__name__ == "LlamaForCausalLM"
+    else:
+        with pytest.raises(UserError, match="cannot be loaded"):
+            loading.load(str(folder))
+    assert not ran.exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
+    """Guards a traceback of forty lines for a wrong name or a missing network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'org/no-model' cannot be loaded: .*connect") as error:
+        loading.load("org/no-model", revision="v1")
+    assert "\n" not in str(error.value)
+
+
+def test_the_type_to_compute_in():
+    """Guards half precision on a CPU, and full precision on a GPU that nobody asked for."""
+    assert loading.compute_dtype("auto", "cpu") == torch.float32
+    assert loading.compute_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
+    assert loading.compute_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert loading.compute_dtype("float32", "cuda") == torch.float32
+
+
+def test_attention_is_chosen_by_what_there_is(monkeypatch):
+    """Guards a crash in the first forward, and a fast kernel that is left unused."""
+    choose, half = loading.choose_attention, torch.bfloat16
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
+    assert choose("auto", torch.device("cuda"), half) == "flash_attention_2"
+    assert choose("flash_attention_2", "cuda", torch.float16) == "flash_attention_2"
+    assert choose("sdpa", "cuda", half) == "sdpa"
+    assert choose("auto", "cuda", torch.float32) == choose("auto", "cpu", half) == "sdpa"
+    with pytest.raises(UserError, match="needs a CUDA device"):
+        choose("flash_attention_2", "cpu", torch.float32)
+    monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: False)
+    assert choose("auto", "cuda", half) == choose("sdpa", "cpu", torch.float32) == "sdpa"
+    with pytest.raises(UserError, match="the package flash-attn"):
+        choose("flash_attention_2", "cuda", half)
+
+
+def test_attention_of_a_loaded_model_is_the_chosen_one(folder):
+    """Guards a choice that is logged and not made."""
+    assert loading.load(str(folder))[0].config._attn_implementation == "sdpa"
+    assert loading.load(str(folder), attention="eager")[0].config._attn_implementation == "eager"
+
+
+def test_a_pickle_is_never_opened(folder):
+    """Guards code that runs when weights are read: a folder with a .bin alone is refused."""
+    ran = folder / "ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.mkdir, (ran,)
+
+    (folder / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match="model.safetensors"):
+        loading.load(str(folder))
+    (folder / "other.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        loading.load(str(folder))
+    assert not ran.exists()
+
+
+def test_weights_are_never_made_up(folder):
+    """Guards a layer at random, with a warning at most, where a file does not hold it."""
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lack .*layers.1.mlp.down_proj"):
+        loading.load(str(folder))
+
+
+def test_another_models_tokenizer_is_refused(folder):
+    """Guards ids without a row in the embedding, which fail in the first forward that has one."""
+    make_tokenizer(("<a>",)).save_pretrained(folder)
+    with pytest.raises(UserError, match="has 102 embeddings, 103 tokens"):
+        loading.load(str(folder))
+
+
+def test_a_prompt_without_a_question_is_refused(folder):
+    """Guards a policy that is never told what to answer."""
+    (folder / loading.PROMPT_FILE).write_text("Answer!")
+    with pytest.raises(UserError, match="lacks the word {question}"):
+        loading.load_prompt(str(folder))

@@ -1,0 +1,104 @@
+"""What a policy is compared with: one generation, with or without what one search found."""
+
+from pathlib import Path
+
+import pytest
+from conftest import ScriptedHead, make_model, make_tokenizer
+
+import evaluate
+from minizs.generate import Decoder
+from minizs.runs import evaluation
+from minizs.trajectory import Example
+
+TOKENIZER = make_tokenizer()
+EXAMPLES = [Example("who is it", ("Rome",)), Example("where?", ("Oslo", "Bergen"))]
+DOCUMENTS = [["Rome is big", "it is far"], []]
+
+
+class Engine:
+    def __init__(self):
+        self.asked = []
+
+    def search(self, requests):
+        self.asked.append(requests)
+        return DOCUMENTS
+
+
+def answer(method: str, says: str, monkeypatch, **options):
+    """(trajectories, prompts, settings of the one decoder, what the engine was asked)."""
+    seen, engine = [], Engine()
+    model = make_model(vocab_size=len(TOKENIZER), max_position_embeddings=4096)
+    model.lm_head = ScriptedHead(TOKENIZER(says)["input_ids"], len(TOKENIZER))
+
+    class Spy(Decoder):
+        def __init__(self, model, prompts, **settings):
+            seen.append(([TOKENIZER.decode(ids) for ids in prompts], settings))
+            super().__init__(model, prompts, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minizs.rollout.Decoder", Spy)
+        rows = evaluation.baseline(
+            method,
+            model,
+            TOKENIZER,
+            EXAMPLES,
+            engine,
+            keys=[(4,), (7,)],
+            max_tokens=len(says),
+            temperature=0.0,
+            **options,
+        )
+    [(prompts, settings)] = seen
+    return rows, prompts, settings, engine.asked
+
+
+@pytest.mark.parametrize("method", evaluate.METHODS[1:])
+def test_what_the_model_is_shown(method, monkeypatch):
+    """Guards documents that are missing or another question's, and an engine asked too often."""
+    rows, prompts, settings, asked = answer(method, "<answer>Rome</answer>", monkeypatch)
+    assert "Question: who is it?\n" in prompts[0] and "Question: where?\n" in prompts[1]
+    assert all("<answer> Beijing </answer>" in text and "{" not in text for text in prompts)
+    assert all(("step by step" in text) == (method == "cot") for text in prompts)
+    assert not any("<search>" in text for text in prompts)
+    assert ("\nDoc 1: Rome is big\nDoc 2: it is far\nQuestion" in prompts[0]) == (method == "rag")
+    assert "Doc" not in prompts[1]
+    if method == "rag":
+        [requests] = asked
+        assert [(r.query, r.question, r.answers, r.noisy) for r in requests] == [
+            (e.question, e.question, e.answers, False) for e in EXAMPLES
+        ]
+    else:
+        assert not asked
+    assert settings["temperature"] == 0.0
+    assert [(row.answer, row.reward, row.truncated) for row in rows] == [
+        ("Rome", 1.0, ""),
+        ("Rome", 0.0, ""),
+    ]
+    assert [row.turns[0].documents for row in rows] == (DOCUMENTS if asked else [None, None])
+    assert [row.searches for row in rows] == ([1, 1] if asked else [0, 0])
+
+
+@pytest.mark.parametrize(
+    "says, ending",
+    [("hm", "turn_tokens"), ("<answer>Rome", "turn_tokens"), ("<search>a</search>", "turns")],
+)
+def test_without_an_answer_there_is_none(says, ending, monkeypatch):
+    """Guards half an answer that counts, and a search that is carried out."""
+    rows, _, _, asked = answer("direct", says, monkeypatch)
+    assert [(r.answer, r.reward, r.truncated) for r in rows] == [(None, 0.0, ending)] * 2
+    assert not asked and rows[0].turns[0].text == says
+
+
+def test_each_turn_is_shown(monkeypatch):
+    """Guards --ask that works with --method search alone."""
+    shown = []
+    rows, *_ = answer("rag", "<answer>Rome</answer>", monkeypatch, on_turn=shown.append)
+    assert shown == [row.turns[0] for row in rows] * 2  # when it is written; with its documents
+
+
+def test_every_method_has_a_wording():
+    """Guards a method that can be named and not be had."""
+    folder = Path(evaluation.__file__).parent.parent / "prompts"
+    for method in evaluate.METHODS[1:]:
+        text = (folder / f"{method}.txt").read_text()
+        assert ("{documents}" in text) == (method == "rag") and "{question}" in text

@@ -1,0 +1,455 @@
+"""Stage 2 from end to end, through `main(argv)`, on a tiny model and BM25."""
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from scripts import (
+    POLICY,
+    metrics,
+    on_each,
+    policy,
+    refused,
+    status,
+    two_processes,
+    weights,
+)
+from test_client import serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import evaluate
+import train_policy
+from benchmarks import tiny_base as base
+from minizs import UserError, simulator
+from minizs.engines.client import ServiceError
+from minizs.models import loading
+from minizs.runs import build, data, run_folder
+from minizs.trajectory import Trajectory
+
+LOGGED = """step reward noise searches_per_question valid_rate kl entropy seconds grad_norm answered
+    response_tokens""".split()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo", "reinforce"])
+def test_a_run_leaves_what_it_promises(work, algorithm, capsys, caplog):
+    """Guards a folder of a run from which something is missing, or a line too many or too few."""
+    flags = ["--algorithm", algorithm, "--eval_every", "2", "--save_every", "1", "--steps", "3"]
+    policy(*flags, "--minibatches", "2", "--log_trajectories", "6")
+    run = work / "runs" / "policy-1"
+    assert "runs/policy-1/policy" in capsys.readouterr().out
+    names = "checkpoints config.yaml cost.json metrics.jsonl policy report.html trajectories.jsonl"
+    assert sorted(p.name for p in run.iterdir()) == names.split()
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(LOGGED) <= row.keys() for row in lines)
+    assert ["held_out_f1" in row for row in rows] == [False, True, True]
+    assert "shared tensor" not in caplog.text  # Accelerate's, amid the progress bar
+    assert sum(row["reward"] for row in rows) > 0 and rows[0]["searches_per_question"] > 0
+    assert all(0 < row["valid_rate"] <= 1 and row["entropy"] > 0 for row in rows)
+    shown = [json.loads(line) for line in (run / "trajectories.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in shown] == [1] * 6 + [2] * 6 + [3] * 6
+    assert len({row["example"]["question"] for row in shown[:4]}) == 4  # one of each group first
+    assert {"ids", "loss_mask", "logprobs", "turns", "reward"} <= shown[0].keys()
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-3"]
+    model = AutoModelForCausalLM.from_pretrained(run / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    assert model(torch.tensor([tokenizer("Question: ?")["input_ids"]])).logits.isfinite().all()
+    assert weights(run / "policy") != weights(work.parent / "base")
+    assert (run / "policy" / "prompt.txt").read_text() == "Question: {question}"
+    assert "reward" in (run / "report.html").read_text()
+
+
+def test_the_tiny_world_tests_on_facts_that_it_does_not_train_on(work):
+    """Guards held-out figures that are those of the training questions."""
+    policy("--data", "world", "--corpus", "", "--eval_every", "1", "--eval_questions", "8")
+    assert all(0 <= row["held_out_f1"] <= 1 for row in metrics(work / "runs" / "policy-1"))
+    shown = (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines()
+    held_out = {example.question for example in data.load("world", "dev")}
+    assert not held_out & {json.loads(line)["example"]["question"] for line in shown}
+
+
+def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
+    """Guards held-out figures of training questions, or from an engine that knows the answers."""
+    rows = [{"question": f"when was Fota {i} born?", "answer": "January"} for i in range(40)]
+    (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data", "q.jsonl", "--eval_every", "1", "--batch_questions", "8"]
+    policy(*flags, "--engine", "simulator", "--simulator", "../base")
+    run = work / "runs" / "policy-1"
+    held_out = len(data.load("q.jsonl", "dev"))
+    assert 0 < held_out < 15 and [row["held_out_n"] for row in metrics(run)] == [held_out] * 2
+    policy(*flags, "--engine", "simulator", "--simulator", "../base", "--corpus", "")
+    assert "No evaluation while it trains" in capsys.readouterr().out
+    assert not any("held_out_f1" in row for row in metrics(work / "runs" / "policy-2"))
+
+
+def test_held_out_questions_are_shared_by_place(work, monkeypatch):
+    """Guards random numbers of an evaluation that hang on the number of processes."""
+    seen, models = [], iter("abcd")
+
+    def rollout(model, tokenizer, examples, keys, temperature, **_):
+        seen.append((keys, model, temperature))
+        return [Trajectory(example, answer=example.answers[0]) for example in examples]
+
+    monkeypatch.setattr(build, "rollout", rollout)
+    config = train_policy.PolicyConfig(eval_questions=5)
+
+    def evaluate(accelerator):
+        held_out = build.held_out(config, accelerator, lambda: next(models), None, "")
+        return [held_out(), held_out()]
+
+    main, other = on_each(2, evaluate, monkeypatch)
+    assert other == [{}, {}] and [row["n"] for row in main] == [5, 5] and main[0]["em"] == 1
+    shares = [[(0,), (2,), (4,)], [(1,), (3,)]]
+    assert sorted(keys for keys, *_ in seen) == sorted(shares * 2)
+    # The model of the moment, greedily.
+    assert {row[1:] for row in seen} == {(model, 0.0) for model in "abcd"}
+
+
+def test_two_runs_started_together_take_two_folders(work):
+    """Guards two runs that write into one log."""
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: run_folder.new_folder(), range(8)))
+    assert sorted(folders) == [run_folder.RUNS / f"policy-{n}" for n in range(1, 9)]
+
+
+def test_every_number_has_a_range():
+    """Guards a setting that means nothing and fails, or worse does not, hours later."""
+    for script, config in (
+        (train_policy, train_policy.PolicyConfig()),
+        (evaluate, evaluate.EvalConfig()),
+    ):
+        for name, value in vars(config).items():
+            if type(value) in (int, float) and name != "seed":
+                with pytest.raises(UserError, match=f"--{name} "):
+                    script.check(replace(config, **{name: -1}))
+
+
+def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
+    """Guards minutes of stage 1 before a model turns out to be broken, or too small."""
+    monkeypatch.setattr(build, "make_default_simulator", lambda: 1 / 0)
+    refused(policy, "--engine simulator --policy ../bad/garbled", "cannot be loaded", work.parent)
+    refused(policy, "--engine simulator --max_document_tokens 2000", "positions", work.parent)
+
+
+def test_a_question_whose_golds_leave_a_simulator_no_room(work):
+    """Guards a traceback in the middle of a run: a prompt holds all golds, and a data set many."""
+    row = {"question": "who?", "answers": [f"the number {i}" for i in range(400)]}
+    (work / "golds.jsonl").write_text(json.dumps(row))
+    refused(policy, "--engine simulator --simulator tiny --data golds.jsonl", "positions", work)
+
+
+def test_the_shipped_model_can_be_named_as_simulator(work):
+    """Guards the wording of `tiny`, which lies in its folder and not in one of that name."""
+    config = train_policy.PolicyConfig(simulator="tiny")
+    accelerator = build.make_accelerator(config)
+    assert build.simulated(config, accelerator).template == base.SIMULATOR_PROMPT
+
+
+def test_the_seed_decides_everything(work):
+    """Guards a run that cannot be repeated, and seeds that change nothing."""
+    for seed in "112":
+        policy("--seed", seed)
+    one, same, other = (work / "runs" / f"policy-{n}" for n in (1, 2, 3))
+    assert metrics(one) == metrics(same) != metrics(other)
+    assert weights(one / "policy") == weights(same / "policy") != weights(other / "policy")
+
+
+def test_the_settings_beside_a_run_repeat_it(work):
+    """Guards settings that are not those used, and that resume or delete when they are fed back."""
+    policy("--output", "one", "--overwrite", "--seed", "5", "--kl_coef", "0")
+    assert all(row["kl"] == 0 for row in metrics(work / "one"))  # there all the same
+    settings = yaml.safe_load((work / "one" / "config.yaml").read_text())
+    assert settings["seed"] == 5 and settings["lr"] == 0.01 and settings["steps"] == 2
+    train_policy.main(["--config", "one/config.yaml"])
+    assert metrics(work / "one") == metrics(work / "runs" / "policy-1")
+
+
+def test_noise_follows_the_curriculum_of_the_simulator(work):
+    """Guards a curriculum that starts late, ends early, or never reaches the simulator (D-list)."""
+    policy(
+        "--engine",
+        "simulator",
+        "--simulator",
+        "../base",
+        "--noise_start",
+        "0.1",
+        "--noise_end",
+        "1",
+        "--steps",
+        "3",
+        "--max_document_tokens",
+        "30",
+    )
+    rows = metrics(work / "runs" / "policy-1")
+    # method.md: start + (base^(i/n) - 1) / (base - 1) * (end - start), with base 4
+    expected = [0.1 + (4 ** (i / 3) - 1) / 3 * 0.9 for i in (1, 2, 3)]
+    assert [row["noise"] for row in rows] == pytest.approx(expected)
+    shown = (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines()
+    turns = [
+        turn
+        for line in shown
+        if json.loads(line)["step"] == 3
+        for turn in json.loads(line)["turns"]
+        if turn["documents"] is not None
+    ]
+    assert turns and all(turn["noisy"] for turn in turns)
+
+
+def test_a_real_engine_has_constant_noise(work):
+    """Guards the curriculum acting on a real engine, or --engine_noise acting on none."""
+    policy("--engine_noise", "1")
+    assert [row["noise"] for row in metrics(work / "runs" / "policy-1")] == [1, 1]
+    for line in (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        for documents in (turn["documents"] for turn in row["turns"] if turn["documents"]):
+            assert not any(row["example"]["answers"][0] in text for text in documents)
+
+
+def test_checkpointed_layers_change_nothing(work):
+    """Guards generation without its cache, or gradients of something else, with less memory."""
+    for flag in ("False", "True"):
+        policy("--gradient_checkpointing", flag, "--output", flag, "--steps", "3")
+    plain, checkpointed = metrics(work / "False"), metrics(work / "True")
+    assert plain[2]["kl"] != 0
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+def test_bfloat16_on_a_cpu(work):
+    """Guards a type that is asked for and not used, and one that the sampler alone uses."""
+    policy("--dtype", "bfloat16", "--steps", "2", "--algorithm", "ppo", "--eval_every", "2")
+    rows = metrics(work / "runs" / "policy-1")
+    assert all(0 < row["logprob_gap_max"] < 0.3 and row["grad_norm"] > 0 for row in rows)
+    model = AutoModelForCausalLM.from_pretrained(work / "runs" / "policy-1" / "policy")
+    assert model.dtype == torch.bfloat16
+
+
+def test_settings_that_mean_what_is_there_anyway(work):
+    """Guards a flag that refuses, or changes, what it should leave as it is."""
+    policy()
+    policy(
+        "--attention", "sdpa", "--dtype", "float32", "--revision", "v1", "--chat_template", "none"
+    )
+    assert metrics(work / "runs" / "policy-1") == metrics(work / "runs" / "policy-2")
+
+
+def test_the_revision_is_the_policys_alone(monkeypatch):
+    """Guards another commit than the one named."""
+    seen = []
+    monkeypatch.setattr(loading, "load", lambda name, *_, revision, **__: seen.append(revision))
+    monkeypatch.setattr(loading, "load_tokenizer", lambda *args: seen.append(args[-1]) or len)
+    monkeypatch.setattr(build, "prompt_ids", lambda *_: [[1]])
+    tested = evaluate.EvalConfig(policy="a/b", revision="v1", before="c/d")
+    trained = train_policy.PolicyConfig(policy="a/b", revision="v1")
+    for config, name in ((trained, "a/b"), (tested, "a/b"), (tested, "c/d")):
+        build.load(config, name, torch.device("cpu"), torch.float32)
+        build.check_lengths(config, [name], [])
+    assert seen == ["v1"] * 6
+
+
+def test_a_chat_template_can_be_left_out(work):
+    """Guards a policy that is trained with a template and saved, or tested, without it."""
+    tokenizer = AutoTokenizer.from_pretrained("../base")
+    tokenizer.chat_template = "{% for m in messages %}Query: {{ m['content'] }}{% endfor %}"
+    shutil.copytree("../base", "chat")
+    tokenizer.save_pretrained("chat")
+    for setting, policy_ in (("auto", "chat"), ("none", "chat"), ("auto", "../base")):
+        policy("--policy", policy_, "--chat_template", setting, "--output", setting + policy_[-4:])
+    names = ("autochat", "nonechat", "autobase")
+    with_it, without, plain = (metrics(work / name) for name in names)
+    assert with_it != without == plain
+    for name, kept in (("autochat", True), ("nonechat", False)):
+        saved = AutoTokenizer.from_pretrained(work / name / "policy")
+        assert bool(saved.chat_template) == kept
+
+
+def searches(run) -> list[list[str]]:
+    """What each search of a run was answered."""
+    rows = map(json.loads, (run / "trajectories.jsonl").read_text().splitlines())
+    turns = [turn for row in rows for turn in row["turns"]]
+    return [turn["documents"] for turn in turns if turn["documents"] is not None]
+
+
+def test_without_an_engine_searches_find_nothing(work):
+    """Guards an ablation that is given documents after all."""
+    policy("--engine", "none", "--corpus", "", "--noise_end", "1", "--output", "run")
+    assert searches(work / "run") and not any(searches(work / "run"))
+    assert all(row["noise"] == 0 for row in metrics(work / "run"))
+
+
+def test_the_simulators_wording_may_be_ones_own(work, monkeypatch):
+    """Guards a template that is checked and then not used."""
+    (work / "mine.txt").write_text("Query: {query} Question: {question} {quality} documents:")
+    seen, generate = [], simulator.generate
+
+    def spied(model, prompts, *rest, **named):
+        seen.extend(prompts)
+        return generate(model, prompts, *rest, **named)
+
+    monkeypatch.setattr(simulator, "generate", spied)
+    flags = ["--engine", "simulator", "--simulator", "../base", "--simulator_device", "cpu"]
+    policy(*flags, "--simulator_template", "mine.txt", "--noise_end", "0")
+    texts = AutoTokenizer.from_pretrained("../base").batch_decode(seen)  # which splits off marks
+    assert texts and all("Query" in text and "Answer" not in text for text in texts)
+    assert all(text.endswith("useful documents :") for text in texts)
+    config = train_policy.PolicyConfig(simulator="../base", simulator_template="untuned")
+    template = build.simulated(config, build.make_accelerator(config)).template
+    assert template == simulator.load_template("untuned") != base.SIMULATOR_PROMPT
+
+
+def test_a_retriever_is_asked_once_for_each_query(work):
+    """Guards --engine_url, --cache, --timeout and --retries that reach no client."""
+
+    def answer(path, body, headers):
+        found = [[{"document": {"contents": f"{query} on January"}}] for query in body["queries"]]
+        return 200, {"result": [rows * body["topk"] for rows in found]}
+
+    with serving(answer) as (url, seen):
+        flags = ["--engine", "http", "--engine_url", url, "--timeout", "20", "--retries", "0"]
+        for _ in range(2):
+            policy(*flags, "--cache", "replies.db", "--top_k", "2", "--corpus", "")
+        queries = [query for _, body in seen for query in body["queries"]]
+    assert queries and len(queries) == len({*queries})
+    first, second = (searches(work / "runs" / f"policy-{n}") for n in (1, 2))
+    assert first == second and all(len(found) == 2 for found in first)
+
+
+GONE = "http://127.0.0.1:9"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--engine", "http", "--engine_url", GONE, "--on_search_error", "empty"],
+        ["--engine", "simulator", "--simulator", GONE, "--simulator_model", "mine"],
+    ],
+)
+def test_a_server_that_is_not_there_is_said_at_once(work, flags):
+    """Guards a run folder made for nothing."""
+    with pytest.raises(ServiceError, match=GONE):
+        policy(*flags, "--retries", "0", "--output", "nothing")
+    assert not (work / "nothing").exists()
+
+
+def test_a_served_simulator_may_die(work):
+    """Guards a run that hangs, or has to begin anew, when the machine of the simulator goes."""
+    left = [10**9]
+
+    def answer(path, body, headers):
+        left[0] -= 1
+        said = {"message": {"content": f"Doc 1: {len(body['messages'][0]['content'])} January"}}
+        reply = {"choices": [said | {"finish_reason": "stop"}]}
+        return (200, reply) if left[0] >= 0 else (400, "gone")
+
+    with serving(answer) as (url, seen):
+        flags = [
+            "--engine",
+            "simulator",
+            "--simulator",
+            url,
+            "--simulator_model",
+            "mine",
+            "--simulator_api",
+            "chat",
+            "--steps",
+            "4",
+            "--save_every",
+            "1",
+        ]
+        policy(*flags, "--output", "whole")
+        assert {path for path, _ in seen} == {"/v1/chat/completions"}
+        assert {body["model"] for _, body in seen} == {"mine"}
+        left[0] = len(seen) * 2 // 3
+        with pytest.raises(ServiceError, match=url):
+            policy(*flags, "--output", "cut")
+        left[0] = 10**9
+        done = len(metrics(work / "cut"))
+        assert 0 < done < 4
+        with serving(answer) as (moved, _):  # a server may move; a model of one's own is another
+            with pytest.raises(UserError, match="--simulator"):
+                policy(*flags, "--output", "cut", "--resume", "--simulator", "../base")
+            policy(*flags, "--output", "cut", "--resume", "--simulator", moved)
+    assert metrics(work / "cut") == metrics(work / "whole")
+
+
+REFUSED = [
+    ("--stepz 5", "--stepz"),
+    ("--step 5", "--step"),
+    ("--steps many", "--steps"),
+    ("--steps 0", "--steps"),
+    ("--algorithm dpo", "dpo"),
+    ("--policy ../nowhere", "../nowhere"),
+    ("--policy ../questions.jsonl", "questions.jsonl"),
+    ("--policy ../bad/empty", "config.json"),
+    ("--policy ../bad/untokenized", "no tokenizer"),
+    ("--policy ../bad/weightless", "no file named model.safetensors"),
+    ("--policy ../bad/garbled", "cannot be loaded"),
+    ("--policy ../bad/lora", "is a LoRA"),
+    ("--merge True", "--lora_rank"),
+    ("--attention flash_attention_2", "a CUDA device"),
+    ("--engine http", "--engine_url"),
+    ("--engine http --engine_url localhost:8000", "--engine_url"),
+    ("--simulator_template ../nowhere.txt", "../nowhere.txt"),
+    ("--engine simulator --simulator ../base --simulator_template ../corpus.txt", "{query}"),
+    ("--engine simulator --simulator ../nowhere", "../nowhere"),
+    ("--data ../nowhere.jsonl", "../nowhere.jsonl"),
+    ("--data ../corpus.txt", "'question'"),
+    ("--data ../bad/columns.jsonl", "'question'"),
+    ("--data ../bad/empty.jsonl", "empty.jsonl"),
+    ("--corpus ../nowhere.txt", "../nowhere.txt"),
+    ("--corpus ../bad/empty.txt", "empty.txt"),
+    ("--corpus ../base/model.safetensors", "is none of"),
+    ("--engine simulator --data world --corpus ../nowhere.txt", "../nowhere.txt"),
+    ("--group_size 1", "--group_size"),
+    ("--minibatches 4", "--group_size 2"),  # it divides the batch, but not its groups
+    ("--noise_end 1.5", "--noise_end"),
+    ("--engine_noise -0.1", "--engine_noise"),
+    ("--engine simulator --engine_noise 0.5", "--engine_noise"),
+    ("--max_context 4", "--max_context 4"),
+    ("--engine simulator --max_context 4", "--max_context 4"),  # before the simulator is made
+    ("--max_context 2048", "--max_context 2048"),
+    ("--temperature 0", "--temperature"),
+    ("--lr nan", "--lr"),
+    ("--save_every -1", "--save_every"),
+    ("--keep 0", "--keep"),
+    ("--eval_questions 0", "--eval_questions"),
+    ("--threads -1", "--threads"),
+    ("--output ../base", "../base"),
+    ("--output ../corpus.txt", "corpus.txt"),
+    ("--output ../corpus.txt/x", "corpus.txt is a file"),
+    ("--output ../base --overwrite", "holds no run"),
+    ("--output .. --overwrite", "--overwrite"),
+    ("--output new --resume --overwrite", "--resume"),
+    ("--resume runs/policy-1/checkpoints/step-7", "step-7"),
+    ("--config ../nowhere.yaml", "nowhere.yaml"),
+    ("--config ../bad/unknown.yaml", "stepz"),
+]
+
+
+@pytest.mark.parametrize("flags, names", REFUSED)
+def test_bad_input_is_refused_before_anything_is_made(work, bad, flags, names):
+    """Guards tracebacks, hours spent before a typo shows, and folders left behind."""
+    refused(policy, flags, names, work.parent)
+
+
+def test_bad_input_is_one_line_in_a_process(work):
+    """Guards the exit status that a shell script looks at, and noise around the one sentence."""
+    result = status("train_policy.py", "--steps", "0")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: --steps must be greater than 0.\n"
+
+
+def test_two_processes_do_what_one_does(work):
+    """Guards shares of a batch that differ with the number of processes, and a hang."""
+    two_processes("train_policy.py", *POLICY, "--save_every", "1")
+    policy("--save_every", "1")
+    two, one = metrics(work / "runs" / "policy-1"), metrics(work / "runs" / "policy-2")
+    assert len(two) == len(one) == 2
+    for name in ("reward", "searches_per_question", "response_tokens", "entropy", "grad_norm"):
+        assert two[0][name] == pytest.approx(one[0][name], rel=1e-3)
+    assert two[1]["reward"] == pytest.approx(one[1]["reward"], abs=0.26)  # a near-tie may flip

@@ -1,0 +1,133 @@
+"""The tiny world: names, facts, questions, judge."""
+
+import pytest
+
+from minizs.engines.ranking import BM25
+from minizs.trajectory import SearchRequest
+from minizs.world.facts import RELATIONS, TWO_HOP, World, embedded, names, read_fact
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(5)
+
+
+def test_a_seed_is_a_world(world):
+    """Guards worlds that differ from run to run, or do not differ from seed to seed."""
+    again, other = World(5), World(6)
+    assert again.facts == world.facts and again.documents == world.documents
+    assert again.questions() == world.questions()
+    assert other.facts != world.facts
+
+
+def test_names_of_the_test_are_never_trained_on():
+    """Guards a test that measures what was learned by heart."""
+    train, test = World(1, "train", people=300), World(1, "test", people=300)
+    for role in ("person", "company"):
+        assert not set(train.members[role]) & set(test.members[role])
+    words = {word for name in train.members["person"] for word in name.split()}
+    assert len({w for n in test.members["person"] for w in n.split()} - words) < 5  # known words
+    shared = embedded("train").facts.items() & embedded("test").facts.items()
+    # Towns are in every world, each time in another country: one in thirty is the same by chance.
+    assert {relation for (_, relation), _ in shared} <= {"lies_in"} and len(shared) < 12
+
+
+def test_names_are_distinct():
+    """Guards two roles that share a word, of which only one could be told by it."""
+    pools = names()
+    everything = [word for pool in pools.values() for word in pool]
+    assert len(everything) == len(set(everything))
+
+
+def test_answers_follow_from_the_facts(world):
+    """Guards questions whose gold answer is wrong: one look-up a hop."""
+    questions = world.questions()
+    assert {q.kind for q in questions} == {"one_hop", "two_hop"}
+    for question in questions:
+        subject = question.path[0][0]
+        assert subject in question.text and question.text.endswith("?")
+        for step, relation in question.path:
+            assert step == subject
+            subject = world.facts[step, relation]
+        assert subject == question.answer
+    used = {tuple(r for _, r in q.path) for q in questions}
+    assert used >= {(first, second) for first, second, _ in TWO_HOP}
+
+
+def test_questions_are_unique(world):
+    """Guards a judge that looks up another question of the same text."""
+    texts = [q.text for q in world.questions()]
+    assert len(texts) == len(set(texts))
+
+
+def test_two_hops_end_where_they_should():
+    """Guards chains whose second relation is not one of what the first leads to."""
+    for first, second, text in TWO_HOP:
+        assert RELATIONS[first].object == RELATIONS[second].subject and "{s}" in text
+
+
+@pytest.mark.parametrize("name", list(RELATIONS))
+def test_read_fact_inverts_every_wording(name):
+    """Guards a judge that misreads documents, for names of one word and of several."""
+    for wording in RELATIONS[name].wordings:
+        for subject, obj in (("Ann Bee", "Rome"), ("Rome", "3 May 1950"), ("Acme Inc", "Ann Bee")):
+            assert read_fact(wording.format(s=subject, o=obj)) == (subject, name, obj)
+
+
+def test_garbled_documents_state_nothing():
+    """Guards a simulator's nonsense that is read as a fact."""
+    for text in ("", "Rome", "Ann was born", "was born in Rome", "Ann born in Rome"):
+        assert read_fact(text) is None
+
+
+def test_every_fact_has_a_document_that_states_it(world):
+    """Guards questions that no search could answer."""
+    assert {read_fact(text) for text in world.documents} == {
+        (s, r, o) for (s, r), o in world.facts.items()
+    }
+
+
+def test_the_judge_is_exact(world):
+    """Guards a label that calls a neighbour's document useful, or an earlier hop's."""
+    question = next(q for q in world.questions() if [r for _, r in q.path][1:] == ["based_in"])
+    (person, _), (company, _) = question.path
+    first, second = RELATIONS["works_for"], RELATIONS["based_in"]
+    query = second.query.format(s=company)
+    right = second.wordings[1].format(s=company, o=question.answer)
+    earlier = first.wordings[0].format(s=person, o=company)
+    request = SearchRequest(query, question.text)
+    assert world.judge(right, request)
+    assert world.judge(earlier, SearchRequest(first.query.format(s=person), question.text))
+    for useless in (
+        earlier,  # of no use to a query for the second hop
+        second.wordings[0].format(s="Nobody Press", o=question.answer),  # another's
+        RELATIONS["founded_by"].wordings[0].format(s=company, o=question.answer),  # another fact
+        f"{company} {question.answer}",  # no sentence of this world
+    ):
+        assert not world.judge(useless, request)
+    assert not world.judge(right, SearchRequest(query, "another question?"))
+
+
+def test_bm25_finds_what_a_good_query_is_after(world):
+    """Guards a world that cannot be searched: at least 95 % of the steps of its questions."""
+    engine = BM25(world.documents, 3)
+    asked = [
+        SearchRequest(RELATIONS[r].query.format(s=s), q.text, (q.answer,))
+        for q in world.questions()[:400]
+        for s, r in q.path
+    ]
+    hits = [
+        any(world.judge(text, request) for text in documents)
+        for request, documents in zip(asked, engine.search(asked), strict=True)
+    ]
+    assert sum(hits) >= 0.95 * len(hits)
+
+
+def test_noisy_bm25_never_holds_what_is_needed(world):
+    """Guards noise that is none: the world's own judge takes the useful documents out."""
+    engine = BM25(world.documents, 3, world.judge)
+    for q in world.questions()[:50]:
+        s, r = q.path[0]
+        request = SearchRequest(RELATIONS[r].query.format(s=s), q.text, (q.answer,), noisy=True)
+        documents = engine.search([request])[0]
+        assert documents and not any(world.judge(text, request) for text in documents)

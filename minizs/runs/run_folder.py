@@ -102,6 +102,42 @@ def started_from(policy: Path) -> str:
     return yaml.safe_load((policy.parent / "config.yaml").read_text())["policy"] if own else "none"
 
 
+TRAINED_WITH = "trained_with.yaml"  # beside the weights of a policy
+# The settings that a test of a policy should share with its training. The names are those of flags.
+REMEMBERED = (
+    "data",
+    "corpus",
+    "chat_template",
+    "top_k",
+    "max_turns",
+    "max_turn_tokens",
+    "max_document_tokens",
+    "max_context",
+)
+
+
+def remember_training(policy: Path, config) -> None:
+    """Write `policy/trained_with.yaml`: what `evaluate.py` needs to know of the training.
+
+    It holds `base`, the model that training started from, and the settings in `REMEMBERED`, by the
+    names of their flags. Paths in `data` and `corpus` are those that were given, so they are
+    relative to the folder in which the run was started.
+    """
+    policy.mkdir(parents=True, exist_ok=True)
+    settings = {"base": config.policy}
+    for name in REMEMBERED:
+        settings[name] = getattr(config, name)
+    (policy / TRAINED_WITH).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
+
+def trained_with(policy: Path) -> dict:
+    """What `remember_training` wrote; empty for a model that no run of ours trained."""
+    path = policy / TRAINED_WITH
+    if not path.is_file():
+        return {}
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
 def read_lines(path: Path) -> list[dict]:
     """The rows of a log; a line that a killed run left unfinished is passed over."""
     rows = []

@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     from minizs.learner import build_learner
-    from minizs.models import loading
+    from minizs.models import loading, lora
     from minizs.protocol import vocabulary_size
     from minizs.runs import build, checkpoint, data, metrics, report
 
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> None:
     model, tokenizer = build.load(config, config.policy, torch.device("cpu"), weights)
     accelerator.print(f"Attention by {model.config._attn_implementation}, computed in {dtype}.")
     if config.lora_rank:
-        loading.add_lora(model, config.lora_rank, config.seed)
+        lora.add_lora(model, config.lora_rank, config.seed)
     template = loading.load_prompt(config.policy)
     engine = build.build_engine(config, "train", accelerator, examples)
     writer = loading.make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
@@ -224,7 +224,7 @@ def main(argv: list[str]) -> None:
         if config.merge:
             loading.save(final, tokenizer, folder / "adapter")
             base, _ = build.load(config, config.policy, torch.device("cpu"), dtype)
-            final = loading.merge_lora(base, folder / "adapter")
+            final = lora.merge_lora(base, folder / "adapter")
         report.write(folder)
         lines = run_folder.read_lines(folder / "metrics.jsonl")
         spent = metrics.cost(lines, config.search_price, config.gpu_price)

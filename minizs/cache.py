@@ -2,7 +2,9 @@
 ahead. (The `transformers` ones pad on the left, and copy everything to append a column.)
 Left out: paged memory, sliding windows (refused beyond them), quantised keys."""
 
+import inspect
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,13 @@ def row_limit(model: nn.Module) -> int:
         raise ValueError(f"not supported: layers of type {sorted(kinds)}")
     names = "max_position_embeddings", "sliding_window"
     return min(getattr(model.config, name, None) or 2**31 for name in names)
+
+
+@cache
+def cache_argument(decoder: type[nn.Module]) -> str:
+    """The name under which a decoder takes its cache: `transformers` renamed it in 5.24."""
+    names = inspect.signature(decoder.forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
 
 
 class RowCache(Cache):
@@ -46,12 +55,10 @@ class RowCache(Cache):
                 self.stores[i] = nn.functional.pad(store, (0, 0, 0, extra))
         # A query at position p sees keys at positions up to p: (n, 1, C, width), for every head.
         mask = torch.arange(self.width, device=device) <= self.positions[:, None, :, None]
-        output = model.get_decoder()(
-            input_ids=ids,
-            attention_mask=mask,
-            use_cache=True,
-            position_ids=self.positions,
-            past_key_values=self,
+        decoder = model.get_decoder()
+        own = {cache_argument(type(decoder)): self}
+        output = decoder(
+            input_ids=ids, attention_mask=mask, use_cache=True, position_ids=self.positions, **own
         )
         ends = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
         return output.last_hidden_state[rows, ends]

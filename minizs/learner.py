@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from minizs import grpo, losses, ppo, reinforce
 from minizs.logprobs import Scorer
 from minizs.models.batches import Batch, by_budget, collate
-from minizs.models.loading import cast_weights, checkpoint_layers, lora_off
+from minizs.models.loading import cast_weights, checkpoint_layers
+from minizs.models.lora import lora_off
 from minizs.trajectory import Trajectory
 
 
@@ -74,10 +75,11 @@ class Learner:
         policy = self._learn(
             self.scorer, self.optimizer, batches, self._policy_loss, s.loss_average
         )
-        critic = {"grad_norm": 0.0}
+        critic = {}
         if s.algorithm == "ppo":
             critic = self._learn(self.critic, self.critic_optimizer, batches, self._value_loss)
-        skipped = math.isnan(policy["grad_norm"] + critic["grad_norm"])
+            critic["critic_grad_norm"] = critic.pop("grad_norm")
+        skipped = math.isnan(policy["grad_norm"] + critic.get("critic_grad_norm", 0.0))
         return metrics | critic | policy | {"skipped": int(skipped)}
 
     def tokens(self, row: int, trajectory: Trajectory, tokenizer) -> dict[str, list]:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import find_adapter_config_file, is_flash_attn_2_available, logging
 
 from minizs import UserError, brief, require
 from minizs.cache import row_limit
 from minizs.logprobs import check_supported
+from minizs.models.lora import load_lora, lora_base, save_lora
 from minizs.protocol import PROMPT
 
 logging.disable_progress_bar()  # a model of this size is loaded before a bar is drawn
@@ -75,13 +76,16 @@ def load(
 ):
     """(model in eval mode, tokenizer) of a folder or hub name. Raises UserError."""
     tokenizer = load_tokenizer(name, chat_template, revision)
+    folder, revision = resolve(name), revision or "main"
     with readable(name):
+        lora = find_adapter_config_file(folder, revision=revision) is not None
+        base = lora_base(folder, revision) if lora else folder
         model, found = AutoModelForCausalLM.from_pretrained(
-            resolve(name),
+            base,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=attention,
-            revision=revision or "main",
+            revision="main" if lora else revision,
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -91,6 +95,8 @@ def load(
         require(len(tokenizer) <= rows, f"{name!r} has {rows} embeddings, {len(tokenizer)} tokens.")
         check_supported(model)
         row_limit(model)  # refuses layers that keep more than keys and values
+        if lora:
+            load_lora(model, folder, revision)
     return model.to(device).eval(), tokenizer
 
 
@@ -116,8 +122,12 @@ def load_prompt(name: str) -> str:
 
 
 def save(model, tokenizer, folder: Path, **texts: str) -> None:
-    """A Hugging Face folder, and last small text files (`prompt="..."` becomes `prompt.txt`)."""
-    model.save_pretrained(folder)
+    """Write a Hugging Face folder, of the LoRA alone where the model has one, and last small text
+    files: `prompt="..."` becomes `prompt.txt`."""
+    if hasattr(model, "peft_config"):
+        save_lora(model, folder)
+    else:
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -173,34 +183,3 @@ def make_writer(
         return replica
 
     return refreshed
-
-
-def add_lora(model: nn.Module, rank: int, seed: int = 0) -> None:
-    """Put a LoRA (arXiv 2106.09685; alpha twice the rank) on all linear layers but the head; freeze
-    the rest. It changes nothing yet, and is float32: bfloat16 would round small steps away."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import cast_adapter_dtype
-
-    torch.manual_seed(seed)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
-    cast_adapter_dtype(model, "default")
-
-
-@contextmanager
-def lora_off(model: nn.Module) -> Iterator[None]:
-    """The model without its LoRA, inside: the reference of the KL, and no second copy."""
-    learned = [weight for weight in model.parameters() if weight.requires_grad]
-    model.disable_adapters()  # which also freezes them: FSDP2 would prepare for no gradients
-    for weight in learned:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        model.enable_adapters()
-
-
-def merge_lora(base: nn.Module, folder: Path) -> nn.Module:
-    """A plain model: `base` with the LoRA that was saved in `folder`."""
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(base, folder).merge_and_unload()

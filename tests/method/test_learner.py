@@ -361,6 +361,25 @@ def test_ppo_trains_policy_and_critic():
     assert history[-1]["value_error"] < 0.5 * history[0]["value_error"]
 
 
+def test_both_gradient_norms_are_logged(monkeypatch):
+    """The policy's is `grad_norm` and the critic's is `critic_grad_norm`, each before clipping."""
+    learner = make_learner(algorithm="ppo")
+    norms, clip = {}, learner.accelerator.clip_grad_norm_
+
+    def spied(parameters, limit):
+        parameters = list(parameters)
+        squares = [weight.grad.square().sum() for weight in parameters if weight.grad is not None]
+        norms[len(parameters)] = sum(squares).sqrt().item()
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(learner.accelerator, "clip_grad_norm_", spied)
+    figures = learner.update(make_trajectories())
+    policy, critic = (len([*m.parameters()]) for m in (learner.scorer, learner.critic))
+    assert norms[policy] != norms[critic]
+    assert figures["grad_norm"] == pytest.approx(norms[policy])
+    assert figures["critic_grad_norm"] == pytest.approx(norms[critic])
+
+
 def test_ppo_puts_the_kl_into_the_reward():
     """Guards a KL that counts twice, or nowhere, or with the wrong sign."""
     rows = make_trajectories((0.5,) * 6)

@@ -5,13 +5,18 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, make_tokenizer
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from scripts import FILE, evaluation, metrics, policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minizs.models import loading
+from minizs import UserError
+from minizs.models import loading, lora
 
 IDS = torch.arange(5, 25)[None]
+# `peft` asks `transformers` under an older name, which is no call of ours.
+OF_PEFT = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 FLAGS = "--lora_rank 4 --kl_coef 0.1 --steps 4 --group_size 4 --lr 0.05".split()
 
 
@@ -23,13 +28,13 @@ def logits(model) -> torch.Tensor:
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """The models that runs of this test train."""
-    seen, add = [], loading.add_lora
+    seen, add = [], lora.add_lora
 
     def spied(model, *rest):
         add(model, *rest)
         seen.append(model)
 
-    monkeypatch.setattr(loading, "add_lora", spied)
+    monkeypatch.setattr(lora, "add_lora", spied)
     return seen
 
 
@@ -41,7 +46,7 @@ def adapter(folder) -> bytes:
 def test_it_starts_as_nothing_and_alone_is_trained(family, dtype):
     """Guards a policy that is another one at once, weights that move with it, steps in bfloat16."""
     model, before = make_model(family, dtype), make_model(family, dtype)
-    loading.add_lora(model, 3, seed=1)
+    lora.add_lora(model, 3, seed=1)
     assert torch.equal(logits(model), logits(before))
     own = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     assert len(own) == 2 * 7 * 2 and all("lora_" in name for name in own)  # not on the head
@@ -49,8 +54,8 @@ def test_it_starts_as_nothing_and_alone_is_trained(family, dtype):
     frozen = [p for name, p in model.named_parameters() if name not in own]
     assert all(map(torch.equal, frozen, before.parameters()))
     same, other = make_model(family, dtype), make_model(family, dtype)
-    loading.add_lora(same, 3, seed=1)
-    loading.add_lora(other, 3, seed=2)
+    lora.add_lora(same, 3, seed=1)
+    lora.add_lora(other, 3, seed=2)
     for name, weight in own.items():  # all processes start alike
         assert torch.equal(weight, same.get_parameter(name))
     assert any(not torch.equal(p, other.get_parameter(name)) for name, p in own.items())
@@ -60,13 +65,13 @@ def test_switched_off_it_is_the_base():
     """Guards a reference that is the policy itself, and a policy that stays switched off."""
     model = make_model()
     base = logits(model)
-    loading.add_lora(model, 2)
+    lora.add_lora(model, 2)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
     changed = logits(model)
     assert (changed - base).abs().max() > 0.1
-    with pytest.raises(ZeroDivisionError), loading.lora_off(model):
+    with pytest.raises(ZeroDivisionError), lora.lora_off(model):
         assert torch.equal(logits(model), base)
         1 / 0  # noqa: B018
     assert torch.equal(logits(model), changed)
@@ -125,8 +130,92 @@ def test_in_bfloat16_small_steps_count(work, trained):
     base = [p for p in model.parameters() if not p.requires_grad]
     assert {p.dtype for p in base} == {torch.bfloat16}
     fresh, _ = loading.load("../base", dtype=torch.bfloat16)
-    loading.add_lora(fresh, 4, 0)
+    lora.add_lora(fresh, 4, 0)
     for (name, weight), start in zip(model.named_parameters(), fresh.parameters(), strict=True):
         moved = (weight - start).abs()
         assert (moved > 0).float().mean() > 0.5 if weight.requires_grad else moved.max() == 0, name
     assert all(row["kl"] < 0.01 for row in metrics(work / "runs" / "policy-1"))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The folder of a random LoRA, and the model that it was saved from."""
+    tokenizer = make_tokenizer()
+    model = make_model(vocab_size=len(tokenizer))
+    loading.save(model, tokenizer, tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    lora.add_lora(model, 3)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    loading.save(model, tokenizer, tmp_path / "lora")
+    return tmp_path / "lora", model
+
+
+@OF_PEFT
+def test_others_read_what_is_saved(saved):
+    """The folder is one that `peft`, without this package, loads to the same logits."""
+    folder, model = saved
+    base = AutoModelForCausalLM.from_pretrained(folder.parent / "base")
+    theirs = PeftModel.from_pretrained(base, folder)
+    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-6, rtol=0)
+
+
+@OF_PEFT
+def test_what_others_save_is_read(saved):
+    """A folder that `peft` writes is loaded with its addition."""
+    folder, model = saved
+    base = AutoModelForCausalLM.from_pretrained(folder.parent / "base")
+    PeftModel.from_pretrained(base, folder).save_pretrained(folder.parent / "theirs")
+    shutil.copy(folder / "tokenizer.json", folder.parent / "theirs")
+    loaded, _ = loading.load(str(folder.parent / "theirs"))
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
+
+
+def test_the_version_check_of_transformers_is_not_asked(saved, monkeypatch):
+    """LoRA works with a `peft` that `transformers` would refuse for its version."""
+
+    def refuse(*_, **__):
+        raise ValueError("this version of peft is refused")
+
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", refuse)
+    folder, model = saved
+    loaded, tokenizer = loading.load(str(folder))
+    loading.save(loaded, tokenizer, folder.parent / "again")
+    again, _ = loading.load(str(folder.parent / "again"))
+    assert torch.equal(logits(again), logits(model))
+    fresh = make_model(vocab_size=len(tokenizer))
+    merged = lora.merge_lora(fresh, folder)
+    torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=0)
+
+
+def lose_a_weight(weights: dict) -> None:
+    del weights[min(weights)]
+
+
+def add_a_weight(weights: dict) -> None:
+    weights["base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"] = torch.zeros(3, 32)
+
+
+@pytest.mark.parametrize("change", [lose_a_weight, add_a_weight])
+def test_weights_are_all_there_and_all_used(saved, change):
+    """A LoRA whose file lacks a weight, or holds one too many, is refused: `peft` only warns."""
+    path = saved[0] / "adapter_model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path)
+    with pytest.raises(UserError, match="lora_A.weight"):
+        loading.load(str(saved[0]))
+
+
+def test_an_adapter_without_safetensors_or_of_another_kind_is_refused(saved):
+    """Nothing is unpickled, and no other kind of adapter is taken for a LoRA."""
+    folder, _ = saved
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UserError, match="save the LoRA as safetensors"):
+        loading.load(str(folder))
+    path = folder / "adapter_config.json"
+    base = json.loads(path.read_text())["base_model_name_or_path"]
+    path.write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": base}))
+    with pytest.raises(UserError, match="IA3"):
+        loading.load(str(folder))

@@ -8,11 +8,11 @@ import huggingface_hub.constants
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from minizs import UserError
 from minizs.models import loading
+from minizs.models.lora import add_lora
 from minizs.protocol import PROMPT
 
 
@@ -115,7 +115,7 @@ def test_sharded_weights_are_loaded(tmp_path):
 def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
     """Guards LoRA folders, which hold no model, refused or loaded without their addition."""
     model, tokenizer = loading.load(str(folder))
-    model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    add_lora(model, rank=2)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)

@@ -136,7 +136,9 @@ def main(argv: list[str]) -> None:
     if config.ask:
         examples, config.before = [Example(config.ask, ())], "none"
     else:
-        examples = data.spread(data.load(config.data, "test", accelerator.print), config.questions)
+        examples = data.spread(
+            data.load_examples(config.data, "test", accelerator.print), config.questions
+        )
     if missing and not config.ask:
         build.build_engine(config, "test", accelerator, examples)  # or its error, before a run
         with accelerator.main_process_first():

@@ -169,7 +169,7 @@ def main(argv: list[str]) -> None:
         config.batch_questions % accelerator.num_processes == 0,
         f"--batch_questions {config.batch_questions} does not split over the processes.",
     )
-    examples = data.load(config.data, "train", accelerator.print)
+    examples = data.load_examples(config.data, "train", accelerator.print)
     resumed = checkpoint.find(config.resume, Path(config.output)) if config.resume else None
     if config.resume == "latest" and Path(config.output, run_folder.DONE).is_file():
         return accelerator.print(f"The run in {config.output} is complete.")

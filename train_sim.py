@@ -80,8 +80,8 @@ def rows_of(config: SimConfig, accelerator):
     if config.data == "world":
         return collect.collect(config.worlds, config.examples, config.seed, config.top_k)
     if not config.collect:
-        return [row for part in data.check(config.data) for row in data.rows(part)]
-    examples = data.load(config.data, "train")
+        return [row for part in data.check_spec(config.data) for row in data.read_rows(part)]
+    examples = data.load_examples(config.data, "train")
     build.check_lengths(config, [config.policy], examples)
     asked = replace(
         config,

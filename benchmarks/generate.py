@@ -91,7 +91,7 @@ def real_turns(policy: str, questions: int, limits: Limits) -> list[tuple[list[i
     rows = rollout(
         model,
         tokenizer,
-        data.load("world", "train")[:questions],
+        data.load_examples("world", "train")[:questions],
         ranking.BM25(world.documents, 3, world.judge),
         group_size=GROUP,
         limits=limits,

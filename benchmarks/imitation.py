@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     from minizs.runs import build, data, run_folder
 
     accelerator = build.make_accelerator(config)
-    examples = data.load(config.data, "train")
+    examples = data.load_examples(config.data, "train")
     model, tokenizer = build.load(config, config.policy, accelerator.device, torch.float32)
     template = loading.load_prompt(config.policy)
     engine = build.build_engine(config, "train", accelerator)

@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         "active": measure.Side(plain_side, *settings, False, threads=args.threads),
     }
     print(measure.machine(args.threads))
-    examples = data.load("world", "train")[: args.questions]
+    examples = data.load_examples("world", "train")[: args.questions]
     rows = args.questions * args.group
     print(f"{rows} trajectories of {args.policy}, {args.group} a question, {LIMITS}\n")
     with measure.together(sides):

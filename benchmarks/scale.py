@@ -147,7 +147,7 @@ def together(sides: list[measure.Side], examples: list[Example], group: int, see
 
 
 def processes(policy: str, simulated: str, questions: int, group: int, repeats: int) -> None:
-    examples = data.load("world", "train")
+    examples = data.load_examples("world", "train")
     # In training's order: in the file's one process would get all questions of two hops.
     examples = [examples[i] for i in data.batch(examples, 1, 4 * questions, seed=0)]
     sides = [measure.Side(minizs_side, policy, simulated, threads=1) for _ in range(2)]

@@ -84,7 +84,7 @@ def load_engine(name: str):
 
 def examples_of(task: Task, step: int) -> list[Example]:
     """The questions of a step, counted from 0."""
-    examples = data.load("world", "train")
+    examples = data.load_examples("world", "train")
     return [examples[(step * task.questions + i) % len(examples)] for i in range(task.questions)]
 
 

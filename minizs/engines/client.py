@@ -17,7 +17,8 @@ from typing import Any
 import httpx2
 
 from minizs import UserError, require
-from minizs.engines.ranking import Engine, Ranking, titled
+from minizs.engines.corpus import titled
+from minizs.engines.ranking import Engine, Ranking
 from minizs.trajectory import SearchRequest
 
 for name in ("httpx2", "httpcore2"):

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import bm25s
 
 from minizs import require
-from minizs.runs import data
+from minizs.engines.corpus import load_corpus
 from minizs.trajectory import SearchRequest
 
 Judge = Callable[[str, SearchRequest], bool]  # does this document hold what this request needs?
@@ -114,25 +114,6 @@ def make_index(documents: Sequence[str]) -> bm25s.BM25:
     index = bm25s.BM25()
     index.index(bm25s.tokenize(documents, **WORDS), show_progress=False)
     return index
-
-
-def titled(title: str | None, text: str) -> str:
-    """A document as published corpora have it in `contents`: the title in quotes, a line break."""
-    return f'"{title}"\n' + text if title else text
-
-
-def load_corpus(path: Path) -> list[str]:
-    """The documents of a file (see `data.read`): its rows' `contents`, or `text` and perhaps
-    `title`; rows without are left out. Raises UserError."""
-    require(path.suffix in data.FILES, f"{path} is none of {', '.join(data.FILES)}: save it so.")
-    rows = ((row, row.get("contents", row.get("text"))) for row in data.read(path))
-    documents = [
-        titled(None if "contents" in row else row.get("title"), text)
-        for row, text in rows
-        if isinstance(text, str) and text.strip()
-    ]
-    require(bool(documents), f"The corpus {path} has no text in a column 'contents' or 'text'.")
-    return documents
 
 
 class NoDocuments:

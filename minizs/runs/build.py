@@ -155,7 +155,7 @@ def held_out(config, accelerator, writer, tokenizer, template: str) -> Callable[
     None without a corpus: the simulator, which sees the golds, would be no test."""
     if not config.eval_every:
         return None
-    examples = data.spread(data.load(config.data, "dev"), config.eval_questions)
+    examples = data.spread(data.load_examples(config.data, "dev"), config.eval_questions)
     if not examples or config.data != "world" and not config.corpus:
         return accelerator.print("No evaluation while it trains: it takes questions and --corpus.")
     engine = bm25(config, "dev")

@@ -115,7 +115,7 @@ def check_search(config: SearchConfig) -> None:
         "engine_noise",
     )
     loading.check_model(config.policy, config.max_context)
-    data.check(config.data)
+    data.check_spec(config.data)
     if config.engine == "simulator" and config.simulator and not config.simulator.startswith(URL):
         loading.check_model(config.simulator)
     if config.engine == "bm25" and config.data != "world":

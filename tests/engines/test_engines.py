@@ -12,7 +12,8 @@ import pytest
 
 from minizs import UserError
 from minizs.engines import ranking
-from minizs.engines.ranking import BM25, NoDocuments, holds_answer, load_corpus
+from minizs.engines.corpus import load_corpus
+from minizs.engines.ranking import BM25, NoDocuments, holds_answer
 from minizs.randomness import uniform
 from minizs.trajectory import SearchRequest
 
@@ -139,7 +140,8 @@ def test_corpora_in_their_usual_layouts(tmp_path, name, rows):
         ("a.txt", b"\xff\xfe\x00", "cannot be read"),
         ("a.jsonl", "{", "cannot be read"),
         ("a.jsonl", '{"body": "x", "id": 1}\n', "no text in a column 'contents' or 'text'"),
-        ("a.csv", "x", "is none of .json, .jsonl, .parquet, .txt"),
+        ("a.xml", "x", "is none of .json, .jsonl, .parquet, .csv, .tsv, .txt"),
+        ("a.csv", "id,body\n1,x\n", "with 'title'); it has 'id', 'body'"),
         ("a.jsonl", '{"contents": "Malmö"}'.encode("latin-1"), "cannot be read"),
         ("a.jsonl", '{"contents": 3}\n{"contents": null}\n', "no text in"),
         ("a.jsonl", '{"title": "x", "text": " "}\n{"text": null, "title": "x"}\n', "no text in"),

@@ -38,7 +38,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
 def test_every_format_gives_the_same_examples(tmp_path, name):
     """Guards gold answers that are lost but for the first, and sources that are mixed up."""
-    assert data.load(write(tmp_path / name, ROWS), "test") == EXPECTED
+    assert data.load_examples(write(tmp_path / name, ROWS), "test") == EXPECTED
 
 
 def test_odd_rows(tmp_path):
@@ -50,9 +50,9 @@ def test_odd_rows(tmp_path):
         {"question": "q4?", "answer": None},
     ]
     path = write(tmp_path / "mine.jsonl", rows)
-    assert data.load(path, "test") == [Example("q1?", ("abc",), "mine")]
+    assert data.load_examples(path, "test") == [Example("q1?", ("abc",), "mine")]
     with pytest.raises(UserError, match="no row"):
-        data.load(write(tmp_path / "none.jsonl", rows[1:]), "train")
+        data.load_examples(write(tmp_path / "none.jsonl", rows[1:]), "train")
 
 
 @pytest.mark.parametrize(
@@ -62,29 +62,29 @@ def test_odd_rows(tmp_path):
 def test_a_missing_column_is_named_with_those_found(tmp_path, row, missing):
     """Guards a KeyError in the user's face."""
     with pytest.raises(UserError, match=f"needs columns .*'{missing}'") as error:
-        data.load(write(tmp_path / "a.jsonl", [row]), "train")
+        data.load_examples(write(tmp_path / "a.jsonl", [row]), "train")
     assert all(repr(name) in str(error.value) for name in row)
 
 
 def test_wrong_files(tmp_path):
     """Guards wrong paths and formats that are noticed only after minutes of work."""
-    (tmp_path / "file.csv").write_text("question,answer")
+    (tmp_path / "file.xml").write_text("question,answer")
     for spec, words in (
         (tmp_path / "no.jsonl", "check the path"),
         ("no/such.parquet", "check the path"),
-        (tmp_path / "file.csv", "neither"),
+        (tmp_path / "file.xml", "neither"),
         (tmp_path, "neither"),
         ("dataset", "neither"),
         ("some/data/set", "neither"),
         ("nq,world", "neither"),
         ("nq,,hotpotqa", "neither"),
     ):
-        for function in (data.check, lambda spec: data.load(spec, "train")):
+        for function in (data.check_spec, lambda spec: data.load_examples(spec, "train")):
             with pytest.raises(UserError, match=words):
                 function(str(spec))
     (tmp_path / "bad.jsonl").write_text("no json")
     with pytest.raises(UserError, match="cannot be read near row 1: Expecting value"):
-        data.load(str(tmp_path / "bad.jsonl"), "train")
+        data.load_examples(str(tmp_path / "bad.jsonl"), "train")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_files_that_cannot_be_read(tmp_path, name, content, said):
     """Guards tracebacks, at the first row that is used, and messages without a cause."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said) as error:
-        data.load(str(tmp_path / name), "test")
+        data.load_examples(str(tmp_path / name), "test")
     assert "\n" not in str(error.value)
 
 
@@ -121,14 +121,14 @@ def test_texts_stay_as_they_were(tmp_path, answer, suffix):
         else [answer]
     )
     path = write(tmp_path / f"mine.{suffix}", [{"question": "2020-02-02", "answer": answer}])
-    assert data.load(path, "test") == [Example("2020-02-02", tuple(golds), "mine")]
+    assert data.load_examples(path, "test") == [Example("2020-02-02", tuple(golds), "mine")]
 
 
 def test_numbers_as_golds(tmp_path):
     """Guards numbers that are lost, and a missing one as the answer "None"."""
     rows = [{"question": f"q{x}?", "answer": x} for x in (1990.5, 0.5, None)]
     for name in ("a.parquet", "a.jsonl"):
-        examples = data.load(write(tmp_path / name, rows), "test")
+        examples = data.load_examples(write(tmp_path / name, rows), "test")
         assert [e.answers for e in examples] == [("1990.5",), ("0.5",)]
 
 
@@ -142,7 +142,7 @@ def test_rows_that_differ(tmp_path):
     ]
     golds = {"mine.jsonl": "x y z 3", "mine.parquet": "x y z"}  # whose rows have the same columns
     for name, expected in golds.items():
-        examples = data.load(write(tmp_path / name, rows[: len(expected.split())]), "test")
+        examples = data.load_examples(write(tmp_path / name, rows[: len(expected.split())]), "test")
         assert [e.answers for e in examples] == [(gold,) for gold in expected.split()]
         assert [e.source for e in examples][:3] == ["mine", "nq", "mine"]
 
@@ -152,7 +152,7 @@ def test_the_byte_order_mark_of_other_editors(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "q?", "answer": "x"}\n\n', "utf-8-sig")
     (tmp_path / "a.json").write_text('[{"question": "q?", "answer": "x"}]', "utf-8-sig")
     for name in ("a.json", "a.jsonl"):
-        assert data.load(str(tmp_path / name), "test") == [Example("q?", ("x",), "a")]
+        assert data.load_examples(str(tmp_path / name), "test") == [Example("q?", ("x",), "a")]
 
 
 LAYOUTS = {
@@ -187,7 +187,7 @@ def test_every_layout_is_recognised(tmp_path, layout, suffix):
     path = write(tmp_path / f"mine.{suffix}", [LAYOUTS[layout]])
     golds = ("x",) if layout == "HotpotQA" else ("x", "y")
     source = LAYOUTS[layout].get("data_source", "mine")
-    assert data.load(path, "test") == [Example("q?", golds, source)]
+    assert data.load_examples(path, "test") == [Example("q?", golds, source)]
 
 
 def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
@@ -203,18 +203,23 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
     ]
     path = write(tmp_path / "mine.jsonl", rows)
     said = []
-    kept = data.load(path, "test", say=said.append)
+    kept = data.load_examples(path, "test", say=said.append)
     assert [(e.question[:10], e.source) for e in kept] == [
         ("Who is it?", "nq"),
         ("Who is it?", "hotpot"),
         ("qqqqqqqqqq", "nq"),
     ]
-    [sentence] = said
+    [columns, sentence] = said
+    assert columns.endswith(
+        "questions from 'question', golds from 'answer', "
+        "source 'data_source', or 'mine', its name, where a row has none."
+    )
     counts = "1 repeated, 2 without question or answer, 1 over-long."
     assert sentence.startswith("3 questions of ") and counts in sentence
-    data.load(path, "dev")
-    data.load(write(tmp_path / "fine.jsonl", rows[:1]), "test")
-    assert capsys.readouterr().out == ""  # said once, and only where there is something to say
+    data.load_examples(path, "dev")
+    assert capsys.readouterr().out == ""  # once is enough
+    data.load_examples(write(tmp_path / "fine.jsonl", rows[:1]), "test", say=said.append)
+    assert len(said) == 3 and "left out" not in said[2]
 
 
 def test_several_files_with_any_name(tmp_path, monkeypatch):
@@ -224,13 +229,13 @@ def test_several_files_with_any_name(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     for name in ("a.jsonl", "b{c}?.parquet", "d,e.json"):
         write(folder / name, [{"question": f"{name}?", "answer": "x"}])
-    examples = data.load("a.jsonl, b{c}?.parquet", "test")
+    examples = data.load_examples("a.jsonl, b{c}?.parquet", "test")
     assert [(e.question, e.source) for e in examples] == [
         ("a.jsonl?", "a"),
         ("b{c}?.parquet?", "b{c}?"),
     ]
-    assert data.load("d,e.json", "test") == [Example("d,e.json?", ("x",), "d,e")]
-    assert data.load(str(folder / "a.jsonl"), "test") == examples[:1]
+    assert data.load_examples("d,e.json", "test") == [Example("d,e.json?", ("x",), "d,e")]
+    assert data.load_examples(str(folder / "a.jsonl"), "test") == examples[:1]
 
 
 @pytest.fixture
@@ -264,13 +269,13 @@ def test_hub_names(tmp_path, hub):
     splits = {name: rows(name, 40) for name in ("train", "dev", "test")}
     tables["org/name", None] = splits
     tables["org/name", "config"] = {"validation": rows("validation"), "train": rows("t")}
-    test = data.load("org/name", "test")
+    test = data.load_examples("org/name", "test")
     assert {e.question[:4] for e in test} == {"test"} and test[0].source == "name"
-    train, dev = (data.load("org/name", role) for role in ("train", "dev"))
+    train, dev = (data.load_examples("org/name", role) for role in ("train", "dev"))
     assert len(train) + len(dev) == 40 and train and dev
     assert {e.question[:5] for e in train + dev} == {"train"}
     path = write(tmp_path / "mine.jsonl", ROWS)
-    both = data.load(f"{path},org/name:config", "test")
+    both = data.load_examples(f"{path},org/name:config", "test")
     assert both == [*EXPECTED, Example("validation0?", ("x",), "name:config")]
     assert asked == [("org/name", None)] * 3 + [("org/name", "config")]
 
@@ -290,14 +295,14 @@ def test_the_papers_sets_have_short_names(hub):
     for name, splits in there.items():
         key = ("RUC-NLPIR/FlashRAG_datasets", name)
         tables[key] = {split: rows(split) for split in splits.split()}
-    examples = data.load("paper", "test")
+    examples = data.load_examples("paper", "test")
     assert [e.source for e in examples] == list(there)
     expected = ["dev0?" if "test" not in splits else "test0?" for splits in there.values()]
     assert [e.question for e in examples] == expected
-    assert data.load("nq,hotpotqa", "test") == [examples[0], examples[3]]
-    assert {e.question for e in data.load("nq,hotpotqa", "train")} == {"train0?"}
+    assert data.load_examples("nq,hotpotqa", "test") == [examples[0], examples[3]]
+    assert {e.question for e in data.load_examples("nq,hotpotqa", "train")} == {"train0?"}
     with pytest.raises(UserError, match="popqa has no split 'train'; it has test"):
-        data.load("nq,popqa", "train")
+        data.load_examples("nq,popqa", "train")
     assert {name for _, name in asked} == {*there}
 
 
@@ -305,9 +310,9 @@ def test_a_hub_without_a_test(hub):
     """Guards a set that cannot be tested on at all, and a library's error in pieces."""
     tables, _ = hub
     tables["org/name", None] = {"train": rows("train")}
-    assert data.load("org/name", "test")[0].question == "train0?"
+    assert data.load_examples("org/name", "test")[0].question == "train0?"
     with pytest.raises(UserError, match="org/other cannot be read: No dataset org/other there"):
-        data.load("org/other", "test")
+        data.load_examples("org/other", "test")
 
 
 def test_a_local_file_wins(tmp_path, hub, monkeypatch):
@@ -315,23 +320,23 @@ def test_a_local_file_wins(tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
     write(tmp_path / "org" / "name.json", ROWS)
-    assert data.load("org/name.json", "test") == EXPECTED and hub[1] == []
+    assert data.load_examples("org/name.json", "test") == EXPECTED and hub[1] == []
 
 
 def test_a_file_is_split_by_its_questions(tmp_path):
     """Guards held-out questions that are trained on, or change with a row's place in the file."""
     rows = [{"question": f"q{i}?", "answer": "x"} for i in range(200)]
     path, back = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[::-1])
-    train, dev, test = (data.load(path, role) for role in ("train", "dev", "test"))
+    train, dev, test = (data.load_examples(path, role) for role in ("train", "dev", "test"))
     assert len(test) == 200 and sorted(train + dev, key=test.index) == test
     assert 8 <= len(dev) <= 35
-    assert {e.question for e in data.load(back, "dev")} == {e.question for e in dev}
+    assert {e.question for e in data.load_examples(back, "dev")} == {e.question for e in dev}
 
 
 def test_the_world_is_the_default():
     """Guards roles that share a world: what is trained on must not be tested."""
-    data.check("world")
-    train, test = (data.load("world", role) for role in ("train", "test"))
+    data.check_spec("world")
+    train, test = (data.load_examples("world", role) for role in ("train", "test"))
     questions = [(q.text, (q.answer,), q.kind) for q in embedded("train").questions()]
     assert [(e.question, e.answers, e.source) for e in train] == questions
     assert {e.source for e in train} == {e.source for e in test} == {"one_hop", "two_hop"}
@@ -361,11 +366,13 @@ def test_half_characters_are_no_text(tmp_path, name):
     """Guards a crash, hours in, when such a text is split into tokens; whole ones stay."""
     row = r'{"question": "a \ud83d\ude00 \uD800?", "answer": ["\udfff", "x\udfff"]}'
     (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
-    [example] = data.load(str(tmp_path / name), "test")
+    [example] = data.load_examples(str(tmp_path / name), "test")
     assert example.question == "a \U0001f600 ??" and example.answers == ("x?",)
 
 
 def test_questions_that_are_no_text(tmp_path):
     """Guards a list, or a number, spelled out as a question."""
     rows = [{"question": q, "answer": "x"} for q in (["a"], {"a": "b"}, 3, "why?")]
-    assert [e.question for e in data.load(write(tmp_path / "a.json", rows), "test")] == ["why?"]
+    assert [e.question for e in data.load_examples(write(tmp_path / "a.json", rows), "test")] == [
+        "why?"
+    ]

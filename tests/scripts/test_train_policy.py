@@ -69,7 +69,7 @@ def test_the_tiny_world_tests_on_facts_that_it_does_not_train_on(work):
     policy("--data", "world", "--corpus", "", "--eval_every", "1", "--eval_questions", "8")
     assert all(0 <= row["held_out_f1"] <= 1 for row in metrics(work / "runs" / "policy-1"))
     shown = (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines()
-    held_out = {example.question for example in data.load("world", "dev")}
+    held_out = {example.question for example in data.load_examples("world", "dev")}
     assert not held_out & {json.loads(line)["example"]["question"] for line in shown}
 
 
@@ -80,7 +80,7 @@ def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
     flags = ["--data", "q.jsonl", "--eval_every", "1", "--batch_questions", "8"]
     policy(*flags, "--engine", "simulator", "--simulator", "../base")
     run = work / "runs" / "policy-1"
-    held_out = len(data.load("q.jsonl", "dev"))
+    held_out = len(data.load_examples("q.jsonl", "dev"))
     assert 0 < held_out < 15 and [row["held_out_n"] for row in metrics(run)] == [held_out] * 2
     policy(*flags, "--engine", "simulator", "--simulator", "../base", "--corpus", "")
     assert "No evaluation while it trains" in capsys.readouterr().out

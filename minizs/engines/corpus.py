@@ -1,0 +1,71 @@
+"""Corpora, in the layouts that they are published in.
+
+wiki-18 (FlashRAG, Search-R1)   contents: "Title" in quotes, a line break, and the text
+DPR's passages                  text, title
+KILT's knowledge source         text: a list of paragraphs, wikipedia_title
+lines of a .txt file            a document each
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from minizs import require
+from minizs.engines import files
+
+PASSAGE_WORDS = 100  # about what a passage of wiki-18 has
+HEADING, BULLET = "Section::::", "BULLET::::-"  # KILT's marks at the beginning of a paragraph
+
+
+def load_corpus(path: Path) -> list[str]:
+    """The documents of a file (see files.py); rows without text are left out. Raises UserError."""
+    formats = ", ".join(files.FORMATS)
+    require(bool(files.file_format(path)), f"{path} is none of {formats}: save it as one of these.")
+    columns: dict[str, None] = {}
+    documents = []
+    for row in files.read_rows(path):
+        columns.update(dict.fromkeys(row))
+        documents += row_documents(files.lower_names(row))
+    require(
+        bool(documents),
+        f"The corpus {path} has no text in a column 'contents' or 'text' (perhaps with 'title'); "
+        f"it has {', '.join(map(repr, columns)) or 'no rows'}.",
+    )
+    return documents
+
+
+def row_documents(row: dict) -> list[str]:
+    """The documents of a row: one, or the passages of a page, or none."""
+    if "contents" in row:
+        return text_documents(row["contents"], title=None)
+    title = row.get("title") or row.get("wikipedia_title")
+    text = row.get("text")
+    if isinstance(text, list):
+        paragraphs = [part.strip() for part in text if isinstance(part, str)]
+        return [titled(title, passage) for passage in passages(title, paragraphs)]
+    return text_documents(text, title)
+
+
+def text_documents(text: str | None, title: str | None) -> list[str]:
+    has_text = isinstance(text, str) and bool(text.strip())
+    return [titled(title, text)] if has_text else []
+
+
+def titled(title: str | None, text: str) -> str:
+    """A document as published corpora have it in `contents`: the title in quotes, a line break."""
+    return f'"{title}"\n{text}' if title else text
+
+
+def passages(title: str | None, paragraphs: list[str]) -> Iterator[str]:
+    """Whole paragraphs of a page, joined until they have `PASSAGE_WORDS`; its headings are left
+    out, and so is its first paragraph where that is only the title."""
+    passage: list[str] = []
+    for number, paragraph in enumerate(paragraphs):
+        is_title = number == 0 and paragraph == title
+        if not paragraph or is_title or paragraph.startswith(HEADING):
+            continue
+        passage.append(paragraph.removeprefix(BULLET).strip())
+        if sum(len(part.split()) for part in passage) >= PASSAGE_WORDS:
+            yield " ".join(passage)
+            passage = []
+    if passage:
+        yield " ".join(passage)

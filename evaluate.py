@@ -19,7 +19,7 @@ from pathlib import Path
 
 from minizs import require
 from minizs.runs import report
-from minizs.runs.flags import check_ranges, option, parse, run_script, set_threads
+from minizs.runs.flags import option, parse, run_script, set_threads
 from minizs.runs.settings import ENGINES, SearchConfig, check_search
 
 METHODS = ("search", "direct", "cot", "rag")
@@ -28,20 +28,56 @@ INK = {"think": 2, "search": 36, "answer": 32, "useful": 34, "noisy": 33}  # ANS
 
 @dataclass
 class EvalConfig(SearchConfig):
-    policy: str = option("", "A folder or hub name; empty: the newest run's, made at need.")
-    before: str = option("auto", "What to compare with: 'auto' (the run's base), 'none', a model.")
-    method: str = option("search", "Or: answer at once, think first, read one search.", METHODS)
-    engine: str = option("bm25", "What answers the searches; 'none': an empty block.", ENGINES)
-    questions: int = option(1000, "At most, spread evenly over the data sets; 0: all.")
-    output: str = option("", "A .json file; empty: evaluation.json, or -2, ..., at the policy.")
-    ask: str | None = option(None, "Answer this one question and show the whole trajectory.")
-    temperature: float = option(0.0, "0 is greedy.")
-    batch: int = option(250, "Questions a process answers together.")
+    """Stage 3: test a policy with a real search engine, or ask it one question.
+
+    Without any flag it tests the newest run's policy in the tiny world, beside the model that its
+    training began with.
+    """
+
+    ask: str | None = option(
+        None, "Answer this one question and show the whole trajectory.", metavar="QUESTION"
+    )
+    policy: str = option(
+        "",
+        "The policy to test: a folder or a hub name. By default that of the newest run, which is "
+        "trained if there is none.",
+        metavar="MODEL",
+    )
+    before: str = option(
+        "auto",
+        "The model to compare with: 'auto' is the one that the policy was trained from, 'none' is "
+        "no other.",
+        metavar="MODEL",
+    )
+    method: str = option(
+        "search",
+        "How the policy answers: it searches, answers at once, thinks first, or reads the "
+        "documents of one search for the question.",
+        METHODS,
+    )
+    engine: str = option(
+        "bm25",
+        "What answers the searches: a real engine, the simulator, which has seen the gold answers, "
+        "or nothing.",
+        ENGINES,
+    )
+    questions: int = option(
+        1000, "The number of questions, spread evenly over the data sets. 0 takes all.", min=0
+    )
+    output: str = option(
+        "",
+        "A .json file for the figures. By default evaluation.json beside the policy's folder, or "
+        "evaluation-2.json and so on.",
+        metavar="FILE",
+    )
+    temperature: float = option(
+        0.0, "The temperature at which the policy samples. 0 is greedy.", min=0
+    )
+    batch: int = option(250, "The number of questions that a process answers together.", min=1)
 
 
 def check(config: EvalConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
-    check_ranges(config, positive="batch", not_negative="questions")
     check_search(config)
     require(not config.engine_noise or config.method == "search", "--engine_noise is for searches.")
     require(config.ask is None or config.ask.strip(), "--ask needs a question.")

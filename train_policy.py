@@ -12,8 +12,8 @@ from pathlib import Path
 
 from minizs import require
 from minizs.runs import run_folder
-from minizs.runs.flags import parse, run_script, save, set_threads
-from minizs.runs.settings import FREE, PolicyConfig, check
+from minizs.runs.flags import may_change, parse, run_script, save, set_threads
+from minizs.runs.settings import PolicyConfig, check_training
 
 SHOWN = "reward searches_per_question held_out_f1 kl noise entropy".split()  # in the bar
 
@@ -153,9 +153,9 @@ def main(argv: list[str]) -> None:
     if config.resume:  # with the run's own settings, where the flags are silent
         folder = run_folder.to_resume(config.output, config.resume)
         config = parse(PolicyConfig, argv, folder / "config.yaml")
-        run_folder.check_unchanged(folder, config, FREE)
+        run_folder.check_unchanged(folder, config, may_change(config))
         config.output = str(folder)
-    check(config)
+    check_training(config)
     set_threads(config.threads)
     import torch
 

@@ -16,32 +16,86 @@ from pathlib import Path
 
 from minizs import require
 from minizs.runs import run_folder
-from minizs.runs.flags import check_ranges, option, parse, run_script, save, set_threads
-from minizs.runs.settings import ENGINES, SearchConfig, check_search
+from minizs.runs.flags import may_change, option, parse, run_script, save, set_threads
+from minizs.runs.settings import REAL_ENGINES, SearchConfig, check_search, check_trainable
 
 DEFAULT = str(run_folder.RUNS / "simulator")
-FREE = {"output", "overwrite", "resume", "threads", "save_every", "keep", "report_queries"}
 
 
 @dataclass
 class SimConfig(SearchConfig):
-    base: str = option("tiny", "The model to start from: 'tiny' (shipped), a folder or a hub name.")
-    data: str = option("world", "'world', or pairs to learn from; with --collect: questions.")
-    collect: bool = option(False, "Only collect examples, into OUTPUT/collected.jsonl.")
-    engine: str = option("bm25", "With --collect --data: what answers the policy.", ENGINES[1:-1])
-    judge: str = option("gold", "With --collect --data: 'gold', a model's folder, name or address.")
-    output: str = option("", "Empty: runs/simulator, or runs/collected with --collect.")
-    resume: str = option("", "Go on from the newest checkpoint, or the one named.", bare="latest")
-    worlds: int = option(200, "Re-drawn worlds to collect from.")
-    examples: int = option(12_000, "Examples to collect, useful and noisy in equal number.")
-    steps: int = option(400, "Optimiser steps.")
-    batch_tokens: int = option(3000, "Positions a step, over all processes, padding counted.")
-    lr: float = option(4e-3, "Peak learning rate (AdamW); linear warm-up, then linear decay to 0.")
-    warmup: float = option(0.05, "Share of the steps in which the learning rate rises.")
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    save_every: int = option(100, "Steps between checkpoints, in OUTPUT.partial; 0: none.")
-    keep: int = option(2, "Checkpoints kept until the simulator is whole.")
-    report_queries: int = option(500, "Queries of each kind for the report; 0: none.")
+    """Stage 1: fine-tune a language model into a search engine that writes documents.
+
+    Without any flag it trains the simulator of the tiny world, in runs/simulator.
+    """
+
+    base: str = option(
+        "tiny",
+        "The model to start from: a folder, a hub name, or 'tiny', the one that comes with minizs.",
+        metavar="MODEL",
+    )
+    data: str = option(
+        "world",
+        "The pairs to learn from: 'world' collects them in the tiny world; otherwise files and hub "
+        "names, with commas between them. With --collect: the questions to collect pairs for.",
+    )
+    output: str = option(
+        "",
+        "The simulator's folder. By default runs/simulator, or runs/collected with --collect.",
+        metavar="PATH",
+        may_change=True,
+    )
+    collect: bool = option(False, "Only collect pairs to learn from, into OUTPUT/collected.jsonl.")
+    engine: str = option(
+        "bm25",
+        "With --collect and --data: the engine that answers the policy's searches.",
+        REAL_ENGINES,
+    )
+    judge: str = option(
+        "gold",
+        "With --collect and --data: what tells useful documents from noisy ones. 'gold' looks for "
+        "the answer in them; otherwise a model's folder, hub name or address.",
+        metavar="MODEL",
+    )
+    worlds: int = option(200, "The number of re-drawn tiny worlds to collect pairs from.", min=1)
+    examples: int = option(
+        12_000, "The number of pairs to collect, useful and noisy in equal number.", min=2
+    )
+    steps: int = option(400, "The number of optimiser steps.", min=1)
+    batch_tokens: int = option(
+        3000, "The positions in a step, over all processes and with padding.", min=1
+    )
+    lr: float = option(
+        4e-3, "The peak learning rate of AdamW. It rises linearly, then falls to 0.", above=0
+    )
+    warmup: float = option(
+        0.05, "The share of the steps in which the learning rate rises.", min=0, max=1
+    )
+    max_grad_norm: float = option(
+        1.0, "A gradient with a larger norm is scaled down to this one.", above=0
+    )
+    save_every: int = option(
+        100,
+        "The steps between two checkpoints, in OUTPUT.partial. 0 saves none.",
+        min=0,
+        may_change=True,
+    )
+    keep: int = option(
+        2, "The number of checkpoints that are kept until the end.", min=1, may_change=True
+    )
+    resume: str = option(
+        "",
+        "Go on from the newest checkpoint, or from the one that is named.",
+        bare="latest",
+        metavar="CHECKPOINT",
+        may_change=True,
+    )
+    report_queries: int = option(
+        500,
+        "The number of useful and of noisy queries for the simulator's report. 0 writes none.",
+        min=0,
+        may_change=True,
+    )
 
 
 def check(config: SimConfig, partial: Path) -> None:
@@ -49,22 +103,12 @@ def check(config: SimConfig, partial: Path) -> None:
     from minizs.models import loading
     from minizs.runs import checkpoint
 
-    check_ranges(
-        config,
-        "worlds steps batch_tokens lr max_grad_norm temperature keep",
-        "report_queries save_every",
-        share="warmup",
-    )
-    require(config.examples > 1, "--examples must be 2 or more, one of each kind.")
     loading.check_model(config.base)
     require(
         config.judge == "gold" or config.collect and config.data != "world",
         f"--judge {config.judge} is for --collect with --data; leave it out.",
     )
-    require(
-        not Path(config.base, "adapter_config.json").is_file(),
-        f"{config.base} is a LoRA, which cannot be trained further; make it with --merge.",
-    )
+    check_trainable(config.base)
     check_search(config if config.collect else replace(config, engine="none"))
     run_folder.check_free(Path(config.output), resume=False, overwrite=config.overwrite)
     if config.resume not in ("", "latest"):
@@ -118,7 +162,7 @@ def train(config: SimConfig, accelerator, model, optimizer, texts, partial: Path
     anew = not config.resume and (config.overwrite or config == SimConfig(output=DEFAULT))
     found = None if anew else checkpoint.find(config.resume or "latest", partial)
     if found:
-        run_folder.check_unchanged(partial, config, FREE)
+        run_folder.check_unchanged(partial, config, may_change(config))
     done = checkpoint.load(accelerator, found) if found else 0
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

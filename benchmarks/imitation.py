@@ -21,12 +21,14 @@ from minizs.runs.flags import option, parse, run_script, save, set_threads  # no
 
 @dataclass
 class ImitationConfig(train_policy.PolicyConfig):
-    epochs: int = option(6, "Passes over the successful trajectories.")
+    """Supervised learning on the successful trajectories of the starting model."""
+
+    epochs: int = option(6, "The number of passes over the successful trajectories.", min=1)
 
 
 def main(argv: list[str]) -> None:
     config = parse(ImitationConfig, argv)
-    train_policy.check(config)
+    train_policy.check_training(config)
     set_threads(config.threads)
     import torch
 

@@ -29,7 +29,7 @@ from minizs.engines.ranking import BM25
 from minizs.models import loading
 from minizs.runs import run_folder
 from minizs.runs.collect import write_query
-from minizs.runs.flags import check_ranges, option, parse, run_script, save, set_threads
+from minizs.runs.flags import option, parse, run_script, save, set_threads
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
 from minizs.world.facts import RELATIONS, TWO_HOP, Question, World, names, read_fact
@@ -204,15 +204,21 @@ def make_tokenizer():
 
 @dataclass
 class PretrainConfig:
+    """The tiny base model: pre-trained on texts of the tiny world with made-up facts."""
+
     output: str = option("runs/base", "The model's folder.")
     overwrite: bool = option(False, "Delete what the output folder holds.")
-    steps: int = option(4500, "Optimiser steps.")
-    batch_tokens: int = option(1500, "Positions a step and process, padding counted.")
-    hidden: int = option(128, "Width of the model.")
-    layers: int = option(3, "Its layers.")
-    lr: float = option(0.02, "Peak learning rate of Muon; AdamW has a quarter of it.")
-    seed: int = option(0, "Decides weights and texts.")
-    threads: int = option(0, "CPU threads a process; 0: all cores, shared by the processes.")
+    steps: int = option(4500, "The number of optimiser steps.", min=1)
+    batch_tokens: int = option(1500, "The positions in a step, for each process.", min=1)
+    hidden: int = option(128, "The width of the model.", min=1)
+    layers: int = option(3, "The number of its layers.", min=1)
+    lr: float = option(0.02, "The peak learning rate of Muon. AdamW has a quarter of it.", above=0)
+    seed: int = option(0, "Weights and texts follow from this number.")
+    threads: int = option(
+        0,
+        "How many CPU threads each process computes with. 0 shares all cores among the processes.",
+        min=0,
+    )
 
 
 def make_model(tokenizer, hidden: int, layers: int, seed: int):
@@ -243,7 +249,6 @@ def make_model(tokenizer, hidden: int, layers: int, seed: int):
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(PretrainConfig, argv)
-    check_ranges(config, "steps batch_tokens hidden layers lr", "threads")
     require(config.hidden % 8 == 0, "--hidden must be a multiple of 8.")
     folder = Path(config.output)
     ours = config.overwrite and (folder / "simulator_prompt.txt").is_file()  # as it was left

@@ -11,16 +11,26 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from minizs import UserError, require
 from minizs.engines.ranking import BM25
-from minizs.runs.flags import check_ranges, option, parse, run_script
+from minizs.runs.flags import option, parse, run_script
 from minizs.world.facts import embedded
 
 
 @dataclass
 class RetrieverConfig:
-    corpus: str = option("", "A .txt, .jsonl, .json or .parquet file; empty: the tiny world.")
-    host: str = option("127.0.0.1", "The address to listen at; 0.0.0.0: all of this machine's.")
-    port: int = option(8000, "The port to listen at; 0: any that is free.")
-    top_k: int = option(3, "Documents a query where the request does not say.")
+    """A retriever's server: BM25 over a corpus, for any number of runs on any machines."""
+
+    corpus: str = option(
+        "",
+        "The documents: a .txt, .jsonl, .json or .parquet file. By default the tiny world's.",
+        metavar="FILE",
+    )
+    host: str = option(
+        "127.0.0.1", "The address to listen at. 0.0.0.0 is all addresses of this machine."
+    )
+    port: int = option(8000, "The port to listen at. 0 is any that is free.", min=0, max=65535)
+    top_k: int = option(
+        3, "The number of documents for a query where the request does not say.", min=1
+    )
 
 
 def answer(engine: BM25, body: dict) -> dict | list:
@@ -69,7 +79,6 @@ def make_server(engine: BM25, host: str, port: int) -> ThreadingHTTPServer:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse(RetrieverConfig, argv)
-    check_ranges(config, "top_k", "port")
     engine = (
         BM25.of_corpus(config.corpus, config.top_k)
         if config.corpus

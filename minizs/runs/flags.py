@@ -1,14 +1,23 @@
-"""How settings are read: a dataclass (settings.py) filled from YAML and flags, and saved.
+"""How settings are read from the command line and from YAML files, checked, and saved.
 
     python train_policy.py --config my.yaml --lr 1e-4      # a flag wins over the file
 
-What is slow to import is imported late, so that `--help` and a wrong flag answer at once."""
+The settings of a script are a dataclass whose fields are written with `option`. It can inherit
+from several smaller ones (settings.py has them): flags stay flat, and `--help` shows the fields of
+each class under the first line of its docstring.
 
+What is slow to import is imported inside functions, so that `--help` and a wrong flag answer at
+once.
+"""
+
+import argparse
+import dataclasses
+import inspect
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +25,156 @@ import yaml
 
 from minizs import UserError, brief, require
 
-MACHINE = {  # words in errors of the machine, not of the code: what the user can do
-    "No space left|disk is full|quota|inline_": "the disk is full; --resume when it is not",
+# Words in an error that come from the machine, not from the code, and what the user can do.
+MACHINE = {
+    "No space left|disk is full|quota|inline_": "the disk is full; make room, then start the "
+    "command again (training goes on with --resume)",
     "Permission denied|Read-?only|not permitted|name too long": "choose another --output or file",
-    "MemoryError|(of|enough|allocate) memory": "lower --micro_tokens, --max_context or the batch",
+    "MemoryError|(of|enough|allocate) memory": "lower --max_context, or the size of what is "
+    "computed at once (--micro_tokens, --batch_tokens or --batch)",
     "logits are NaN": "give a larger --temperature or a model with sound weights",
 }
+TRUE = ("true", "yes", "t", "y", "1")
+FALSE = ("false", "no", "f", "n", "0")
+METAVARS = {int: "N", float: "X", bool: "true|false"}
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = (), bare: str = "") -> Any:
-    """A field with its help line; `bare` is what the flag without a value stands for."""
-    metadata = {"nargs": "?", "const": bare} if bare else {}
-    return field(default=default, metadata=metadata | {"help": help, "choices": choices or None})
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    bare: str = "",
+    metavar: str = "",
+    may_change: bool = False,
+) -> Any:
+    """A field of a settings dataclass: all that there is to know about one flag.
+
+    `help` is one sentence or more, for a person who has not read the code. A number has to be at
+    least `min`, at most `max` and greater than `above`. `bare` is the value that the flag stands
+    for when no value follows it. `metavar` is what `--help` calls the value. With `may_change` a
+    run that is resumed can be given another value, since its training would not become another.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "min": min,
+        "max": max,
+        "above": above,
+        "bare": bare,
+        "metavar": metavar,
+        "may_change": may_change,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def parse(kind: type, argv: list[str], own: Path = Path()) -> Any:
-    """Fill a dataclass from `--config`, else from `own` if it is there, and flags; or UserError."""
-    from transformers import HfArgumentParser  # loads no torch
+def parse(kind: type, argv: list[str], saved: Path | None = None) -> Any:
+    """The settings of class `kind`: its defaults, then a file's values, then those of the flags.
 
-    parser = HfArgumentParser(kind, allow_abbrev=False)
-    parser.error = _refuse  # one sentence, not argparse's usage page
-    parser.add_argument("--config", help="A YAML file with any of these settings.")
-    file = parser.parse_known_args(argv)[0].config or (own if own.is_file() else None)
-    flags = _read_yaml(file) if file else []
+    The file is the one that `--config` names; without that flag it is `saved`, if that exists.
+    Raises UserError, with one sentence, for whatever cannot be accepted.
+    """
+    parser = make_parser(kind)
+    path = parser.parse_known_args(argv)[0].config
+    if path is None and saved is not None and saved.is_file():
+        path = str(saved)
+    flags = read_yaml(path) if path else []
     try:
-        parser.parse_args(flags)
+        check_values(_settings(kind, parser.parse_args(flags)))
     except UserError as error:
-        raise UserError(f"In {file}: {error}") from error
-    values = vars(parser.parse_args([*flags, *argv]))
+        raise UserError(f"In {path}: {error}") from error
+    config = _settings(kind, parser.parse_args([*flags, *argv]))
+    check_values(config)
+    return config
+
+
+def _settings(kind: type, parsed: argparse.Namespace) -> Any:
+    values = dict(vars(parsed))
     del values["config"]
-    for name, value in values.items():
-        finite = isinstance(value, str | None) or abs(value) < 2**63  # which NaN is not
-        require(finite, f"--{name} {value} is too large, or no number; give another.")
     return kind(**values)
 
 
-def _refuse(message: str) -> None:
-    raise UserError(f"{message[0].upper()}{message[1:]}; see --help for the settings there are.")
+def make_parser(kind: type) -> argparse.ArgumentParser:
+    """A parser with one flag for each field, under one heading for each class that `kind` is of."""
+    parser = _Parser(
+        usage="%(prog)s [--config FILE.yaml] [--SETTING VALUE ...]",
+        description=inspect.getdoc(kind),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="A YAML file with any of these settings, one a line, such as 'steps: 100'. "
+        "A flag wins over it.",
+    )
+    for group, fields in fields_by_group(kind).items():
+        heading = "settings" if group is kind else inspect.getdoc(group).splitlines()[0].rstrip(".")
+        section = parser.add_argument_group(heading)
+        for field in fields:
+            _add_flag(section, field)
+    return parser
 
 
-def _read_yaml(path: str) -> list[str]:
-    """The settings of a file as flags, so that both are checked in one place."""
+def fields_by_group(kind: type) -> dict[type, list[dataclasses.Field]]:
+    """The fields of a dataclass by the class that declares them first, in the order of its bases.
+
+    A field that a class redefines, to give it another default, stays in the group of its base.
+    """
+    groups = {group: [] for group in kind.__mro__}
+    for field in dataclasses.fields(kind):
+        owners = [c for c in kind.__mro__ if field.name in vars(c).get("__dataclass_fields__", {})]
+        groups[owners[-1]].append(field)
+    return {group: fields for group, fields in groups.items() if fields}
+
+
+def _add_flag(section, field: dataclasses.Field) -> None:
+    option = field.metadata
+    silent = field.default in ("", None) or field.type is bool
+    default = "" if silent else f" [{field.default}]"
+    arguments = {
+        "type": _read_bool if field.type is bool else str,
+        "default": field.default,
+        "help": option["help"].replace("%", "%%") + default,
+        "metavar": option["metavar"] or METAVARS.get(field.type, "TEXT"),
+    }
+    if field.type in (int, float):
+        arguments["type"] = field.type
+    if option["choices"]:
+        arguments["choices"] = option["choices"]
+        arguments["metavar"] = "|".join(filter(None, option["choices"]))
+    if field.type is bool or option["bare"]:
+        arguments["nargs"] = "?"
+        arguments["const"] = option["bare"] or True
+    section.add_argument(f"--{field.name}", **arguments)
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() in TRUE:
+        return True
+    if text.lower() in FALSE:
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """Raise one sentence, where argparse would print a page of usage and exit."""
+        sentence = message[0].upper() + message[1:]
+        raise UserError(f"{sentence}; see --help for the settings there are.")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str, **_) -> None:
+        columns = min(100, shutil.get_terminal_size().columns)
+        super().__init__(prog, max_help_position=26, width=columns - 2)
+
+
+def read_yaml(path: str) -> list[str]:
+    """The settings in a file as flags, so that files and flags are checked by the same code."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -71,18 +189,39 @@ def _read_yaml(path: str) -> list[str]:
 
 
 def save(config: Any, path: Path) -> None:
-    """Write the resolved settings, in a form that `--config` reads."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    """Write the resolved settings in a form that `--config` reads."""
+    values = {}
+    for fields in fields_by_group(type(config)).values():
+        for field in fields:
+            values[field.name] = getattr(config, field.name)
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def check_ranges(config: Any, positive: str = "", not_negative: str = "", share: str = "") -> None:
-    """Raise UserError for a number out of range; each argument names settings, spaces between."""
-    for name in positive.split():
-        require(getattr(config, name) > 0, f"--{name} must be greater than 0.")
-    for name in not_negative.split():
-        require(getattr(config, name) >= 0, f"--{name} must be 0 or more.")
-    for name in share.split():
-        require(0 <= getattr(config, name) <= 1, f"--{name} is a share: give a number from 0 to 1.")
+def check_values(config: Any) -> None:
+    """Raise UserError for a number that is none or lies outside the range of its `option`."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) in (int, float):
+            _check_number(f"--{field.name}", value, field.metadata)
+
+
+def _check_number(flag: str, value: float, option: dict) -> None:
+    # NaN is not less than anything; a seed from 2**63 on is more than torch can take.
+    require(abs(value) < 2**63, f"{flag} {value} is too large, or no number; give another.")
+    low, high, above = option["min"], option["max"], option["above"]
+    if above is not None:
+        require(value > above, f"{flag} must be greater than {above}, not {value}.")
+    if low is not None and high is not None:
+        require(low <= value <= high, f"{flag} must be from {low} to {high}, not {value}.")
+    elif low is not None:
+        require(value >= low, f"{flag} must be {low} or more, not {value}.")
+    elif high is not None:
+        require(value <= high, f"{flag} must be {high} or less, not {value}.")
+
+
+def may_change(config: Any) -> set[str]:
+    """The names of the settings that a resumed run may be given other values of."""
+    return {field.name for field in dataclasses.fields(config) if field.metadata["may_change"]}
 
 
 def set_threads(threads: int) -> None:
@@ -96,25 +235,46 @@ def set_threads(threads: int) -> None:
 
 
 def run_script(main: Callable, argv: list[str] | None = None) -> None:
-    """Call `main(argv)`. What the user can mend becomes one line and exit status 2, Ctrl-C 130."""
-    sentence, status = "", 0
+    """Call `main(argv)` and turn the ways in which it can end into a sentence and an exit status.
+
+    What the user can mend becomes one line and exit status 2, Ctrl-C one line and 130. An error
+    in the code keeps its traceback.
+    """
+    sentence = ""
+    status = 0
     try:
         main(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:
-        sentence, status = (stop.code, 1) if isinstance(stop.code, str) else ("", stop.code)
+        if isinstance(stop.code, str):
+            sentence = stop.code
+            status = 1
+        else:
+            status = stop.code or 0
     except KeyboardInterrupt:
-        sentence, status = "stopped by Ctrl-C; what was saved is kept.", 130
+        sentence = "stopped by Ctrl-C; what was saved is kept."
+        status = 130
+    except UserError as error:
+        sentence = f"error: {error}"
+        status = 2
     except Exception as error:
-        said, status = brief(error), 2
-        advice = [f"{said}; {what}." for words, what in MACHINE.items() if re.search(words, said)]
-        if not advice and not isinstance(error, UserError):
+        advice = machine_advice(error)
+        if not advice:
             raise
-        sentence = f"error: {error if isinstance(error, UserError) else advice[0]}"
+        sentence = f"error: {brief(error)}; {advice}."
+        status = 2
     if sentence:
         print(sentence, file=sys.stderr)
     if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         # Threads of the process group can abort a Python that cleans up, and hang one that waits.
         print(end="", flush=True)
-        os._exit(status or 0)
+        os._exit(status)
     if status:
         sys.exit(status)
+
+
+def machine_advice(error: Exception) -> str:
+    """What the user can do about an error that the machine caused; "" if it is another kind."""
+    for words, advice in MACHINE.items():
+        if re.search(words, brief(error)):
+            return advice
+    return ""

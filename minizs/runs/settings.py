@@ -1,4 +1,10 @@
-"""Settings: `SearchConfig`, which all scripts share, and `PolicyConfig` of training. No torch."""
+"""All that can be set, in small groups: each is what one part of the code needs to know.
+
+A script's settings inherit from the groups that it needs, so that access and flags stay flat
+(`config.max_turns`, `--max_turns`). The first line of a group's docstring is its heading in
+`--help`. The functions below the groups check what concerns more than one setting; the range of
+each number stands in its field. Nothing here imports torch.
+"""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -6,143 +12,484 @@ from pathlib import Path
 
 from minizs import require
 from minizs.runs import run_folder
-from minizs.runs.flags import check_ranges, option
+from minizs.runs.flags import option
 
-ENGINES = ("simulator", "bm25", "http", "web", "none")
-URL = ("http://", "https://")  # how the name of a server begins, not of a folder
+REAL_ENGINES = ("bm25", "http", "web")
+ENGINES = ("simulator", *REAL_ENGINES, "none")
+URL = ("http://", "https://")  # how the name of a server begins, not that of a folder
+
+
+# ---- What all scripts need -----------------------------------------------------------------------
 
 
 @dataclass
-class SearchConfig:
-    policy: str = option("tiny", "The policy: 'tiny' (shipped), a folder or a hub name.")
+class ModelSettings:
+    """The policy, and how models are computed."""
+
+    policy: str = option(
+        "tiny",
+        "The model to train or to test: a folder, a name on the Hugging Face hub, or 'tiny', the "
+        "small one that comes with minizs.",
+        metavar="MODEL",
+    )
     revision: str = option("", "Which revision of a hub name.")
-    chat_template: str = option("auto", "'auto': the tokenizer's, if it has one.", ("auto", "none"))
-    attention: str = option("auto", "flash-attn if it runs.", ("auto", "sdpa", "flash_attention_2"))
-    dtype: str = option("auto", "'auto': bfloat16 on a GPU.", ("auto", "float32", "bfloat16"))
-    data: str = option("world", "'world', files and hub names (commas between), or 'paper'.")
-    output: str = option("", "Where the results go; empty: a new place in runs/.")
-    overwrite: bool = option(False, "Delete what the output holds.")
-    seed: int = option(0, "Decides every random number of the run.")
-    threads: int = option(0, "CPU threads a process; 0: all cores, shared by the processes.")
-
-    engine: str = option("simulator", "What answers the searches; 'none': nothing does.", ENGINES)
-    engine_noise: float = option(0.0, "How often a real engine's reply lacks what is needed.")
-    engine_url: str = option("", "For --engine http: the retriever's address, or several.")
-    engine_api: str = option("search-r1", "Whose protocol it speaks.", ("search-r1", "zerosearch"))
-    corpus: str = option("", "For --engine bm25 on your own data: a .txt, .jsonl or .parquet file.")
-    cache: str = option("", "A file that keeps what http and web engines answered.")
-    top_k: int = option(3, "Documents a search.")
-    simulator: str = option("", "Folder, hub name or address; empty: runs/simulator, made at need.")
-    simulator_template: str = option("", "A file with its prompt, or 'untuned'; empty: its own.")
-    simulator_model: str = option("", "Its name at the server; empty: the first there is.")
-    simulator_api: str = option("completions", "Of the server.", ("completions", "chat"))
-    simulator_device: str = option("", "Where the simulator runs, such as cuda:1.")
-    simulator_temperature: float = option(0.8, "At which the simulator writes.")
-    timeout: float = option(60.0, "Seconds that one request to a server may take.")
-    retries: int = option(5, "How often a failed request is sent again.")
-    on_search_error: str = option("stop", "'empty': count it, find nothing.", ("stop", "empty"))
-
-    max_turns: int = option(6, "Generations a trajectory; there are at most one fewer searches.")
-    max_turn_tokens: int = option(40, "Tokens the policy may write in a turn.")
-    max_document_tokens: int = option(80, "Tokens of an engine's reply, tags included.")
-    max_context: int = option(448, "Tokens of a whole trajectory.")
-    temperature: float = option(1.0, "At which the policy samples, and is scored.")
+    chat_template: str = option(
+        "auto",
+        "Whether the question is put into the tokenizer's chat template. 'auto' uses it where the "
+        "tokenizer has one.",
+        ("auto", "none"),
+    )
+    attention: str = option(
+        "auto",
+        "The implementation of attention. 'auto' takes flash attention where it can run.",
+        ("auto", "sdpa", "flash_attention_2"),
+    )
+    dtype: str = option(
+        "auto",
+        "The number format of forward passes. 'auto' is bfloat16 on a GPU and float32 elsewhere.",
+        ("auto", "float32", "bfloat16"),
+    )
 
 
 @dataclass
-class PolicyConfig(SearchConfig):
-    resume: str = option("", "Go on from the newest checkpoint, or the one named.", bare="latest")
+class DataSettings:
+    """The questions."""
+
+    data: str = option(
+        "world",
+        "The questions with their answers: 'world' is the tiny world, 'paper' the data sets of "
+        "the paper. Otherwise files and hub names, with commas between them.",
+    )
+
+
+@dataclass
+class OutputSettings:
+    """The run: its folder, its seed and its threads."""
+
+    output: str = option(
+        "",
+        "The folder that the results go to. By default a new one in runs/.",
+        metavar="PATH",
+        may_change=True,
+    )
+    overwrite: bool = option(
+        False, "Delete what an earlier run left in the output.", may_change=True
+    )
+    seed: int = option(0, "Every random number of the run follows from this one.")
+    threads: int = option(
+        0,
+        "How many CPU threads each process computes with. 0 shares all cores among the processes.",
+        min=0,
+        may_change=True,
+    )
+
+
+@dataclass
+class EngineSettings:
+    """The search engine."""
+
+    engine: str = option(
+        "simulator",
+        "What answers the policy's searches: a language model that simulates an engine, BM25 over "
+        "a corpus, a retriever's server (http), the web, or nothing.",
+        ENGINES,
+    )
+    top_k: int = option(3, "The number of documents that a search returns.", min=1)
+    engine_noise: float = option(
+        0.0,
+        "The probability that a real engine's reply is made noisy: the best documents that do not "
+        "hold what the query needs.",
+        min=0,
+        max=1,
+    )
+    corpus: str = option(
+        "",
+        "The documents that --engine bm25 searches: a .txt, .jsonl or .parquet file. By default "
+        "those of the tiny world.",
+        metavar="FILE",
+    )
+    engine_url: str = option(
+        "",
+        "The address of the retriever for --engine http, or several with commas between them.",
+        metavar="URL",
+        may_change=True,
+    )
+    engine_api: str = option(
+        "search-r1",
+        "The protocol of that retriever: that of Search-R1's server or that of ZeroSearch's.",
+        ("search-r1", "zerosearch"),
+    )
+    cache: str = option(
+        "",
+        "A file that keeps the replies of --engine http and web, so that no query is sent twice.",
+        metavar="FILE",
+        may_change=True,
+    )
+
+
+@dataclass
+class SimulatorSettings:
+    """The simulator (for --engine simulator)."""
+
+    simulator: str = option(
+        "",
+        "The model that plays the search engine: a folder, a hub name, or the address of an "
+        "OpenAI-compatible server. By default runs/simulator, which is trained if it is missing.",
+        metavar="MODEL",
+    )
+    simulator_template: str = option(
+        "",
+        "A file with the prompt of the simulator, or 'untuned' for a model that stage 1 has not "
+        "trained. By default the prompt that lies beside its weights.",
+        metavar="FILE",
+    )
+    simulator_model: str = option(
+        "",
+        "The name of the model at the simulator's server. By default the first one there.",
+        metavar="NAME",
+    )
+    simulator_api: str = option(
+        "completions",
+        "The endpoint of that server that is asked. 'chat' is for a model that was tuned from an "
+        "instruct model.",
+        ("completions", "chat"),
+    )
+    simulator_device: str = option(
+        "",
+        "Where a simulator without a server runs, such as cuda:1. By default where the policy is.",
+        metavar="DEVICE",
+        may_change=True,
+    )
+    simulator_temperature: float = option(
+        0.8, "The temperature at which the simulator writes. 0 is greedy.", min=0
+    )
+
+
+@dataclass
+class ServiceSettings:
+    """Servers: of a retriever, the web or a simulator."""
+
+    timeout: float = option(
+        60.0, "The seconds that one request to a server may take.", above=0, may_change=True
+    )
+    retries: int = option(
+        5, "How often a request that failed is sent again.", min=0, may_change=True
+    )
+    on_search_error: str = option(
+        "stop",
+        "What to do about a search that failed for good: stop, or go on with no documents and "
+        "count it as a search error.",
+        ("stop", "empty"),
+        may_change=True,
+    )
+
+
+@dataclass
+class LimitSettings:
+    """The limits of a trajectory."""
+
+    max_turns: int = option(
+        6,
+        "The number of times that the policy may write. A search in the last turn is not carried "
+        "out, so there is at most one search fewer.",
+        min=1,
+    )
+    max_turn_tokens: int = option(40, "The tokens that the policy may write in one turn.", min=1)
+    max_document_tokens: int = option(
+        80, "The tokens of one reply of the engine, its tags included. The rest is cut off.", min=1
+    )
+    max_context: int = option(
+        448, "The tokens of a whole trajectory: prompt, turns and documents.", min=1
+    )
+    temperature: float = option(
+        1.0,
+        "The temperature at which the policy samples. Training scores its tokens at the same one.",
+        above=0,
+    )
+
+
+@dataclass
+class SearchConfig(
+    ModelSettings,
+    DataSettings,
+    OutputSettings,
+    EngineSettings,
+    SimulatorSettings,
+    ServiceSettings,
+    LimitSettings,
+):
+    """What it takes to let a policy answer questions with a search engine: all scripts do."""
+
+
+# ---- What training the policy needs as well ------------------------------------------------------
+
+
+@dataclass
+class TrainingSettings:
+    """The training: its length and its batches."""
+
+    steps: int = option(
+        100, "The number of training steps. Each plays and learns from one batch.", min=1
+    )
+    batch_questions: int = option(
+        16, "The number of questions in a step, over all processes.", min=1
+    )
+    group_size: int = option(8, "The number of trajectories for each question.", min=1)
+    minibatches: int = option(1, "The number of optimiser steps for each batch.", min=1)
+    resume: str = option(
+        "",
+        "Go on from the newest checkpoint in the output, or from the one that is named.",
+        bare="latest",
+        metavar="CHECKPOINT",
+        may_change=True,
+    )
+
+
+@dataclass
+class CurriculumSettings:
+    """The curriculum: how noisy the simulator is."""
+
+    noise_start: float = option(
+        0.0,
+        "The probability of a noisy reply at the start of training.",
+        min=0,
+        max=1,
+    )
+    noise_end: float = option(
+        0.25, "The probability of a noisy reply at the last step.", min=0, max=1
+    )
+    noise_base: float = option(
+        4.0,
+        "How late most of the noise comes: it rises like this base to the power of the share of "
+        "the steps that is done. 1 is a straight line.",
+        above=0,
+    )
+
+
+@dataclass
+class AlgorithmSettings:
+    """The algorithm: advantages and loss."""
+
     algorithm: str = option("grpo", "How rewards become advantages.", ("grpo", "ppo", "reinforce"))
-    steps: int = option(100, "Training steps; each is one batch of rollouts.")
-    batch_questions: int = option(16, "Questions a step, over all processes.")
-    group_size: int = option(8, "Trajectories a question.")
-
-    noise_start: float = option(0.0, "Probability of noisy documents before the first step.")
-    noise_end: float = option(0.25, "The same at the last step.")
-    noise_base: float = option(4.0, "The curriculum's base; 1 is a straight line.")
-
-    lr: float = option(1.5e-3, "Peak learning rate of the policy (AdamW).")
-    lr_end: float = option(0.1, "Share of the peak that is left at the last step; 1: constant.")
-    warmup: float = option(0.05, "Share of the steps in which the learning rate rises to its peak.")
-    weight_decay: float = option(0.0, "AdamW's.")
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm.")
-    lora_rank: int = option(0, "Train a LoRA of this rank, not all weights; 0: all.")
-    merge: bool = option(False, "With LoRA: make the final policy a plain model.")
-    gradient_checkpointing: bool = option(False, "Less memory, a third more work in the update.")
-    minibatches: int = option(1, "Optimiser steps a batch of rollouts.")
-    micro_tokens: int = option(2048, "Positions in a forward pass, padding too: bounds memory.")
-    clip_low: float = option(0.2, "The ratio is clipped below 1 minus this.")
-    clip_high: float = option(0.28, "And above 1 plus this (clip-higher, arXiv 2503.14476).")
-    loss_average: str = option("token", "How tokens average.", ("token", "sequence", "constant"))
-    kl_coef: float = option(0.02, "Weight of the KL to the starting model; 0 turns it off.")
-    kl_kind: str = option("k3", "KL estimator in the loss; PPO has k1 in the reward.", ("k2", "k3"))
-    entropy_coef: float = option(0.0, "Weight of an entropy bonus.")
-    advantage_scale: str = option("group", "GRPO: divides by that std.", ("group", "batch", "none"))
-    baseline: str = option("leave_one_out", "REINFORCE's.", ("leave_one_out", "mean", "none"))
-    critic_lr: float = option(1e-3, "PPO: learning rate of the critic.")
-    value_clip: float = option(0.5, "PPO: how far a value may move in an update.")
-    gamma: float = option(1.0, "PPO: discount a token.")
-    lam: float = option(1.0, "PPO: GAE's lambda.")
-
-    eval_every: int = option(20, "Steps between evaluations on held-out questions; 0: never.")
-    eval_questions: int = option(200, "Held-out questions, answered greedily with BM25.")
-    save_every: int = option(20, "Steps between checkpoints; 0: only the final model.")
-    keep: int = option(2, "Checkpoints kept.")
-    search_price: float = option(9.17, "Dollars for 1,000 queries to a web engine (paper Table 8).")
-    gpu_price: float = option(1.47, "Dollars for an hour of a GPU (paper Table 8).")
-    max_skipped: int = option(10, "Steps that may be skipped, their loss or gradient not finite.")
-    log_trajectories: int = option(8, "Trajectories a step that are written to trajectories.jsonl.")
-    log_with: str = option("", "Log there, too.", ("", "tensorboard", "wandb", "trackio"))
+    advantage_scale: str = option(
+        "group",
+        "What GRPO divides advantages by: the standard deviation of the rewards in the group, that "
+        "in the batch, or nothing.",
+        ("group", "batch", "none"),
+    )
+    baseline: str = option(
+        "leave_one_out",
+        "What REINFORCE subtracts from a reward: the mean of the group's other rewards, the mean "
+        "of the whole group, or nothing.",
+        ("leave_one_out", "mean", "none"),
+    )
+    clip_low: float = option(
+        0.2, "The probability ratio is clipped below 1 minus this number.", above=0
+    )
+    clip_high: float = option(
+        0.28,
+        "The probability ratio is clipped above 1 plus this number. It can be larger than "
+        "clip_low (arXiv 2503.14476).",
+        above=0,
+    )
+    loss_average: str = option(
+        "token",
+        "Over what the loss is averaged: all tokens of the batch, the tokens of each trajectory "
+        "and then the trajectories, or a constant number of tokens.",
+        ("token", "sequence", "constant"),
+    )
+    kl_coef: float = option(
+        0.02,
+        "The weight of the KL divergence from the model that training starts from. 0 turns it off.",
+        min=0,
+    )
+    kl_kind: str = option(
+        "k3",
+        "The estimator of that KL in the loss of GRPO and REINFORCE. PPO has k1 in its reward.",
+        ("k2", "k3"),
+    )
+    entropy_coef: float = option(0.0, "The weight of a bonus for the policy's entropy.", min=0)
 
 
-# What a resumed run may have otherwise: its training would not be another.
-FREE = set(
-    """output resume overwrite threads save_every keep eval_every eval_questions merge
-    log_with log_trajectories max_skipped search_price gpu_price timeout retries cache
-    on_search_error engine_url simulator_device micro_tokens gradient_checkpointing""".split()
-)
+@dataclass
+class CriticSettings:
+    """The critic (for --algorithm ppo)."""
+
+    critic_lr: float = option(1e-3, "The peak learning rate of the critic.", above=0)
+    value_clip: float = option(0.5, "How far a value may move in one update.", above=0)
+    gamma: float = option(1.0, "The discount for each token.", min=0, max=1)
+    lam: float = option(1.0, "The lambda of generalised advantage estimation (GAE).", min=0, max=1)
+
+
+@dataclass
+class OptimizerSettings:
+    """The optimiser (AdamW) and its memory."""
+
+    lr: float = option(1.5e-3, "The peak learning rate of the policy.", above=0)
+    warmup: float = option(
+        0.05, "The share of the steps in which the learning rate rises to its peak.", min=0, max=1
+    )
+    lr_end: float = option(
+        0.1,
+        "The share of the peak that is left at the last step. 1 keeps the rate constant after the "
+        "warm-up.",
+        min=0,
+        max=1,
+    )
+    weight_decay: float = option(0.0, "The weight decay of AdamW.", min=0)
+    max_grad_norm: float = option(
+        1.0, "A gradient with a larger norm is scaled down to this one.", above=0
+    )
+    max_skipped: int = option(
+        10,
+        "The number of steps that may be skipped because their loss or gradient is not finite. "
+        "One more ends the run.",
+        min=0,
+        may_change=True,
+    )
+    lora_rank: int = option(0, "Train a LoRA adapter of this rank. 0 trains all weights.", min=0)
+    merge: bool = option(
+        False,
+        "Merge the LoRA into the final policy, which then is a model like any other.",
+        may_change=True,
+    )
+    micro_tokens: int = option(
+        2048,
+        "The positions in one forward pass, padding included. Fewer take less memory.",
+        min=1,
+        may_change=True,
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "Compute activations twice instead of keeping them: less memory, about a third more work.",
+        may_change=True,
+    )
+
+
+@dataclass
+class LoggingSettings:
+    """Watching and saving the run."""
+
+    eval_every: int = option(
+        20,
+        "The steps between two tests on held-out questions. 0 turns them off.",
+        min=0,
+        may_change=True,
+    )
+    eval_questions: int = option(
+        200,
+        "The number of held-out questions. They are answered greedily, with BM25.",
+        min=1,
+        may_change=True,
+    )
+    save_every: int = option(
+        20,
+        "The steps between two checkpoints. 0 saves the final model only.",
+        min=0,
+        may_change=True,
+    )
+    keep: int = option(2, "The number of checkpoints that are kept.", min=1, may_change=True)
+    log_trajectories: int = option(
+        8,
+        "The number of trajectories that each step writes to trajectories.jsonl.",
+        min=0,
+        may_change=True,
+    )
+    log_with: str = option(
+        "",
+        "A tracker that gets the metrics as well.",
+        ("", "tensorboard", "wandb", "trackio"),
+        may_change=True,
+    )
+    search_price: float = option(
+        9.17, "Dollars for 1,000 queries to a web engine (paper Table 8).", min=0, may_change=True
+    )
+    gpu_price: float = option(
+        1.47, "Dollars for an hour of a GPU (paper Table 8).", min=0, may_change=True
+    )
+
+
+@dataclass
+class PolicyConfig(
+    TrainingSettings,
+    CurriculumSettings,
+    AlgorithmSettings,
+    CriticSettings,
+    OptimizerSettings,
+    SearchConfig,
+    LoggingSettings,
+):
+    """Stage 2: teach a language model to search, by reinforcement learning.
+
+    Without any flag it trains the tiny model in the tiny world, on any machine and offline.
+    """
+
+
+# ---- What concerns more than one setting ---------------------------------------------------------
 
 
 def check_search(config: SearchConfig) -> None:
-    """Raise UserError for what is wrong with these, before anything expensive starts."""
+    """Raise UserError, before anything expensive starts, for what cannot work together."""
+    check_models(config)
+    check_questions(config)
+    check_engine(config)
+    check_files(config)
+
+
+def check_models(config: SearchConfig) -> None:
+    """The policy and a simulator that runs here have to be models with room for what they read."""
     from minizs.models import loading
+
+    loading.check_model(config.policy, config.max_context)
+    served = config.simulator.startswith(URL)
+    if config.engine == "simulator" and config.simulator and not served:
+        loading.check_model(config.simulator)
+
+
+def check_questions(config: DataSettings) -> None:
     from minizs.runs import data
 
-    check_ranges(
-        config,
-        "top_k max_turns max_turn_tokens max_document_tokens max_context timeout",
-        "threads simulator_temperature temperature retries",
-        "engine_noise",
-    )
-    loading.check_model(config.policy, config.max_context)
     data.check_spec(config.data)
-    if config.engine == "simulator" and config.simulator and not config.simulator.startswith(URL):
-        loading.check_model(config.simulator)
+
+
+def check_engine(config: SearchConfig) -> None:
+    """BM25 needs documents that fit the questions, and a retriever an address."""
     if config.engine == "bm25" and config.data != "world":
         require(bool(config.corpus), "--engine bm25 on your own --data needs --corpus FILE.")
-    require(
-        config.engine != "http" or config.engine_url.startswith(URL),
-        "--engine http needs --engine_url http://HOST:PORT.",
-    )
-    for path in {config.corpus, config.simulator_template} - {"", "tuned", "untuned"}:
+    if config.engine == "http":
+        require(
+            config.engine_url.startswith(URL),
+            "--engine http needs --engine_url http://HOST:PORT.",
+        )
+
+
+def check_files(config: SearchConfig) -> None:
+    paths = [config.corpus]
+    if config.simulator_template not in ("tuned", "untuned"):
+        paths.append(config.simulator_template)
+    for path in filter(None, paths):
         require(Path(path).is_file(), f"There is no file {path!r}; check the path.")
 
 
-def check(config: PolicyConfig) -> None:
+def check_training(config: PolicyConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
-    check_ranges(
-        config,
-        positive="steps batch_questions group_size temperature lr minibatches "
-        "micro_tokens keep max_grad_norm critic_lr noise_base eval_questions clip_low "
-        "clip_high value_clip",
-        not_negative="kl_coef entropy_coef weight_decay "
-        "eval_every save_every log_trajectories lora_rank search_price gpu_price "
-        "max_skipped",
-        share="noise_start noise_end warmup lr_end gamma lam",
-    )
-    compares = {"grpo": True, "ppo": False, "reinforce": config.baseline != "none"}
+    check_groups(config)
+    check_noise(config)
+    check_lora(config)
+    check_tracker(config)
+    check_search(config)
+    require(not (config.resume and config.overwrite), "--resume or --overwrite: give only one.")
+    if config.output:
+        run_folder.check_free(Path(config.output), bool(config.resume), config.overwrite)
+
+
+def check_groups(config: PolicyConfig) -> None:
+    """An algorithm that compares the answers to a question needs two; minibatches divide groups."""
+    compares = config.algorithm == "grpo"
+    if config.algorithm == "reinforce":
+        compares = config.baseline != "none"
     require(
-        config.group_size > 1 or not compares[config.algorithm],
+        config.group_size > 1 or not compares,
         f"--algorithm {config.algorithm} compares answers to a question: give --group_size 2.",
     )
     # So that every minibatch, on every process, has equal parts of each group.
@@ -150,20 +497,30 @@ def check(config: PolicyConfig) -> None:
         config.group_size % config.minibatches == 0,
         f"--minibatches {config.minibatches} does not divide --group_size {config.group_size}.",
     )
+
+
+def check_noise(config: EngineSettings) -> None:
     require(
-        config.engine != "simulator" or not config.engine_noise,
+        config.engine != "simulator" or config.engine_noise == 0,
         "--engine_noise is for real engines; the simulator has --noise_start and --noise_end.",
     )
-    require(not (config.resume and config.overwrite), "--resume or --overwrite: give only one.")
+
+
+def check_lora(config: PolicyConfig) -> None:
     require(config.lora_rank > 0 or not config.merge, "--merge is for --lora_rank N.")
+    check_trainable(config.policy)
+
+
+def check_trainable(model: str) -> None:
+    """Raise UserError for a folder that holds only an adapter, not a whole model."""
     require(
-        not Path(config.policy, "adapter_config.json").is_file(),
-        f"{config.policy} is a LoRA, which cannot be trained further; make it with --merge.",
+        not Path(model, "adapter_config.json").is_file(),
+        f"{model} is a LoRA, which cannot be trained further; make it with --merge.",
     )
+
+
+def check_tracker(config: LoggingSettings) -> None:
     require(
         not config.log_with or find_spec(config.log_with) is not None,
         f"--log_with {config.log_with} needs its package: pip install {config.log_with}.",
     )
-    check_search(config)
-    if config.output:
-        run_folder.check_free(Path(config.output), bool(config.resume), config.overwrite)

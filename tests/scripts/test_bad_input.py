@@ -628,7 +628,7 @@ def test_a_process_answers_at_once(wrong, script):
         for flags in asked
     ]
     (text, nothing), *refused = [process.communicate() for process in processes]
-    assert "--seed" in text and "Delete what the output holds." in text and not nothing
+    assert "--seed" in text and "Delete what an earlier run left" in text and not nothing
     assert [process.returncode for process in processes] == [0, 2, 2, 2]
     for (out, said), flags in zip(refused, asked[1:], strict=True):
         assert out == "" and said.startswith("error: ") and said.count("\n") == 1

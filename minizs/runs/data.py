@@ -168,7 +168,7 @@ class Table:
     columns: dict[str, None] = field(default_factory=dict)  # all, as they are written there
     question_columns: dict[str, None] = field(default_factory=dict)  # those that were used
     gold_columns: dict[str, None] = field(default_factory=dict)
-    has_sources: bool = False
+    named_sources: int = 0  # rows that say which data set they belong to
 
     def add(self, row: dict) -> None:
         """Read a row; one that is an article or a whole data set holds many."""
@@ -191,7 +191,7 @@ class Table:
             self.examples.append(Example(text, distinct(golds), source))
         self.question_columns.update({name: None} if name else {})
         self.gold_columns.update(dict.fromkeys(gold_columns))
-        self.has_sources = self.has_sources or bool(row.get(SOURCE))
+        self.named_sources += bool(row.get(SOURCE))
 
     def check_columns(self) -> None:
         """Raise UserError, with the columns there are and those that are needed."""
@@ -207,11 +207,14 @@ class Table:
     def summary(self) -> str:
         """One sentence: what was taken as question, golds and source."""
         split = f" (split {self.split!r})" if self.split else ""
-        default = f"{self.default_source!r}, its name"
-        source = f"{SOURCE!r}, or {default}, where a row has none" if self.has_sources else default
+        source = f"source {self.default_source!r}, its name"
+        if self.named_sources:
+            source = f"source from {SOURCE!r}"
+        if 0 < self.named_sources < len(self.examples) + self.unanswerable:
+            source += f", or {self.default_source!r}, its name, where a row has none"
         return (
             f"{self.name}{split}: questions from {_and(self.question_columns)}, "
-            f"golds from {_and(self.gold_columns)}, source {source}."
+            f"golds from {_and(self.gold_columns)}, {source}."
         )
 
 

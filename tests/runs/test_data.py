@@ -211,8 +211,7 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
     ]
     [columns, sentence] = said
     assert columns.endswith(
-        "questions from 'question', golds from 'answer', "
-        "source 'data_source', or 'mine', its name, where a row has none."
+        "questions from 'question', golds from 'answer', source from 'data_source'."
     )
     counts = "1 repeated, 2 without question or answer, 1 over-long."
     assert sentence.startswith("3 questions of ") and counts in sentence

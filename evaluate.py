@@ -158,6 +158,7 @@ def test(config: EvalConfig, accelerator, examples, answers: dict, engine) -> No
 def main(argv: list[str]) -> None:
     config = parse(EvalConfig, argv)
     from minizs.models import loading
+    from minizs.rollout import rollout
     from minizs.runs import build, data, evaluation, run_folder
     from minizs.trajectory import Example
 
@@ -188,21 +189,14 @@ def main(argv: list[str]) -> None:
     # All weights before any answer, so that none is lost to what cannot be read.
     policies = {name: build.load(config, name, accelerator.device) for name in names}
     engine = build.build_engine(config, "test", accelerator, examples)
-    answers, shared = {}, {"engine": engine, "temperature": config.temperature, "seed": config.seed}
-    for name, policy in policies.items():
+    answers = {}
+    for name, (model, tokenizer) in policies.items():
+        template = loading.load_prompt(name)
+        policy = build.make_policy(config, model, tokenizer, template, config.temperature)
         if config.method == "search":
-            answers[name] = build.searcher(
-                config, *policy, loading.load_prompt(name), noise=config.engine_noise, **shared
-            )
+            answers[name] = partial(rollout, policy, engine=engine, noise=config.engine_noise)
         else:
-            answers[name] = partial(
-                evaluation.baseline,
-                config.method,
-                *policy,
-                **shared,
-                max_tokens=config.max_turn_tokens,
-                max_document_tokens=config.max_document_tokens,
-            )
+            answers[name] = partial(evaluation.baseline, config.method, policy, engine=engine)
     if not config.ask:
         return test(config, accelerator, examples, answers, engine)
     if missing:

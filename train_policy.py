@@ -40,6 +40,7 @@ def train(
 
     from minizs.curriculum import noise_probability
     from minizs.engines.client import ServiceError
+    from minizs.reward import f1_score
     from minizs.rollout import rollout
     from minizs.runs import build, checkpoint, data, metrics, report
     from minizs.runs.alarms import alarms
@@ -70,17 +71,13 @@ def train(
         batch = data.batch(examples, step, config.batch_questions, config.seed)
         places = range(rank, len(batch), world)  # this process's share of it
         try:
+            policy = build.make_policy(config, writer(), tokenizer, template, config.temperature)
             trajectories = rollout(
-                writer(),
-                tokenizer,
+                policy,
                 [examples[batch[place]] for place in places],
                 engine,
                 group_size=config.group_size,
-                limits=build.limits(config),
                 noise=noise,
-                temperature=config.temperature,
-                seed=config.seed,
-                template=template,
                 keys=[(step, place) for place in places],
             )
         except ServiceError as error:
@@ -88,6 +85,8 @@ def train(
         if metrics.total(accelerator, failure is not None):  # all leave when one has to
             save_run(step - 1)
             raise failure or SystemExit(1)
+        for trajectory in trajectories:
+            trajectory.reward = f1_score(trajectory.answer, trajectory.example.answers)
         rolled_out = time.perf_counter()
         set_learning_rates(config, learner, step)
         figures = {"step": step, "noise": noise, "processes": world}

@@ -7,6 +7,7 @@ It learns to write what a real engine returned from query, question, gold answer
 word, useful or noisy. It grows in OUTPUT.partial, which is renamed when it is whole: after a kill
 the same command goes on there, to the same weights (the default simulator begins anew)."""
 
+import functools
 import json
 import random
 from contextlib import nullcontext
@@ -119,6 +120,7 @@ def rows_of(config: SimConfig, accelerator):
     """The tiny world's rows, those in `--data`, or what a policy finds for the questions there."""
     from minizs import simulator
     from minizs.models import loading
+    from minizs.rollout import rollout
     from minizs.runs import build, collect, data
 
     if config.data == "world":
@@ -138,15 +140,10 @@ def rows_of(config: SimConfig, accelerator):
     )
     judge = None if config.judge == "gold" else build.simulated(asked, accelerator, examples)
     engine = build.build_engine(config, "train", accelerator, examples)
-    play = build.searcher(
-        config,
-        *build.load(config, config.policy, loading.device()),
-        loading.load_prompt(config.policy),
-        engine,
-        config.temperature,
-        seed=config.seed,
-        noise=config.engine_noise,
-    )
+    model, tokenizer = build.load(config, config.policy, loading.device())
+    template = loading.load_prompt(config.policy)
+    policy = build.make_policy(config, model, tokenizer, template, config.temperature)
+    play = functools.partial(rollout, policy, engine=engine, noise=config.engine_noise)
     return collect.collect_with_policy(play, examples, config.examples, judge=judge)
 
 

@@ -40,7 +40,7 @@ from benchmarks import measure
 from minizs.engines import ranking
 from minizs.generate import generate
 from minizs.models import loading
-from minizs.rollout import Limits, rollout
+from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import data
 from minizs.world.facts import embedded
 
@@ -89,13 +89,10 @@ def real_turns(policy: str, questions: int, limits: Limits) -> list[tuple[list[i
     model, tokenizer = loading.load(policy)
     world = embedded("train")
     rows = rollout(
-        model,
-        tokenizer,
+        Policy(model, tokenizer, loading.load_prompt(policy), limits),
         data.load_examples("world", "train")[:questions],
         ranking.BM25(world.documents, 3, world.judge),
         group_size=GROUP,
-        limits=limits,
-        template=loading.load_prompt(policy),
     )
     turns = []
     for row in rows:

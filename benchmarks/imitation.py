@@ -35,6 +35,7 @@ def main(argv: list[str]) -> None:
     from minizs import sft
     from minizs.curriculum import noise_probability
     from minizs.models import loading
+    from minizs.reward import f1_score
     from minizs.rollout import rollout
     from minizs.runs import build, data, run_folder
 
@@ -44,24 +45,22 @@ def main(argv: list[str]) -> None:
     template = loading.load_prompt(config.policy)
     engine = build.build_engine(config, "train", accelerator)
     require(not config.resume, "Imitation takes minutes and does not resume; start it anew.")
+    policy = build.make_policy(config, model, tokenizer, template, config.temperature)
     good = []
     for step in range(1, config.steps + 1):
         batch = data.batch(examples, step, config.batch_questions, config.seed)
         noise = noise_probability(step, config.steps, config.noise_start, config.noise_end)
         rows = rollout(
-            model,
-            tokenizer,
+            policy,
             [examples[i] for i in batch],
             engine,
             group_size=config.group_size,
-            limits=build.limits(config),
             noise=noise,
-            temperature=config.temperature,
-            seed=config.seed,
-            template=template,
             keys=[(step, place) for place in range(len(batch))],
         )
-        good += [(row.ids, row.loss_mask) for row in rows if row.reward == 1 and row.searches]
+        for row in rows:
+            if row.searches and f1_score(row.answer, row.example.answers) == 1:
+                good.append((row.ids, row.loss_mask))
         print(f"batch {step}: {len(good)} successful trajectories so far", flush=True)
     require(bool(good), "No trajectory was successful, so there is nothing to imitate.")
     model.train()

@@ -33,7 +33,7 @@ from benchmarks import measure
 from minizs import protocol, simulator
 from minizs.models import loading
 from minizs.reward import f1_score
-from minizs.rollout import Limits, rollout
+from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import build, data, run_folder
 from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
 
@@ -72,7 +72,7 @@ def report(rows: list[Trajectory], group: int, fed: int, computed: int) -> dict[
     return {
         "length": sum(len(row.ids) for row in rows) / len(rows),
         "searches": sum(row.searches for row in rows) / len(rows),
-        "f1": sum(row.reward for row in rows) / len(rows),
+        "f1": sum(f1_score(row.answer, row.example.answers) for row in rows) / len(rows),
         "fed": fed / once,
         "padding": (computed - fed) / once,
     }
@@ -92,16 +92,8 @@ def minizs_side(policy: str, simulated: str) -> Callable:
 
     def work(examples: list[Example], group: int, seed: int) -> dict[str, float]:
         before = positions.count
-        rows = rollout(
-            model,
-            tokenizer,
-            examples,
-            engine,
-            group_size=group,
-            limits=LIMITS,
-            seed=seed,
-            template=template,
-        )
+        writer = Policy(model, tokenizer, template, LIMITS, seed=seed)
+        rows = rollout(writer, examples, engine, group_size=group)
         return report(rows, group, Counted.newest.positions, positions.count - before)
 
     return work
@@ -181,8 +173,6 @@ def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
                     live.append(row)
             if not live:
                 break
-        for row in rows:
-            row.reward = f1_score(row.answer, row.example.answers)
         return report(rows, group, fed, positions.count - before)
 
     return work

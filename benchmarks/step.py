@@ -42,7 +42,7 @@ from minizs.engines import ranking
 from minizs.learner import build_learner
 from minizs.models import loading
 from minizs.reward import f1_score
-from minizs.rollout import rollout
+from minizs.rollout import Policy, rollout
 from minizs.runs import build, data, run_folder
 from minizs.runs.flags import run_script
 from minizs.trajectory import Example, SearchRequest
@@ -140,16 +140,10 @@ def minizs(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
         for step in range(1 + steps):
             clock.begin()
             with clock.phase("rollout"):
-                rows = rollout(
-                    model,
-                    tokenizer,
-                    examples_of(task, step),
-                    engine,
-                    group_size=task.group,
-                    limits=build.limits(config),
-                    seed=seed,
-                    template=template,
-                )
+                policy = Policy(model, tokenizer, template, build.limits(config), seed=seed)
+                rows = rollout(policy, examples_of(task, step), engine, group_size=task.group)
+            for row in rows:
+                row.reward = f1_score(row.answer, row.example.answers)
             learner.update(rows)
             clock.end(
                 tokens=mean(len(row.ids) for row in rows), reward=mean(row.reward for row in rows)

@@ -1,30 +1,37 @@
-"""The multi-turn loop: the policy generates, an engine answers, and again until there is an answer.
+"""The multi-turn loop: the policy thinks and searches, an engine replies, until there is an answer.
 
-Paper sections 3.1 and 3.6. All rows advance together: one batched generation of the policy, then
-one `search` for all queries of that turn. Sampled ids are never tokenised again (defect D10).
+Paper sections 3.1 and 3.6. All trajectories advance together. One turn is one batched generation of
+the policy, followed by one call of the engine for all queries of that turn. What the policy sampled
+is never tokenised again: its ids go from the sampler into the trajectory.
 
-A trajectory can end without an answer, with reward 0 and its tokens in the loss; `truncated` says
-why: "turns" (its last turn did not answer; a search in it is not executed), "turn_tokens" (a turn
-ran out of them before it closed a tag), "context" (the next piece does not fit: none is cut out).
+A trajectory without an answer says in `truncated` what ended it:
+
+- "turns": its last turn did not answer. A search in that turn is not executed.
+- "turn_tokens": a turn reached its limit before it closed a tag.
+- "context": the next piece does not fit into the context. Nothing is cut out to make room.
+
+Such a trajectory scores 0 like a wrong answer, and its tokens stay in the loss. Rewards are not
+given here: whoever calls `rollout` scores the answers.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minizs import protocol, require
-from minizs.generate import Decoder
+from minizs.generate import Decoder, Generated
 from minizs.protocol import neutralize
 from minizs.randomness import uniform
-from minizs.reward import f1_score
 from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
 
-TOKENS, NOISE, ENGINE = 0, 1, 2  # a random number's use is part of its key: no two uses share one
+# What a random number is for is the first part of its key, so that no two uses share a number.
+TOKENS, NOISE, ENGINE = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Limits:
-    """In tokens, but for `turns`, which counts generations: at most `turns - 1` searches. These are
-    about the paper's; a run has those of `settings`, which fit the tiny world."""
+    """How much a trajectory may hold, in tokens. `turns` counts generations, so that there are at
+    most `turns - 1` searches. The defaults are close to the paper's; the scripts have their own."""
 
     turns: int = 5
     turn_tokens: int = 500
@@ -32,92 +39,194 @@ class Limits:
     context: int = 4096
 
 
+@dataclass(frozen=True)
+class Policy:
+    """The model that searches, and how it is asked to: its prompt, its limits, its sampling."""
+
+    model: Any
+    tokenizer: Any
+    template: str = protocol.PROMPT  # the prompt, with {question} where the question goes
+    limits: Limits = Limits()
+    temperature: float = 1.0  # 0 is greedy
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """A growing trajectory, its row in the decoder, and the key of its random numbers."""
+
+    index: int
+    key: tuple[int, ...]
+    trajectory: Trajectory
+
+    @property
+    def turn(self) -> Turn:
+        """The newest turn."""
+        return self.trajectory.turns[-1]
+
+
 def rollout(
-    model,
-    tokenizer,
+    policy: Policy,
     examples: Sequence[Example],
     engine,
     *,
     group_size: int = 1,
-    limits: Limits = Limits(),
     noise: float = 0.0,
-    temperature: float = 1.0,
-    seed: int = 0,
     keys: Sequence[tuple[int, ...]] | None = None,
-    template: str = protocol.PROMPT,
-    prompts: list[str] | None = None,
-    on_turn: Callable[[Turn], None] = lambda turn: None,
+    prompts: Sequence[str] | None = None,
+    on_turn: Callable[[Turn], None] | None = None,
 ) -> list[Trajectory]:
-    """`group_size` trajectories for each example, the rows of a group adjacent, from the `template`
-    with its question or from `prompts`. `noise`: how probably a search asks for noisy documents
-    (paper equation 1). `keys`: what each example's random numbers hang on, by default its index.
-    `on_turn` sees each turn, then with documents. Raises UserError if a limit leaves no room."""
-    keys = keys or [(i,) for i in range(len(examples))]
-    row_keys = [(*key, sample) for key in keys for sample in range(group_size)]
-    texts = prompts or [protocol.build_prompt(e.question, template, tokenizer) for e in examples]
-    starts = protocol.prompt_ids(tokenizer, texts)
-    longest = max(map(len, starts), default=0)
+    """Let the policy answer every example `group_size` times, searching with `engine` as it likes.
+
+    Returns the trajectories in the order of the examples, those of one example side by side.
+
+    - `noise` is the probability that a search asks for noisy documents (equation 1 of the paper).
+    - `keys` has a tuple of integers for each example, on which its random numbers depend. Without
+      it an example's place in `examples` is its key.
+    - `prompts` replaces the prompts that the policy's template would give.
+    - `on_turn` is called with each turn once it is written, and again once it has its documents.
+
+    Raises UserError if the limits leave no room for a prompt or for an empty block of documents.
+    """
+    notify = on_turn or (lambda turn: None)
+    rows = start_rows(policy, examples, group_size, keys, prompts)
+    decoder = start_decoder(policy, rows)
+    for turn in range(policy.limits.turns):
+        live = [row for row in rows if not row.trajectory.ended]
+        if not live:
+            break
+        for row, generated in zip(live, write_turn(policy, decoder, live, turn), strict=True):
+            read_turn(policy, row, generated, is_last=turn == policy.limits.turns - 1)
+            notify(row.turn)
+        going_on = [row for row in live if not row.trajectory.ended]
+        searching = [row for row in going_on if row.turn.action == "search"]
+        if searching:
+            requests = [make_request(policy, row, turn, noise) for row in searching]
+            search(policy, engine, searching, requests)
+            for row in searching:
+                notify(row.turn)
+        if going_on:
+            append_replies(policy, decoder, going_on)
+    return [row.trajectory for row in rows]
+
+
+def start_rows(
+    policy: Policy,
+    examples: Sequence[Example],
+    group_size: int,
+    keys: Sequence[tuple[int, ...]] | None,
+    prompts: Sequence[str] | None,
+) -> list[Row]:
+    """`group_size` rows for each example, each of them holding its prompt and nothing else yet."""
+    tokenizer, limits = policy.tokenizer, policy.limits
+    if keys is None:
+        keys = [(number,) for number in range(len(examples))]
+    if prompts is None:
+        prompts = [
+            protocol.build_prompt(example.question, policy.template, tokenizer)
+            for example in examples
+        ]
+    prompt_ids = protocol.prompt_ids(tokenizer, list(prompts))
+    longest = max(map(len, prompt_ids), default=0)
     require(longest < limits.context, f"--max_context must be more than a prompt's {longest}.")
-    tags, closing = protocol.reply_ids(tokenizer, [protocol.wrap_documents(""), protocol.CLOSING])
-    require(len(tags) <= limits.document_tokens, f"--max_document_tokens < {len(tags)}: raise it.")
-    rows = [Trajectory(example) for example in examples for _ in range(group_size)]
-    for i, row in enumerate(rows):
-        row.append(starts[i // group_size])
-    decoder = Decoder(
-        model,
-        [row.ids for row in rows],
-        temperature=temperature,
-        seed=seed,
-        vocab_size=protocol.vocabulary_size(tokenizer),
-        tokenizer=tokenizer,
+    [empty_block] = protocol.reply_ids(tokenizer, [protocol.wrap_documents("")])
+    require(
+        len(empty_block) <= limits.document_tokens,
+        f"--max_document_tokens < {len(empty_block)}: raise it.",
+    )
+    rows = []
+    for example, key, ids in zip(examples, keys, prompt_ids, strict=True):
+        for sample in range(group_size):
+            trajectory = Trajectory(example)
+            trajectory.append(ids)
+            rows.append(Row(len(rows), (*key, sample), trajectory))
+    return rows
+
+
+def start_decoder(policy: Policy, rows: Sequence[Row]) -> Decoder:
+    """A decoder with a row for each of these. It reads the prompts, each different one once."""
+    return Decoder(
+        policy.model,
+        [row.trajectory.ids for row in rows],
+        temperature=policy.temperature,
+        seed=policy.seed,
+        vocab_size=protocol.vocabulary_size(policy.tokenizer),
+        tokenizer=policy.tokenizer,
         stop=protocol.STOP,
     )
-    live = list(range(len(rows)))
-    for turn in range(limits.turns):
-        room = [min(limits.turn_tokens, limits.context - len(rows[i].ids)) for i in live]
-        written = decoder.turn(live, room, [(TOKENS, *row_keys[i], turn) for i in live])
-        requests: dict[int, SearchRequest] = {}
-        replies: dict[int, str] = {}  # what is appended to a row that goes on
-        for i, out in zip(live, written, strict=True):
-            row = rows[i]
-            row.append(out.ids, out.logprobs)
-            text = tokenizer.decode(out.ids, skip_special_tokens=False)  # a tag may be one
-            action = protocol.parse_action(text)
-            row.turns.append(Turn(text, action.kind, action.content))
-            on_turn(row.turns[-1])
-            if action.kind == "answer":
-                row.answer = action.content
-            elif out.reason == "length":
-                row.truncated = "context" if len(row.ids) >= limits.context else "turn_tokens"
-            elif turn == limits.turns - 1:
-                row.truncated = "turns"
-            elif action.kind == "search":
-                query = neutralize(action.content, tokenizer)
-                question = neutralize(row.example.question, tokenizer)
-                noisy = uniform(seed, NOISE, *row_keys[i], turn) < noise
-                requests[i] = SearchRequest(
-                    query, question, row.example.answers, noisy, key=(ENGINE, *row_keys[i], turn)
-                )
-            else:
-                replies[i] = protocol.INVALID_ACTION
-        found = engine.search(list(requests.values())) if requests else []
-        for (i, request), documents in zip(requests.items(), found, strict=True):
-            last = rows[i].turns[-1]
-            last.noisy = request.noisy
-            last.documents = [neutralize(text, tokenizer) for text in documents]
-            replies[i] = protocol.wrap_documents(protocol.number_documents(last.documents))
-            on_turn(last)
-        if not replies:
-            break
-        for i, ids in zip(replies, protocol.reply_ids(tokenizer, [*replies.values()]), strict=True):
-            if i in requests and len(ids) > limits.document_tokens:
-                ids = ids[: limits.document_tokens - len(closing)] + closing
-            if len(rows[i].ids) + len(ids) >= limits.context:
-                rows[i].truncated = "context"
-            else:
-                rows[i].append(ids)
-                decoder.append([i], [ids])
-        live = [i for i in live if i in replies and not rows[i].truncated]
-    for row in rows:
-        row.reward = f1_score(row.answer, row.example.answers)
-    return rows
+
+
+def write_turn(policy: Policy, decoder: Decoder, rows: Sequence[Row], turn: int) -> list[Generated]:
+    """The policy writes on each row until it closes a tag, ends its reply or runs out of room."""
+    limits = policy.limits
+    budgets = [min(limits.turn_tokens, limits.context - len(row.trajectory.ids)) for row in rows]
+    return decoder.turn(
+        [row.index for row in rows], budgets, [(TOKENS, *row.key, turn) for row in rows]
+    )
+
+
+def read_turn(policy: Policy, row: Row, generated: Generated, is_last: bool) -> None:
+    """Add what was written to the trajectory, and see whether it answers or has to end."""
+    trajectory, limits = row.trajectory, policy.limits
+    trajectory.append(generated.ids, generated.logprobs)
+    # Special tokens stay in the text: a model's own tag may be one.
+    text = policy.tokenizer.decode(generated.ids, skip_special_tokens=False)
+    action = protocol.parse_action(text)
+    trajectory.turns.append(Turn(text, action.kind, action.content))
+    if action.kind == "answer":
+        trajectory.answer = action.content
+    elif generated.reason == "length" and len(trajectory.ids) >= limits.context:
+        trajectory.truncated = "context"
+    elif generated.reason == "length":
+        trajectory.truncated = "turn_tokens"
+    elif is_last:
+        trajectory.truncated = "turns"
+
+
+def make_request(policy: Policy, row: Row, turn: int, noise: float) -> SearchRequest:
+    """What the engine needs to know about this row's query, and whether to reply with noise."""
+    example = row.trajectory.example
+    return SearchRequest(
+        query=neutralize(row.turn.content, policy.tokenizer),
+        question=neutralize(example.question, policy.tokenizer),
+        answers=example.answers,
+        noisy=uniform(policy.seed, NOISE, *row.key, turn) < noise,
+        key=(ENGINE, *row.key, turn),
+    )
+
+
+def search(policy: Policy, engine, rows: Sequence[Row], requests: Sequence[SearchRequest]) -> None:
+    """Ask the engine for all requests at once, and note the documents in each row's turn."""
+    replies = engine.search(list(requests))
+    for row, request, documents in zip(rows, requests, replies, strict=True):
+        row.turn.noisy = request.noisy
+        row.turn.documents = [neutralize(text, policy.tokenizer) for text in documents]
+
+
+def append_replies(policy: Policy, decoder: Decoder, rows: Sequence[Row]) -> None:
+    """Append to each row what its turn brought, documents or a complaint, if the context allows."""
+    tokenizer, limits = policy.tokenizer, policy.limits
+    texts = [reply_text(row.turn) for row in rows]
+    for row, ids in zip(rows, protocol.reply_ids(tokenizer, texts), strict=True):
+        if row.turn.documents is not None:
+            ids = cut_reply(tokenizer, ids, limits.document_tokens)
+        if len(row.trajectory.ids) + len(ids) >= limits.context:
+            row.trajectory.truncated = "context"
+        else:
+            row.trajectory.append(ids)
+            decoder.append([row.index], [ids])
+
+
+def reply_text(turn: Turn) -> str:
+    """What the policy reads after this turn."""
+    if turn.documents is None:
+        return protocol.INVALID_ACTION
+    return protocol.wrap_documents(protocol.number_documents(turn.documents))
+
+
+def cut_reply(tokenizer, ids: list[int], limit: int) -> list[int]:
+    """A block of documents in at most `limit` tokens: cut at its end, but closed again."""
+    if len(ids) <= limit:
+        return ids
+    [closing] = protocol.reply_ids(tokenizer, [protocol.CLOSING])
+    return ids[: limit - len(closing)] + closing

@@ -54,6 +54,11 @@ class Trajectory:
         self.logprobs += [0.0] * len(ids) if logprobs is None else logprobs
 
     @property
+    def ended(self) -> bool:
+        """Whether it has an answer, or ended without one."""
+        return self.answer is not None or bool(self.truncated)
+
+    @property
     def searches(self) -> int:
         """How many searches were executed; one in the last turn, for instance, is not."""
         return sum(turn.documents is not None for turn in self.turns)

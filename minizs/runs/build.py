@@ -15,7 +15,7 @@ from minizs.engines import ranking
 from minizs.engines.client import SERPAPI, SERPER, Cached, Client, HttpSearch, WebSearch
 from minizs.models import loading
 from minizs.protocol import build_prompt, prompt_ids
-from minizs.rollout import Limits, rollout
+from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import data, run_folder
 from minizs.runs.evaluation import answer_all, summary
 from minizs.runs.settings import URL, SearchConfig
@@ -161,25 +161,19 @@ def held_out(config, accelerator, writer, tokenizer, template: str) -> Callable[
     engine = bm25(config, "dev")
 
     def evaluate() -> dict[str, float]:
-        answer = searcher(config, writer(), tokenizer, template, engine, 0.0)
+        policy = make_policy(config, writer(), tokenizer, template, temperature=0.0)
+        answer = partial(rollout, policy, engine=engine)
         rows = answer_all(answer, examples, accelerator)
         return summary(rows) if rows else {}
 
     return evaluate
 
 
-def searcher(config, model, tokenizer, template: str, engine, temperature: float, **options):
-    """`rollout` with the limits of the settings: a function of examples and their keys."""
-    return partial(
-        rollout,
-        model,
-        tokenizer,
-        engine=engine,
-        limits=limits(config),
-        temperature=temperature,
-        template=template,
-        **options,
-    )
+def make_policy(
+    config: SearchConfig, model, tokenizer, template: str, temperature: float
+) -> Policy:
+    """The policy with the limits and the seed of the settings."""
+    return Policy(model, tokenizer, template, limits(config), temperature, config.seed)
 
 
 def make_accelerator(config: SearchConfig):

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 
 from minizs.protocol import build_prompt, neutralize, number_documents, reply_ids
 from minizs.reward import exact_match, f1_score, substring_match
-from minizs.rollout import Limits, rollout
+from minizs.rollout import Limits, Policy, rollout
 from minizs.runs.metrics import searched_again
 from minizs.runs.run_folder import read_lines
 from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
@@ -21,18 +21,16 @@ METRICS = {"f1": f1_score, "em": exact_match, "sub_em": substring_match}
 
 def baseline(
     method: str,
-    model,
-    tokenizer,
+    policy: Policy,
     examples: Sequence[Example],
     engine,
     *,
-    max_tokens: int,
-    max_document_tokens: int = 600,
-    on_turn: Callable = lambda turn: None,
-    **options,
+    keys: Sequence[tuple[int, ...]] | None = None,
+    on_turn: Callable[[Turn], None] = lambda turn: None,
 ) -> list[Trajectory]:
     """Paper section 4.2, a turn for each example: "direct", "cot" (chain of thought), or "rag", on
-    what one search for the question finds. The wording is in `prompts/`; `options`: `rollout`'s."""
+    what one search for the question finds. The wording is in `prompts/`."""
+    tokenizer, limits = policy.tokenizer, policy.limits
     wording = (Path(__file__).parent.parent / "prompts" / f"{method}.txt").read_text(
         encoding="utf-8"
     )
@@ -43,21 +41,16 @@ def baseline(
         found = [[neutralize(text, tokenizer) for text in some] for some in engine.search(requests)]
     texts = [number_documents(some or []) for some in found]
     cut = [
-        tokenizer.decode(ids[:max_document_tokens]) if len(ids) > max_document_tokens else text
+        tokenizer.decode(ids[: limits.document_tokens])
+        if len(ids) > limits.document_tokens
+        else text
         for ids, text in zip(reply_ids(tokenizer, texts), texts, strict=True)
     ]
     shown = [wording.replace("{documents}", text) for text in cut]
     prompts = [build_prompt(e.question, w, tokenizer) for e, w in zip(examples, shown, strict=True)]
-    rows = rollout(
-        model,
-        tokenizer,
-        examples,
-        engine,
-        prompts=prompts,
-        limits=Limits(1, max_tokens, context=math.inf),
-        on_turn=on_turn,
-        **options,
-    )
+    one_turn = Limits(turns=1, turn_tokens=limits.turn_tokens, context=math.inf)
+    policy = replace(policy, limits=one_turn)
+    rows = rollout(policy, examples, engine, keys=keys, prompts=prompts, on_turn=on_turn)
     for row, documents in zip(rows, found, strict=True):
         row.turns[0].documents = documents
         if method == "rag":
@@ -86,6 +79,8 @@ def answer_all(
     for start in tqdm(range(0, len(todo), batch), disable=not kept or rank > 0, leave=False):
         some = todo[start : start + batch]
         rows = answer([examples[i] for i in some], keys=[(i,) for i in some])
+        for row in rows:
+            row.reward = f1_score(row.answer, row.example.answers)
         rows = [replace(row, ids=[], loss_mask=[], logprobs=[]) for row in rows]
         mine |= zip(some, rows, strict=True)
         if kept:

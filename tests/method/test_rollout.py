@@ -13,13 +13,15 @@ from minizs.generate import Generated
 from minizs.logprobs import token_logprobs
 from minizs.models.batches import attention, pad
 from minizs.randomness import uniform
-from minizs.rollout import ENGINE, NOISE, Limits, rollout
+from minizs.reward import f1_score
+from minizs.rollout import ENGINE, NOISE, Limits, Policy, rollout
 from minizs.sampling import StopStrings
 from minizs.simulator import SimulatedSearch
 from minizs.trajectory import Example
 
 TOKENIZER = make_tokenizer(("</search>", "</answer>\n"))
 LOGPROB = -0.25
+DEFAULT = Limits()
 UNGUARDED = mock.patch("minizs.rollout.neutralize", lambda text, tokenizer: text)
 
 
@@ -71,13 +73,16 @@ class RecordingEngine:
         return [request for call in self.calls for request in call]
 
 
-def play(*scripts, engine=None, tokenizer=TOKENIZER, golds=None, **options):
+def play(*scripts, engine=None, tokenizer=TOKENIZER, golds=None, limits=DEFAULT, seed=0, **options):
     """Roll out one row a script, whose gold answer is "gold 0" (1, ...): (rows, engine)."""
     engine, made = engine or RecordingEngine("a document"), []
     golds = golds or [f"gold {i}" for i in range(len(scripts))]
     examples = [Example(f"question {i}?", (gold,)) for i, gold in enumerate(golds)]
+    policy = Policy(None, tokenizer, limits=limits, seed=seed)
     with mock.patch("minizs.rollout.Decoder", partial(ScriptedDecoder, scripts, made)):
-        rows = rollout(None, tokenizer, examples, engine, **options)
+        rows = rollout(policy, examples, engine, **options)
+    for row in rows:
+        row.reward = f1_score(row.answer, row.example.answers)
     for row, context in zip(rows, made[0].contexts, strict=True):
         assert row.ids == context  # what is trained on is what the model saw
         assert len(row.ids) == len(row.loss_mask) == len(row.logprobs)
@@ -269,7 +274,6 @@ def test_sampled_ids_are_never_tokenised_again():
     assert spy.texts == [
         protocol.build_prompt("question 0?"),
         block(),
-        protocol.CLOSING,
         protocol.INVALID_ACTION,
         block("a document"),
     ]
@@ -402,13 +406,21 @@ def acting_model(dtype=torch.float64, seed: int = 0):
     )
 
 
-def sample(examples=QUESTIONS, keys=KEYS, dtype=torch.float64, engine=None, **options):
+def sample(
+    examples=QUESTIONS,
+    keys=KEYS,
+    dtype=torch.float64,
+    engine=None,
+    temperature=1.0,
+    seed=2,
+    **options,
+):
     """Rollouts of a random model."""
     model = acting_model(dtype)
-    settings = {"limits": Limits(turns=4, turn_tokens=25), "seed": 2, "template": "{question}"}
+    limits = Limits(turns=4, turn_tokens=25)
+    policy = Policy(model, ACTING, "{question}", limits, temperature, seed)
     engine = engine or RecordingEngine("some words")
-    rows = rollout(model, ACTING, examples, engine, keys=keys, **(settings | options))
-    return model, rows
+    return model, rollout(policy, examples, engine, keys=keys, **options)
 
 
 def test_rollout_logprobs_equal_training_logprobs():

@@ -10,7 +10,7 @@ from minizs import protocol, sft, simulator
 from minizs.logprobs import Scorer
 from minizs.models import loading
 from minizs.models.batches import attention, pad
-from minizs.rollout import Limits, rollout
+from minizs.rollout import Limits, Policy, rollout
 from minizs.trajectory import Example, SearchRequest
 
 # Whole actions are tokens of their own, so that a random model acts now and then.
@@ -81,17 +81,9 @@ def score(model, tokenizer, rows):
 
 
 def play(model, tokenizer, **options):
-    return rollout(
-        model,
-        tokenizer,
-        QUESTIONS,
-        Documents(),
-        group_size=4,
-        limits=Limits(turns=2, turn_tokens=25),
-        template="{question} <eos>",
-        seed=1,
-        **options,
-    )
+    limits = Limits(turns=2, turn_tokens=25)
+    policy = Policy(model, tokenizer, "{question} <eos>", limits, seed=1)
+    return rollout(policy, QUESTIONS, Documents(), group_size=4)
 
 
 @pytest.mark.parametrize("make", [pad_is_eos, no_pad, chat])

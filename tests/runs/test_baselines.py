@@ -7,6 +7,7 @@ from conftest import ScriptedHead, make_model, make_tokenizer
 
 import evaluate
 from minizs.generate import Decoder
+from minizs.rollout import Limits, Policy
 from minizs.runs import evaluation
 from minizs.trajectory import Example
 
@@ -37,17 +38,9 @@ def answer(method: str, says: str, monkeypatch, **options):
 
     with monkeypatch.context() as patch:
         patch.setattr("minizs.rollout.Decoder", Spy)
-        rows = evaluation.baseline(
-            method,
-            model,
-            TOKENIZER,
-            EXAMPLES,
-            engine,
-            keys=[(4,), (7,)],
-            max_tokens=len(says),
-            temperature=0.0,
-            **options,
-        )
+        policy = Policy(model, TOKENIZER, limits=Limits(turn_tokens=len(says)), temperature=0.0)
+        keys = [(4,), (7,)]
+        rows = evaluation.baseline(method, policy, EXAMPLES, engine, keys=keys, **options)
     [(prompts, settings)] = seen
     return rows, prompts, settings, engine.asked
 
@@ -70,10 +63,7 @@ def test_what_the_model_is_shown(method, monkeypatch):
     else:
         assert not asked
     assert settings["temperature"] == 0.0
-    assert [(row.answer, row.reward, row.truncated) for row in rows] == [
-        ("Rome", 1.0, ""),
-        ("Rome", 0.0, ""),
-    ]
+    assert [(row.answer, row.truncated) for row in rows] == [("Rome", ""), ("Rome", "")]
     assert [row.turns[0].documents for row in rows] == (DOCUMENTS if asked else [None, None])
     assert [row.searches for row in rows] == ([1, 1] if asked else [0, 0])
 
@@ -85,7 +75,7 @@ def test_what_the_model_is_shown(method, monkeypatch):
 def test_without_an_answer_there_is_none(says, ending, monkeypatch):
     """Guards half an answer that counts, and a search that is carried out."""
     rows, _, _, asked = answer("direct", says, monkeypatch)
-    assert [(r.answer, r.reward, r.truncated) for r in rows] == [(None, 0.0, ending)] * 2
+    assert [(row.answer, row.truncated) for row in rows] == [(None, ending)] * 2
     assert not asked and rows[0].turns[0].text == says
 
 

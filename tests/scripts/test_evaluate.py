@@ -174,17 +174,17 @@ ANSWERED = ["--policy", "mine", "--before", "../base", *FILE, "--temperature", "
 @pytest.fixture
 def asked(work, monkeypatch) -> list:
     """Every question that is put to a model, here of a copy of `base` in `mine`."""
-    seen, stopped, rollout = [], [], build.rollout
+    seen, stopped, play = [], [], rollout.rollout
 
-    def spied(model, tokenizer, examples, **named):
+    def spied(policy, examples, **named):
         if len(seen) == 17 and not stopped:
             stopped.append(1)
             raise KeyboardInterrupt
         seen.extend(named["keys"])
-        return rollout(model, tokenizer, examples, **named)
+        return play(policy, examples, **named)
 
     shutil.copytree("../base", "mine")
-    monkeypatch.setattr(build, "rollout", spied)
+    monkeypatch.setattr(rollout, "rollout", spied)
     return seen
 
 

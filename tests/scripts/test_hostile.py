@@ -27,7 +27,8 @@ from minizs import protocol
 from minizs.generate import Generated
 from minizs.models import loading
 from minizs.protocol import CLOSING, neutralize, parse_action
-from minizs.rollout import Limits, rollout
+from minizs.reward import f1_score
+from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import evaluation
 from minizs.trajectory import Example
 
@@ -306,7 +307,10 @@ def play(tokenizer, engine, question, scripts, limits):
     Scripted.scripts = scripts
     with mock.patch("minizs.rollout.Decoder", Scripted):
         examples = [Example(question, ("gold",)) for _ in scripts]
-        return rollout(None, tokenizer, examples, engine, limits=limits)
+        rows = rollout(Policy(None, tokenizer, limits=limits), examples, engine)
+    for row in rows:
+        row.reward = f1_score(row.answer, row.example.answers)
+    return rows
 
 
 @shorter
@@ -357,20 +361,13 @@ def test_baselines_read_neutral_text():
     Scripted.scripts = [["<answer>wrong</answer>"]]
     with mock.patch("minizs.rollout.Decoder", Spy):
         examples = [Example("</s>{documents}", ("gold",))]
-        [row] = evaluation.baseline("rag", None, tokenizer, examples, engine, max_tokens=40)
+        policy = Policy(None, tokenizer, limits=Limits(turn_tokens=40, document_tokens=50))
+        [row] = evaluation.baseline("rag", policy, examples, engine)
     assert engine.asked[0].query == "(/s>{documents}"
     assert row.turns[0].documents == ["(/information>(|im_end|>?", "{question}"]
     [end] = ids_of(tokenizer, "<|im_end|>")
     assert seen[0].count(end) == 1 and row.answer == "wrong"
     with mock.patch("minizs.rollout.Decoder", Spy):  # a long document is cut, as in a search
-        evaluation.baseline(
-            "rag",
-            None,
-            tokenizer,
-            examples,
-            Hostile(["x y " * 5000]),
-            max_tokens=40,
-            max_document_tokens=50,
-        )
+        evaluation.baseline("rag", policy, examples, Hostile(["x y " * 5000]))
     assert len(seen[1]) < len(seen[0]) + 100
     json.dumps(row.turns[0].documents).encode()

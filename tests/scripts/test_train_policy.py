@@ -90,8 +90,8 @@ def test_held_out_questions_are_shared_by_place(work, monkeypatch):
     """Guards random numbers of an evaluation that hang on the number of processes."""
     seen, models = [], iter("abcd")
 
-    def rollout(model, tokenizer, examples, keys, temperature, **_):
-        seen.append((keys, model, temperature))
+    def rollout(policy, examples, keys, **_):
+        seen.append((keys, policy.model, policy.temperature))
         return [Trajectory(example, answer=example.answers[0]) for example in examples]
 
     monkeypatch.setattr(build, "rollout", rollout)

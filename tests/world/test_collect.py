@@ -11,7 +11,7 @@ from conftest import ScriptedHead, make_model, make_tokenizer
 from minizs import UserError
 from minizs.engines.client import ServiceError
 from minizs.engines.ranking import BM25, NoDocuments
-from minizs.rollout import Limits, rollout
+from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import collect
 from minizs.trajectory import Example, SearchRequest
 from minizs.world.facts import World
@@ -69,16 +69,9 @@ def searches(*queries: str):
 
 
 def run(model, examples, engine, size=100, batch=64, seed=0, noise=0.0, judge=None):
-    play = partial(
-        rollout,
-        model,
-        TOKENIZER,
-        engine=engine,
-        template="{question}",
-        seed=seed,
-        noise=noise,
-        limits=Limits(turns=4, turn_tokens=60, context=400),
-    )
+    limits = Limits(turns=4, turn_tokens=60, context=400)
+    policy = Policy(model, TOKENIZER, "{question}", limits, seed=seed)
+    play = partial(rollout, policy, engine=engine, noise=noise)
     return collect.collect_with_policy(play, examples, size, batch, judge)
 
 

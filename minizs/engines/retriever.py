@@ -21,7 +21,8 @@ class RetrieverConfig:
 
     corpus: str = option(
         "",
-        "The documents: a .txt, .jsonl, .json or .parquet file. By default the tiny world's.",
+        "The documents: a .txt, .jsonl, .json, .csv, .tsv or .parquet file, which can be "
+        "compressed (.gz). By default those of the tiny world.",
         metavar="FILE",
     )
     host: str = option(

@@ -104,8 +104,8 @@ class EngineSettings:
     )
     corpus: str = option(
         "",
-        "The documents that --engine bm25 searches: a .txt, .jsonl or .parquet file. By default "
-        "those of the tiny world.",
+        "The documents that --engine bm25 searches: a .txt, .jsonl, .json, .csv, .tsv or .parquet "
+        "file, which can be compressed (.gz). By default those of the tiny world.",
         metavar="FILE",
     )
     engine_url: str = option(

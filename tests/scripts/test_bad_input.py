@@ -74,7 +74,7 @@ DATA = {
     "false.parquet": "PAR1 PAR1",
     "deep.json": "[" * 100_000,
     "digits.jsonl": '{"answer": ' + "1" * 5000 + "}",
-    "table.csv": "question,answer",
+    "table.xlsx": "question,answer",
     "words.txt": "who is it?",
     "latin.txt": b"\xff\xfe",
     "body.jsonl": [{"body": "x"}],
@@ -272,7 +272,7 @@ EVERYWHERE = [
     ("--config ../yaml/minus.yaml", "--timeout"),
     ("--data ../nowhere.jsonl", "../nowhere.jsonl|check the path"),
     ("--data ../base", "../base|neither"),
-    ("--data ../data/table.csv", "table.csv|.jsonl"),
+    ("--data ../data/table.xlsx", "table.xlsx|.jsonl"),
     ("--data world,../questions.jsonl", "'world'|neither"),
     ("--data ../questions.jsonl,", "neither"),
 ]
@@ -346,7 +346,7 @@ ENGINES = [
     *[
         (f"--corpus ../data/{name}", f"{name}|{words}")
         for name, words in (
-            ("table.csv", ".jsonl"),
+            ("table.xlsx", ".jsonl"),
             ("empty.jsonl", "no text"),
             ("body.jsonl", "'contents'"),
             ("spaces.jsonl", "no text"),

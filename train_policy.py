@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minizs import require
 from minizs.runs import run_folder
-from minizs.runs.flags import may_change, parse, run_script, save, set_threads
+from minizs.runs.flags import may_change, parse, run_script, save_settings, set_threads
 from minizs.runs.settings import PolicyConfig, check_training
 
 SHOWN = "reward searches_per_question held_out_f1 kl noise entropy".split()  # in the bar
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> None:
         (folder / "metrics.jsonl").touch()  # which tells a run, see `run_folder.is_run`
         (folder / run_folder.DONE).unlink(missing_ok=True)  # the run is not complete any more
         again = replace(config, output="", resume="", overwrite=False)  # fed back: a new run
-        save(again, folder / "config.partial")
+        save_settings(again, folder / "config.partial")
         (folder / "config.partial").replace(folder / "config.yaml")
     accelerator.wait_for_everyone()
     if config.log_with:

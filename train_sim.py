@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minizs import require
 from minizs.runs import run_folder
-from minizs.runs.flags import may_change, option, parse, run_script, save, set_threads
+from minizs.runs.flags import may_change, option, parse, run_script, save_settings, set_threads
 from minizs.runs.settings import REAL_ENGINES, SearchConfig, check_search, check_trainable
 
 DEFAULT = str(run_folder.RUNS / "simulator")
@@ -166,7 +166,7 @@ def train(config: SimConfig, accelerator, model, optimizer, texts, partial: Path
         print(f"Going on from step {done} of {partial}." if found else f"A new run in {partial}.")
         run_folder.begin(partial, done)
         if not found:
-            save(config, partial / "config.yaml")
+            save_settings(config, partial / "config.yaml")
     processes, rank = accelerator.num_processes, accelerator.process_index
     rng = random.Random(f"order {config.seed}")
     epochs = (sft.batches(rng.sample(texts, len(texts)), config.batch_tokens, rng) for _ in count())

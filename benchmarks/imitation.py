@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_policy  # noqa: E402
 from minizs import require  # noqa: E402
-from minizs.runs.flags import option, parse, run_script, save, set_threads  # noqa: E402
+from minizs.runs.flags import option, parse, run_script, save_settings, set_threads  # noqa: E402
 
 
 @dataclass
@@ -84,7 +84,7 @@ def main(argv: list[str]) -> None:
     print(f"{len(plan)} steps on {len(good)} trajectories, last loss {loss / count:.3f}")
     folder = Path(config.output or "runs/imitation")
     run_folder.begin(folder, overwrite=config.overwrite)
-    save(config, folder / "config.yaml")
+    save_settings(config, folder / "config.yaml")
     loading.save(model.eval(), tokenizer, folder / "policy", prompt=template)
 
 

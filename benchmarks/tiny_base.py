@@ -29,7 +29,7 @@ from minizs.engines.ranking import BM25
 from minizs.models import loading
 from minizs.runs import run_folder
 from minizs.runs.collect import write_query
-from minizs.runs.flags import option, parse, run_script, save, set_threads
+from minizs.runs.flags import option, parse, run_script, save_settings, set_threads
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
 from minizs.world.facts import RELATIONS, TWO_HOP, Question, World, names, read_fact
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     batches = sft.batches(texts, config.batch_tokens, rng, pool=256)
     if rank == 0:
         run_folder.begin(folder, overwrite=config.overwrite)
-        save(config, folder / "config.yaml")
+        save_settings(config, folder / "config.yaml")
     steps = tqdm(range(1, config.steps + 1), disable=rank > 0, dynamic_ncols=True, mininterval=2)
     for step in steps:
         progress = step / config.steps

@@ -188,7 +188,7 @@ def read_yaml(path: str) -> list[str]:
     return [f"--{name}={value}" for name, value in values.items()]
 
 
-def save(config: Any, path: Path) -> None:
+def save_settings(config: Any, path: Path) -> None:
     """Write the resolved settings in a form that `--config` reads."""
     values = {}
     for fields in fields_by_group(type(config)).values():

@@ -22,7 +22,7 @@ from minizs.engines.client import (
 )
 from minizs.engines.ranking import BM25
 from minizs.runs import build
-from minizs.runs.flags import save
+from minizs.runs.flags import save_settings
 from minizs.runs.settings import SearchConfig
 
 SCORED, PLAIN, WIKI = "scored", "plain", "wiki"
@@ -206,7 +206,7 @@ def test_serpapi(monkeypatch, tmp_path, caplog, capfd):
             engine = build.build_engine(config, "test", None)
             assert engine.search(requests) == [LINES[:3], LINES[1:], []] and engine.failed == 0
         assert len(seen) == 3
-        save(config, tmp_path / "config.yaml")
+        save_settings(config, tmp_path / "config.yaml")
     texts = [caplog.text, *capfd.readouterr(), (tmp_path / "config.yaml").read_text()]
     assert SECRET not in "".join(texts)
     assert SECRET.encode() not in (tmp_path / "cache").read_bytes()

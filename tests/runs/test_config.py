@@ -186,13 +186,13 @@ def test_every_configuration_is_read(path):
 def test_what_is_saved_is_read_again(tmp_path):
     """A run can be repeated from the settings beside its results."""
     settings = Settings(steps=3, lr=1e-5, overwrite=True, name="yes")
-    flags.save(settings, tmp_path / "config.yaml")
+    flags.save_settings(settings, tmp_path / "config.yaml")
     assert asdict(parse(Settings, ["--config", str(tmp_path / "config.yaml")])) == asdict(settings)
 
 
 def test_saved_settings_stand_in_the_order_of_the_groups(tmp_path):
     """A person reads the file, too: what belongs together stands together."""
-    flags.save(Settings(), tmp_path / "config.yaml")
+    flags.save_settings(Settings(), tmp_path / "config.yaml")
     names = [line.split(":")[0] for line in (tmp_path / "config.yaml").read_text().splitlines()]
     assert names == "steps lr share limit name overwrite resume kind".split()
 
@@ -266,7 +266,7 @@ def test_what_the_machine_lacks_is_one_line(capsys, error, words):
 def test_a_full_disk(capsys):
     """The message of a really full device is recognised."""
     with pytest.raises(SystemExit):
-        flags.run_script(lambda _: flags.save(Settings(), Path("/dev/full")))
+        flags.run_script(lambda _: flags.save_settings(Settings(), Path("/dev/full")))
     assert "the disk is full" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The layout of the code: who may import whom, one name for one thing, functions of a readable size.
+"""The layout of the code: who may import whom, one name for one thing, functions that fit a screen.
 
 All of it is read from the syntax trees; nothing is imported.
 """

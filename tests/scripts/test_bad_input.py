@@ -562,7 +562,7 @@ ROWS += [
 
 
 def test_there_are_more_than_a_hundred():
-    """Guards a table that shrinks, and rows that are counted twice."""
+    """The table has more than a hundred rows, each of them once."""
     assert (
         len({(script, flags, *environment.items()) for script, flags, environment, _ in ROWS})
         == len(ROWS)
@@ -578,7 +578,8 @@ def test_there_are_more_than_a_hundred():
 def test_it_is_one_sentence_and_nothing_is_made(
     wrong, before, monkeypatch, script, flags, environment, words
 ):
-    """Guards tracebacks, hours before a typo shows, folders left behind, code of strangers run."""
+    """The sentence says what is wrong. No other stage has run, nor a stranger's code; no file and no
+    folder is new, changed or gone."""
     monkeypatch.chdir(wrong / "here")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -613,7 +614,7 @@ finally:
 
 @pytest.mark.parametrize("script", RIGHT)
 def test_a_process_answers_at_once(wrong, script):
-    """Guards seconds of imports before a typo shows, tracebacks, and another exit status than 2."""
+    """--help and a wrong flag need no slow library, and an error is one line and exit status 2."""
     code = QUICK.replace("sys.argv[0]", repr(str(ROOT / f"{script}.py")))
     asked = [["--help"], ["--stepz", "5"], ["--seed", "x"], ["--config", "yaml/deep.yaml"]]
     processes = [

@@ -1,9 +1,11 @@
-"""The tests of docs/exercises.md: each fails until its exercise is done. They are no part of the
-suite (pytest does not collect a file of this name by itself); run one with
+"""The tests of docs/exercises.md: each fails until its exercise is done.
+
+They are not part of the suite, since pytest collects no file of this name by itself. Run one with
 
     python -m pytest tests/exercises.py -k advantage
 """
 
+import importlib
 import json
 import math
 
@@ -13,29 +15,27 @@ from scripts import metrics, policy
 from transformers import AutoTokenizer
 
 import evaluate
-import train_policy
-from minizs import UserError, curriculum, grpo, reward
-from minizs.engines import ranking
+from minizs import UserError, grpo, reward
 from minizs.runs.flags import parse
-from minizs.runs.settings import ENGINES
+from minizs.runs.settings import ENGINES, PolicyConfig
 from minizs.trajectory import SearchRequest
 from minizs.world import facts
 
 
-def wanted(module, name: str, exercise: int):
-    """What the exercise asks for, or a failure that says what is missing and where."""
-    if not hasattr(module, name):
+def written(module: str, name: str, exercise: int):
+    """What the reader has written, or a failure that says what is missing and where."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError):
         pytest.fail(
-            f"{module.__name__} has no {name} yet: docs/exercises.md, exercise {exercise}.",
-            pytrace=False,
+            f"{module} has no {name} yet: docs/exercises.md, exercise {exercise}.", pytrace=False
         )
-    return getattr(module, name)
 
 
-def accepted(exercise: int, *flags: str):
+def parse_or_fail(exercise: int, *flags: str) -> PolicyConfig:
     """The settings of train_policy.py with these flags, or a failure that says what it refused."""
     try:
-        return parse(train_policy.PolicyConfig, list(flags))
+        return parse(PolicyConfig, list(flags))
     except UserError as error:
         pytest.fail(f"{error} (docs/exercises.md, exercise {exercise}.)", pytrace=False)
 
@@ -64,7 +64,7 @@ def test_advantage_of_a_flat_group_is_exactly_zero():
 
 def test_advantage_can_be_chosen():
     """A function that no run can use is half of the work."""
-    assert accepted(1, "--advantage_scale", "range").advantage_scale == "range"
+    assert parse_or_fail(1, "--advantage_scale", "range").advantage_scale == "range"
 
 
 # ---- 2: another engine ------------------------------------------------------------------------
@@ -74,18 +74,19 @@ DOCUMENTS = ["the cat sat", "a cat sat on the red mat", "red dogs", "nothing of 
 
 def test_engine_ranks_by_shared_words():
     """Best first, at most top_k, one list for each request, in the requests' order."""
-    engine = wanted(ranking, "Overlap", 2)(DOCUMENTS, top_k=2)
-    found = engine.search([SearchRequest("red mat cat"), SearchRequest("red dogs")])
-    assert found == [[DOCUMENTS[1], found[0][1]], [DOCUMENTS[2], DOCUMENTS[1]]]
+    engine = written("minizs.engines.overlap", "Overlap", 2)(DOCUMENTS, top_k=2)
+    first, second = engine.search([SearchRequest("red mat cat"), SearchRequest("red dogs")])
+    assert len(first) == 2 and first[0] == DOCUMENTS[1]
+    assert second == [DOCUMENTS[2], DOCUMENTS[1]]
     assert engine.search([]) == []
 
 
 def test_engine_can_be_noisy():
     """A noisy reply lacks what the request needs, and is filled up from further down."""
-    engine = wanted(ranking, "Overlap", 2)(DOCUMENTS, top_k=2)
+    engine = written("minizs.engines.overlap", "Overlap", 2)(DOCUMENTS, top_k=2)
     request = SearchRequest("red mat cat", answers=("mat",), noisy=True)
-    [found] = engine.search([request])
-    assert len(found) == 2 and DOCUMENTS[1] not in found
+    [documents] = engine.search([request])
+    assert len(documents) == 2 and DOCUMENTS[1] not in documents
 
 
 def test_engine_can_be_chosen(tmp_path):
@@ -103,15 +104,15 @@ def test_engine_can_be_chosen(tmp_path):
 
 def test_cost_by_hand():
     """Half a point is left of 0.7 after two searches at 0.1; nothing is ever below zero."""
-    cost = wanted(reward, "with_search_cost", 3)
-    assert cost(0.7, 2, 0.1) == pytest.approx(0.5)
-    assert cost(0.7, 0, 0.1) == 0.7
-    assert cost(0.1, 5, 0.1) == cost(0.0, 3, 0.1) == 0.0
+    with_cost = written("minizs.reward", "with_search_cost", 3)
+    assert with_cost(0.7, 2, 0.1) == pytest.approx(0.5)
+    assert with_cost(0.7, 0, 0.1) == 0.7
+    assert with_cost(0.1, 5, 0.1) == with_cost(0.0, 3, 0.1) == 0.0
 
 
 def test_cost_is_what_a_run_learns_from(work):
     """The logged reward is the F1 less what the executed searches cost."""
-    accepted(3, "--search_cost", "0.25")
+    parse_or_fail(3, "--search_cost", "0.25")
     policy("--search_cost", "0.25", "--log_trajectories", "8", "--output", "run")
     rows = [json.loads(line) for line in (work / "run" / "trajectories.jsonl").open()]
     for row in rows:
@@ -126,7 +127,7 @@ def test_cost_is_what_a_run_learns_from(work):
 
 def test_noise_by_hand():
     """Half a cosine: flat at both ends, half of the way at half time."""
-    noise = wanted(curriculum, "cosine_noise", 4)
+    noise = written("minizs.curriculum", "cosine_noise", 4)
     assert noise(0, 8, 0.1, 0.5) == pytest.approx(0.1)
     assert noise(2, 8, 0.0, 1.0) == pytest.approx((1 - math.sqrt(0.5)) / 2)
     assert noise(4, 8, 0.1, 0.5) == pytest.approx(0.3)
@@ -135,7 +136,7 @@ def test_noise_by_hand():
 
 def test_noise_of_a_run(work):
     """The simulator of each step is as noisy as the schedule says."""
-    accepted(4, "--noise_shape", "cosine")
+    parse_or_fail(4, "--noise_shape", "cosine")
     policy(
         "--noise_shape",
         "cosine",
@@ -157,29 +158,34 @@ def test_noise_of_a_run(work):
 # ---- 5: another world ---------------------------------------------------------------------------
 
 
-def asked() -> list[str]:
+def new_question() -> str:
+    """The wording of the new question, with {s} where the company goes."""
     texts = [text for *path, text in facts.TWO_HOP if path == ["founded_by", "works_for"]]
     if not texts:
-        pytest.fail("world.yaml never asks where a founder works: docs/exercises.md, exercise 5.")
-    return texts
+        pytest.fail(
+            "language.yaml never asks where a founder works: docs/exercises.md, exercise 5.",
+            pytrace=False,
+        )
+    return texts[0]
 
 
 def test_world_has_the_new_questions():
     """The answer is where the founder works: two look-ups in the facts."""
-    [text], here = asked(), facts.World(7)
-    questions = {text.format(s=s): s for s in here.members["company"]}
-    new = [question for question in here.questions() if question.text in questions]
-    assert new and len(here.questions()) > len(new)
-    for question in new:
-        company = questions[question.text]
-        founder = here.facts[company, "founded_by"]
+    text = new_question()
+    world = facts.World(7)
+    companies = {text.format(s=company): company for company in world.members["company"]}
+    questions = [question for question in world.questions() if question.text in companies]
+    assert questions and len(world.questions()) > len(questions)
+    for question in questions:
+        company = companies[question.text]
+        founder = world.facts[company, "founded_by"]
         assert question.path == ((company, "founded_by"), (founder, "works_for"))
-        assert question.answer == here.facts[founder, "works_for"]
+        assert question.answer == world.facts[founder, "works_for"]
 
 
 def test_world_is_spoken_by_the_base_model():
     """With a word that it has never seen, nothing could be learned from the question."""
-    [text] = asked()
+    text = new_question()
     tokenizer = AutoTokenizer.from_pretrained("minizs/world/tiny_base")
     ids = tokenizer(text.format(s=facts.World(7).members["company"][0]))["input_ids"]
     assert tokenizer.unk_token_id not in ids

@@ -578,8 +578,8 @@ def test_there_are_more_than_a_hundred():
 def test_it_is_one_sentence_and_nothing_is_made(
     wrong, before, monkeypatch, script, flags, environment, words
 ):
-    """The sentence says what is wrong. No other stage has run, nor a stranger's code; no file and no
-    folder is new, changed or gone."""
+    """The sentence says what is wrong. No other stage has run, nor a stranger's code, and no file
+    or folder is new, changed or gone."""
     monkeypatch.chdir(wrong / "here")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

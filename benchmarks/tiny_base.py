@@ -28,11 +28,11 @@ from minizs import protocol, require, sft
 from minizs.engines.ranking import BM25
 from minizs.models import loading
 from minizs.runs import run_folder
-from minizs.runs.collect import write_query
 from minizs.runs.flags import option, parse, run_script, save_settings, set_threads
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
 from minizs.world.facts import RELATIONS, TWO_HOP, Question, World, names, read_fact
+from minizs.world.searchers import write_query
 
 PROMPT = "Question: {question}"
 SIMULATOR_PROMPT = (

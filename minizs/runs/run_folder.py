@@ -28,6 +28,11 @@ def new_folder() -> Path:
             return folder
 
 
+def partial_folder(output: Path) -> Path:
+    """Where train_sim.py keeps its results until they are whole."""
+    return output.with_name(f"{output.name}.partial")
+
+
 def to_resume(output: str, resume: str) -> Path:
     """The run to go on with: `--output`, that of `RUN/checkpoints/step-N`, or the last begun."""
     if output or resume != "latest":

@@ -425,6 +425,105 @@ class PolicyConfig(
     """
 
 
+# ---- What training the simulator needs as well ---------------------------------------------------
+
+
+@dataclass
+class CollectSettings:
+    """The pairs to learn from, and collecting them."""
+
+    collect: bool = option(False, "Only collect pairs to learn from, into OUTPUT/collected.jsonl.")
+    examples: int = option(
+        12_000, "The number of pairs to collect, useful and noisy in equal number.", min=2
+    )
+    worlds: int = option(200, "The number of re-drawn tiny worlds to collect pairs from.", min=1)
+    searcher: str = option(
+        "auto",
+        "With --collect and --data: who searches. 'plain' is a script that needs no model: it asks "
+        "the question, and then narrower queries. 'auto' is the policy where --policy names one, "
+        "and else the script.",
+        ("auto", "plain", "policy"),
+    )
+    judge: str = option(
+        "gold",
+        "With --collect and --data: what tells useful documents from noisy ones. 'gold' looks for "
+        "the answer in them; otherwise a model's folder, hub name or address.",
+        metavar="MODEL",
+    )
+
+
+@dataclass
+class FineTuningSettings:
+    """The training of the simulator."""
+
+    base: str = option(
+        "tiny",
+        "The model to start from: a folder, a hub name, or 'tiny', the one that comes with minizs.",
+        metavar="MODEL",
+    )
+    steps: int = option(400, "The number of optimiser steps.", min=1)
+    batch_tokens: int = option(
+        3000, "The positions in a step, over all processes and with padding.", min=1
+    )
+    lr: float = option(
+        4e-3, "The peak learning rate of AdamW. It rises linearly, then falls to 0.", above=0
+    )
+    warmup: float = option(
+        0.05, "The share of the steps in which the learning rate rises.", min=0, max=1
+    )
+    max_grad_norm: float = option(
+        1.0, "A gradient with a larger norm is scaled down to this one.", above=0
+    )
+    save_every: int = option(
+        100,
+        "The steps between two checkpoints, in OUTPUT.partial. 0 saves none.",
+        min=0,
+        may_change=True,
+    )
+    keep: int = option(
+        2, "The number of checkpoints that are kept until the end.", min=1, may_change=True
+    )
+    resume: str = option(
+        "",
+        "Go on from the newest checkpoint, or from the one that is named. A collection goes on "
+        "after the last question.",
+        bare="latest",
+        metavar="CHECKPOINT",
+        may_change=True,
+    )
+    report_queries: int = option(
+        500,
+        "The number of useful and of noisy queries for the simulator's report. 0 writes none.",
+        min=0,
+        may_change=True,
+    )
+
+
+@dataclass
+class SimConfig(CollectSettings, FineTuningSettings, SearchConfig):
+    """Stage 1: fine-tune a language model into a search engine that writes documents.
+
+    Without any flag it trains the simulator of the tiny world, in runs/simulator.
+    """
+
+    data: str = option(
+        "world",
+        "The pairs to learn from: 'world' collects them in the tiny world; otherwise files and hub "
+        "names, with commas between them. With --collect: the questions to collect pairs for.",
+    )
+    output: str = option(
+        "",
+        "The simulator's folder. By default runs/simulator, or runs/collected with --collect.",
+        metavar="PATH",
+        may_change=True,
+    )
+    engine: str = option(
+        "bm25",
+        "With --collect and --data: the engine that answers the searches.",
+        REAL_ENGINES,
+    )
+
+
 # ---- What concerns more than one setting ---------------------------------------------------------
 
 

@@ -1,47 +1,56 @@
-"""The tiny world: people, towns, companies and countries with made-up names, anew for every seed.
+"""The tiny world: people, towns, companies and countries with made-up names, anew for each seed.
 
-A world is facts `(subject, relation) -> object`, sentences that state them and questions of one and
-two hops, in the language of language.yaml. Names come from one vocabulary, facts from the seed: no
-world tells a fact of another. A test's person or company is a pair of words never seen together."""
+A world is a set of facts `(subject, relation) -> object`, one document for each fact, and questions
+that take one fact (one hop) or two (two hops). The sentences come from `language.yaml`. The names
+come from one fixed vocabulary, so that a word-level tokenizer knows them all, but the facts are
+drawn from the world's seed: what is true in one world says nothing about another.
+
+A person or a company is a pair of words. A fifth of all pairs appears in worlds of the split "test"
+alone, so that a test asks about people whom no model has met in training.
+"""
 
 import re
-from collections import namedtuple
 from functools import cache
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import yaml
 
 from minizs.trajectory import SearchRequest
 
-Relation = namedtuple("Relation", "subject object question query wordings")  # see language.yaml
-Question = namedtuple("Question", "text answer kind path")  # path: (subject, relation) pairs
 LANGUAGE = yaml.safe_load(Path(__file__).with_name("language.yaml").read_text(encoding="utf-8"))
+
+
+class Relation(NamedTuple):
+    """A kind of fact, and the sentences about it; `{s}` is the subject and `{o}` the object."""
+
+    subject: str  # what a subject is: "person", "town", ...
+    object: str  # what an object is; also "date"
+    question: str
+    query: str  # what a good searcher types
+    wordings: list[str]  # how documents state the fact
+
+
+class Question(NamedTuple):
+    text: str
+    answer: str
+    kind: str  # "one_hop" or "two_hop"
+    path: tuple[tuple[str, str], ...]  # the (subject, relation) pairs to look up, in order
+
+
+class Fact(NamedTuple):
+    subject: str
+    relation: str
+    object: str
+
+
 RELATIONS = {name: Relation(**form) for name, form in LANGUAGE["relations"].items()}
-TWO_HOP = LANGUAGE["two_hop"]
-_PATTERNS = [
-    (name, re.compile(re.sub(r"\\\{[so]\\\}", "(.+)", re.escape(text))))
-    for name, relation in RELATIONS.items()  # the longest wording of each first
-    for text in sorted(relation.wordings, key=len, reverse=True)
-]
-
-
-@cache
-def names() -> dict[str, list[str]]:
-    """The fixed vocabulary by role, most of it invented: the same in every world and process."""
-    rng, taken = Random("minizs names"), dict.fromkeys(LANGUAGE["not_names"])  # in their order
-    out = {"month": LANGUAGE["months"], "company_kind": LANGUAGE["company_kinds"]}
-    for role, form in LANGUAGE["names"].items():
-        syllables = [part.split() for part in (*LANGUAGE["syllables"], form["endings"])]
-        first = len(taken)
-        while len(taken) < first + form["number"]:
-            taken["".join(map(rng.choice, syllables))] = None
-        out[role] = [word.capitalize() for word in list(taken)[first:]]
-    return out
+TWO_HOP = LANGUAGE["two_hop"]  # rows of first relation, second relation, question
 
 
 class World:
-    """All facts, documents and questions of one seed. `split` is "train" or "test" (see above)."""
+    """All facts, documents and questions of one seed; `split` is "train" or "test" (see above)."""
 
     def __init__(
         self,
@@ -52,21 +61,22 @@ class World:
         companies: int = 30,
         countries: int = 12,
     ):
-        rng, pool = Random(f"world {split} {seed}"), names()
+        rng = Random(f"world {split} {seed}")
+        words = names()
         self.members = {
-            "person": _pairs(pool["given"], pool["family"], split, people, rng),
-            "company": _pairs(pool["company"], pool["company_kind"], split, companies, rng),
-            "town": rng.sample(pool["town"], towns),
-            "country": rng.sample(pool["country"], countries),
+            "person": _draw_pairs(words["given"], words["family"], split, people, rng),
+            "company": _draw_pairs(words["company"], words["company_kind"], split, companies, rng),
+            "town": rng.sample(words["town"], towns),
+            "country": rng.sample(words["country"], countries),
         }
         self.facts = {
-            (s, name): self.draw(form.object, rng)
-            for name, form in RELATIONS.items()
-            for s in self.members[form.subject]
+            (subject, name): self.draw(relation.object, rng)
+            for name, relation in RELATIONS.items()
+            for subject in self.members[relation.subject]
         }
         self.documents = [
-            rng.choice(RELATIONS[name].wordings).format(s=subject, o=obj)
-            for (subject, name), obj in self.facts.items()
+            rng.choice(RELATIONS[name].wordings).format(s=subject, o=object)
+            for (subject, name), object in self.facts.items()
         ]
         self._paths = {question.text: question.path for question in self.questions()}
 
@@ -77,53 +87,90 @@ class World:
         return rng.choice(self.members[role])
 
     def judge(self, document: str, request: SearchRequest) -> bool:
-        """Exact: does this document state a step of the question's path, and the query name its
-        subject, in part at least? (Else a first hop restated to a second-hop query were useful.)"""
-        subject, relation, _ = read_fact(document) or ("", "", "")
-        on_path = (subject, relation) in self._paths.get(request.question, ())
-        return on_path and not set(subject.split()).isdisjoint(request.query.split())
+        """Whether a document is of use to a request. This is exact: it states a fact on the path of
+        the question, and the query names the fact's subject, in part at least. (Without the second
+        condition, the first hop's fact would count as useful to a query for the second hop.)"""
+        fact = read_fact(document)
+        if fact is None:
+            return False
+        path = self._paths.get(request.question, ())
+        if (fact.subject, fact.relation) not in path:
+            return False
+        return not set(fact.subject.split()).isdisjoint(request.query.split())
 
     def questions(self) -> list[Question]:
-        """Every question, in a fixed shuffled order, one-hop and two-hop by turns."""
-        one = [
-            Question(RELATIONS[r].question.format(s=s), obj, "one_hop", ((s, r),))
-            for (s, r), obj in self.facts.items()
+        """Every question, in a fixed shuffled order, one-hop and two-hop ones by turns."""
+        one_hop = [
+            Question(RELATIONS[name].question.format(s=subject), answer, "one_hop", path)
+            for (subject, name), answer in self.facts.items()
+            for path in [((subject, name),)]
         ]
-        two = [
-            Question(text.format(s=s), self.facts[path[1]], "two_hop", path)
-            for first, second, text in TWO_HOP
-            for s in self.members[RELATIONS[first].subject]
-            for path in [((s, first), (self.facts[s, first], second))]
-        ]
-        rng = Random(len(one))
-        rng.shuffle(one)
-        rng.shuffle(two)
-        return [q for pair in zip(one, two, strict=False) for q in pair]
-
-
-def _pairs(first: list[str], second: list[str], split: str, n: int, rng: Random) -> list[str]:
-    """`n` two-word names; a fifth of all pairs is kept for the test split."""
-    return rng.sample(
-        [
-            f"{a} {b}"
-            for i, a in enumerate(first)
-            for j, b in enumerate(second)
-            if ((i + j) % 5 == 0) == (split == "test")
-        ],
-        n,
-    )
+        two_hop = []
+        for first, second, text in TWO_HOP:
+            for subject in self.members[RELATIONS[first].subject]:
+                path = ((subject, first), (self.facts[subject, first], second))
+                answer = self.facts[path[1]]
+                two_hop.append(Question(text.format(s=subject), answer, "two_hop", path))
+        rng = Random(len(one_hop))
+        rng.shuffle(one_hop)
+        rng.shuffle(two_hop)
+        return [question for pair in zip(one_hop, two_hop, strict=False) for question in pair]
 
 
 @cache
-def read_fact(document: str) -> tuple[str, str, str] | None:
-    """The (subject, relation, object) that a document states, whoever wrote it; None if garbled."""
-    matches = ((name, pattern.fullmatch(document)) for name, pattern in _PATTERNS)
-    return next(((found[1], name, found[2]) for name, found in matches if found), None)
+def names() -> dict[str, list[str]]:
+    """The vocabulary by role, most of it invented: the same in every world and process."""
+    rng = Random("minizs names")
+    words = {"month": LANGUAGE["months"], "company_kind": LANGUAGE["company_kinds"]}
+    inventions = dict.fromkeys(LANGUAGE["not_names"])  # a set that keeps its order
+    for role, form in LANGUAGE["names"].items():
+        syllables = [part.split() for part in (*LANGUAGE["syllables"], form["endings"])]
+        first = len(inventions)
+        while len(inventions) < first + form["number"]:
+            word = "".join(rng.choice(choices) for choices in syllables)
+            inventions[word] = None  # a word that is there already changes nothing
+        words[role] = [word.capitalize() for word in list(inventions)[first:]]
+    return words
+
+
+def _draw_pairs(first: list[str], second: list[str], split: str, n: int, rng: Random) -> list[str]:
+    """`n` two-word names out of the pairs of this split; "test" has a fifth of all pairs."""
+    pairs = []
+    for i, one in enumerate(first):
+        for j, other in enumerate(second):
+            in_test = (i + j) % 5 == 0
+            if in_test == (split == "test"):
+                pairs.append(f"{one} {other}")
+    return rng.sample(pairs, n)
+
+
+def _compile_wordings() -> list[tuple[str, re.Pattern]]:
+    """(relation, pattern) for each wording, of each relation the longest first."""
+    patterns = []
+    for name, relation in RELATIONS.items():
+        for wording in sorted(relation.wordings, key=len, reverse=True):
+            pattern = re.sub(r"\\\{[so]\\\}", "(.+)", re.escape(wording))
+            patterns.append((name, re.compile(pattern)))
+    return patterns
+
+
+WORDINGS = _compile_wordings()
+
+
+@cache
+def read_fact(document: str) -> Fact | None:
+    """The fact that a document states, whoever wrote it; None where it states none."""
+    for name, pattern in WORDINGS:
+        match = pattern.fullmatch(document)
+        if match:
+            return Fact(match[1], name, match[2])
+    return None
 
 
 @cache
 def embedded(role: str) -> World:
-    """The worlds of the scripts, larger than those of base and simulator: "train" for RL, "dev"
-    while it trains, "test" at the end. The last two share no person or company with the others."""
+    """The worlds of the scripts, larger than those that the base and the simulator learn from:
+    "train" for RL, "dev" for evaluation during training, and "test" for evaluation after it. The
+    last two share no person and no company with the first, or with any world of training."""
     seed, split = {"train": (-1, "train"), "dev": (-2, "test"), "test": (-3, "test")}[role]
     return World(seed, split, people=300, towns=100, companies=100, countries=30)

@@ -19,7 +19,7 @@ def make_texts(n: int = 5, seed: int = 0) -> list[sft.Tokens]:
 
 
 def test_encode_marks_pieces_and_keeps_their_ids():
-    """Guards pieces that merge with each other: a rollout appends them one by one."""
+    """Segments are tokenised one by one, as a rollout appends them, and do not merge."""
     tokenizer = make_tokenizer(("ab",))
     ids, mask = sft.encode(tokenizer, [("xa", False), ("by", True), ("z", False)], end=True)
     assert tokenizer.convert_ids_to_tokens(ids) == ["x", "a", "b", "y", "z", "<eos>"]
@@ -28,7 +28,7 @@ def test_encode_marks_pieces_and_keeps_their_ids():
 
 
 def test_only_the_opening_piece_gets_a_bos():
-    """Guards a BOS before every piece, or a training text without the one that use puts first."""
+    """A text is opened as a prompt is in use, and only once."""
     tokenizer = with_bos(make_tokenizer())
     ids, mask = sft.encode(tokenizer, [("x", False), ("y", True)])
     assert tokenizer.convert_ids_to_tokens(ids) == ["<eos>", "x", "y"]
@@ -36,7 +36,7 @@ def test_only_the_opening_piece_gets_a_bos():
 
 
 def test_batches_hold_every_text_once_within_the_budget():
-    """Guards texts that are dropped at a pool's end, and batches in the order of their length."""
+    """An epoch holds each text once, in batches within the budget and in random order."""
     texts = make_texts(50)
     made = list(sft.batches(iter(texts), 40, random.Random(0), pool=20))
     assert sorted(t for batch in made for t in batch) == sorted(texts)
@@ -47,7 +47,8 @@ def test_batches_hold_every_text_once_within_the_budget():
 
 
 def test_nll_against_loops():
-    """Guards an off-by-one, a mean of means, and padding that is learned."""
+    """The loss is the sum over marked tokens, computed one by one; padding and first tokens do not
+    count."""
     model, texts = make_model(), make_texts()
     loss, count = sft.nll(model, *sft.collate(texts))
     expected = 0.0
@@ -59,7 +60,7 @@ def test_nll_against_loops():
 
 
 def test_training_lowers_the_loss():
-    """Guards a gradient that does not reach the model."""
+    """The gradient reaches the model."""
     model, batch = make_model(), sft.collate(make_texts())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []

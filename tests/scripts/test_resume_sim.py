@@ -29,12 +29,13 @@ from scripts import (
 import train_sim
 from minizs import UserError, sft
 from minizs.models import loading
-from minizs.runs import build, collect
+from minizs.runs import build, quality, supervised
 from minizs.runs.flags import option
 
 
 def test_a_killed_run_leaves_no_simulator(work, collected, monkeypatch):
-    """Guards half a simulator that every later run would take for whole."""
+    """A run that is killed while it saves leaves nothing that a later run would take for a
+    simulator, and the same command then makes one."""
 
     def killed(*arguments, **texts):
         raise KeyboardInterrupt
@@ -51,7 +52,7 @@ def test_a_killed_run_leaves_no_simulator(work, collected, monkeypatch):
 
 
 def test_of_two_processes_the_second_waits(work, collected, monkeypatch, capsys):
-    """Guards a crash, or a simulator that changes under the run that has begun to use it."""
+    """A run waits for another one that makes the same simulator, and uses that one's."""
     load, begun = build.load, threading.Event()
 
     def other():
@@ -66,7 +67,7 @@ def test_of_two_processes_the_second_waits(work, collected, monkeypatch, capsys)
         return load(*arguments)
 
     monkeypatch.setattr(build, "load", overtaken)
-    monkeypatch.setattr(train_sim, "train", lambda *_: pytest.fail("it has not waited"))
+    monkeypatch.setattr(supervised, "train", lambda *_: pytest.fail("it has not waited"))
     simulator("--data", COLLECTED)
     assert "Another run has made runs/simulator" in capsys.readouterr().out
     assert {p.name for p in (work / "runs").iterdir()} == {"simulator", "simulator.lock"}
@@ -74,19 +75,19 @@ def test_of_two_processes_the_second_waits(work, collected, monkeypatch, capsys)
 
 
 def test_nothing_trained_is_lost(work, collected, monkeypatch):
-    """Guards minutes of training thrown away by a failing report or by what is in the way."""
+    """A trained simulator is on the disk, whatever fails after it or stands in its place."""
 
     def blocked(*arguments):
         Path("out").mkdir()
         Path("out/notes.txt").write_text("mine")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_sim, "train", blocked)
+        patch.setattr(supervised, "train", blocked)
         with pytest.raises(OSError, match="out.partial"):
             simulator("--data", COLLECTED, "--output", "out")
     loading.load("out.partial")
     assert [p.name for p in (work / "out").iterdir()] == ["notes.txt"]
-    monkeypatch.setattr(collect, "report", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(quality, "measure_quality", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         simulator()
     loading.load("runs/simulator")
@@ -94,8 +95,8 @@ def test_nothing_trained_is_lost(work, collected, monkeypatch):
 
 @pytest.fixture
 def stop(monkeypatch):
-    """`stop(4, SIGTERM)`: the fourth step from now on gets this signal; without one, it is the last
-    thing that the process does."""
+    """`stop(4, SIGTERM)`: the fourth step from now on gets this signal. Without a signal the step
+    fails, as if the process had been killed there."""
 
     def at(step: int, number: signal.Signals | None = None) -> None:
         steps, collate = iter(range(1, step + 1)), sft.collate
@@ -121,8 +122,8 @@ def same(one: str, other: str) -> None:
 
 
 def test_it_goes_on_where_it_was_killed(work, collected, stop, capsys):
-    """Guards optimiser states, an order of the data or a log that a resumed run does not get back:
-    of the same command, of one that only names the output, and of a checkpoint that is named."""
+    """Optimiser, order of the data and log come back: the weights are those of an unbroken run,
+    with the same command, with `--resume --output` alone, and from a named checkpoint."""
     simulator(*LONG, "--output", "whole")
     ways = {
         "same": [*SIM, *LONG, "--output", "same"],
@@ -145,7 +146,8 @@ def test_it_goes_on_where_it_was_killed(work, collected, stop, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(work, collected, stop, number):
-    """Guards work that is thrown away, and a simulator of half its steps."""
+    """Ctrl-C and SIGTERM save the step, and the command in the message goes on to the same
+    weights."""
     simulator(*LONG, "--output", "whole")
     stop(3, number)
     with pytest.raises(SystemExit, match="after step 3, .* --output out --resume"):
@@ -156,8 +158,8 @@ def test_a_signal_saves_and_says_how_to_go_on(work, collected, stop, number):
 
 
 def test_other_settings_do_not_go_on(work, collected, stop, monkeypatch, capsys):
-    """Guards a simulator of two settings; the default one begins anew, since stage 2 waits for it,
-    and so does what --overwrite begins."""
+    """A run goes on with its own settings only. With --overwrite it begins anew, and so does the
+    default one, since stage 2 waits for it."""
     for flags in ([], ["--output", "out"]):
         stop(3)
         with pytest.raises(MemoryError):
@@ -217,7 +219,7 @@ def killed(command: list[str], folder: Path, line: int, rng: random.Random) -> N
     ],
 )
 def test_kill_9(work, collected, processes, kills):
-    """Guards half a checkpoint that is taken for a whole one, and whatever a kill leaves behind."""
+    """A killed run goes on to the weights of an unbroken one, wherever the kill came."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     flags = [*SIM, *LONG, "--steps", "12", "--save_every", "1", "--output"]
     script = [*(launch if processes > 1 else []), str(ROOT / "train_sim.py"), *flags]

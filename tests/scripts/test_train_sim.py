@@ -26,12 +26,13 @@ import train_sim
 from benchmarks import tiny_base as base
 from minizs import UserError, sft
 from minizs.models import loading
-from minizs.runs import build, collect
+from minizs.runs import build, collect, pairs
 from minizs.simulator import training_text
 
 
 def test_a_simulator_is_a_model_folder_with_its_prompt_and_report(work, capsys):
-    """Guards a folder that `transformers` cannot load, half of one, or another prompt in it."""
+    """A simulator is a folder that `transformers` loads, with its prompt, a line of metrics for
+    each step, its settings and a report."""
     simulator("--seed", "3")
     folder = work / "runs" / "simulator"
     there = {p.name for p in (work / "runs").iterdir()}
@@ -54,24 +55,27 @@ def test_a_simulator_is_a_model_folder_with_its_prompt_and_report(work, capsys):
 
 
 def test_collected_rows_are_balanced_and_read_back(work, collected, capsys):
-    """Guards a simulator that learns one word only, and a file that the same script cannot read."""
+    """A collection has as many useful as noisy rows, is the same each time, and trains the
+    simulator that is trained without this stop on the way."""
     assert Counter(row["label"] for row in collected) == {"useful": 20, "noisy": 20}
     assert all(0 < len(row["documents"]) <= 3 and row["answers"] for row in collected)
-    assert collect.pairs(collected, base.SIMULATOR_PROMPT) == [
+    assert pairs.make_pairs(collected, base.SIMULATOR_PROMPT) == [
         training_text(base.SIMULATOR_PROMPT, collect.request_of(row), row["documents"])
         for row in collected
     ]
     simulator("--collect", "--output", "again")
     again = [json.loads(x) for x in (work / "again" / "collected.jsonl").read_text().splitlines()]
     assert again == collected
-    assert sorted(everything(work)) == ["again", "again/collected.jsonl"]  # no model was trained
+    files = ["again", "again.lock", "again/collected.jsonl", "again/config.yaml"]
+    assert sorted(everything(work)) == files  # no model was trained
     simulator("--data", COLLECTED, "--output", "from-rows")
     simulator("--output", "at-once")
     assert weights(work / "from-rows") == weights(work / "at-once")
 
 
 def test_a_policy_collects_from_a_real_engine(work, capsys):
-    """Guards rows that the same script cannot read, and labels of another question's gold."""
+    """A policy's searches become rows with the answers of their own question; the seed decides
+    them; and a simulator can be trained on them."""
     questions = [json.loads(x) for x in Path("../questions.jsonl").read_text().splitlines()]
     rows = [row | {"data_source": str(i)} for row in questions for i in range(8)]
     Path("many.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -111,7 +115,7 @@ def test_a_policy_collects_from_a_real_engine(work, capsys):
         assert (row["label"] == "useful") == (row["answers"][0] in row["documents"][0])
     with pytest.raises(UserError, match="there are {'useful': 0, 'noisy': [0-9]+}"):
         simulator(*flags, "--engine_noise", "1", "--output", "none")
-    assert '"noisy"' in Path("none/collected.jsonl").read_text()  # what was paid for is kept
+    assert '"noisy"' in Path("none.partial/collected.jsonl").read_text()  # it was paid for
     simulator("--data", "one/collected.jsonl", "--output", "sim")
     kept = 2 * min(labels["useful"], labels["noisy"])
     assert f"{kept} of {len(rows)} pairs are taken" in capsys.readouterr().out
@@ -119,7 +123,7 @@ def test_a_policy_collects_from_a_real_engine(work, capsys):
 
 
 def test_a_simulator_in_bfloat16(work, collected):
-    """Guards a type, or a chat template left out, that the saved simulator does not show."""
+    """The type and the chat template of the training are those of the saved simulator."""
     tokenizer = AutoTokenizer.from_pretrained("../base")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     shutil.copytree("../base", "chat")
@@ -143,7 +147,8 @@ def test_a_simulator_in_bfloat16(work, collected):
 
 
 def test_two_processes_do_what_one_does(work, collected):
-    """Guards shares of a batch that weigh more than others, and a hang."""
+    """Two processes share out a batch and end with the weights of one, also where a batch has too
+    few rows for both."""
     flags = ["--data", COLLECTED, "--batch_tokens", "150", "--output"]  # two rows, or three
     simulator(*flags, "one")
     text = two_processes("train_sim.py", *SIM, *flags, "two")
@@ -155,21 +160,21 @@ def test_two_processes_do_what_one_does(work, collected):
 
 
 def test_the_seed_decides_the_weights(work, collected):
-    """Guards a simulator that cannot be made again, and seeds that change nothing."""
+    """The same seed gives the same weights, and another seed others."""
     for folder, seed in (("one", "1"), ("same", "1"), ("other", "2")):
         simulator("--data", COLLECTED, "--output", folder, "--seed", seed)
     assert weights(work / "one") == weights(work / "same") != weights(work / "other")
 
 
 def test_the_loss_goes_down_on_the_documents(work, collected):
-    """Guards a learning rate, mask or optimiser with which nothing is learnt."""
+    """The training learns: the loss falls by more than a third."""
     simulator("--data", COLLECTED, "--output", "out", "--steps", "40", "--lr", "0.01")
     first, *_, last = losses("out")
     assert last["loss"] < 0.6 * first["loss"] and last["step"] == 40
 
 
 def test_the_prompt_may_be_ones_own(work, collected):
-    """Guards a template that trains with one wording and saves another."""
+    """The wording of a file is what the model is trained with, and what is saved beside it."""
     (work / "mine.txt").write_text("Answer: {answers} Query: {query} {quality} documents:")
     seen = []
     encode = sft.encode
@@ -187,7 +192,8 @@ def test_the_prompt_may_be_ones_own(work, collected):
 
 
 def test_the_default_simulator_is_made_once(work, capsys):
-    """Guards an error, or a simulator made again, where all is there; and half of one taken."""
+    """Where the default simulator is whole, the command without flags does nothing; where it is
+    half of one, it is refused."""
     folder = work / "runs" / "simulator"
     shutil.copytree("../base", folder)
     before = everything(work)
@@ -198,7 +204,7 @@ def test_the_default_simulator_is_made_once(work, capsys):
 
 
 def test_collecting_leaves_the_simulators_place_free(work):
-    """Guards a stage 2 that finds examples where it looks for the default simulator."""
+    """Stage 2 finds no examples where it looks for the default simulator."""
     simulator("--collect")
     assert [str(p) for p in Path("runs").rglob("*.jsonl")] == ["runs/collected/collected.jsonl"]
     assert not Path("runs/simulator").exists()
@@ -240,20 +246,21 @@ REFUSED = [
 
 @pytest.mark.parametrize("flags, names", REFUSED)
 def test_bad_input_is_refused_before_anything_is_made(work, bad, flags, names):
-    """Guards tracebacks, minutes spent before a typo shows, and folders left behind."""
+    """Bad input is one sentence that names what is wrong, and no file is written."""
     (bad / "blind.txt").write_text("{query}")
     refused(simulator, flags, names, work.parent)
 
 
 def test_bad_input_is_one_line_in_a_process(work):
-    """Guards the exit status that a shell script looks at, and noise around the one sentence."""
+    """A shell script sees exit status 2 and one line."""
     result = status("train_sim.py", "--base", "./nowhere")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
 
 
 def test_the_default_simulator_is_a_run_of_its_own(work, monkeypatch):
-    """Guards a simulator made by every process, waited for in vain, or anew for every run."""
+    """Stage 2 starts one process for it, whatever it is part of itself, and makes it once; a
+    failure is an error."""
     calls = []
 
     def run(command, env):

@@ -26,14 +26,14 @@ def texts():
 
 
 def test_the_texts_of_a_seed_stay_the_same(texts):
-    """Guards the shipped model: with another stream nobody could make it again."""
+    """The shipped model can be made again: the stream of its texts is the one it learned from."""
     digest = hashlib.sha256(repr(texts).encode()).hexdigest()
     assert digest[:16] == "65e1feb60f4aa411"
     assert [*islice(base.stream(1, lambda: 0.5), 9)] != [*islice(base.stream(0, lambda: 0.5), 9)]
 
 
 def test_every_word_is_known(texts):
-    """Guards a text that the model could only read as unknown words."""
+    """No text has a word that the tokenizer does not know."""
     tokenizer = base.make_tokenizer()
     for segments, end in texts:
         ids, mask = sft.encode(tokenizer, segments, end)
@@ -42,13 +42,13 @@ def test_every_word_is_known(texts):
 
 
 def test_the_shipped_tokenizer_is_this_one():
-    """Guards a shipped model whose words this world no longer has."""
+    """The shipped model knows the words of this world."""
     shipped = AutoTokenizer.from_pretrained(loading.TINY_BASE)
     assert shipped.get_vocab() == base.make_tokenizer().get_vocab()
 
 
 def test_the_loss_is_on_what_a_model_writes(texts):
-    """Guards a model that learns to write documents in a searcher's place, or prompts."""
+    """Documents and prompts, which a model reads, have no loss."""
     documents = {"<information>": 0, "Question:": 0, "Query:": 0}
     for segments, _ in texts:
         for text, marked in segments:
@@ -60,7 +60,7 @@ def test_the_loss_is_on_what_a_model_writes(texts):
 
 
 def test_a_block_gives_the_facts_that_it_shows():
-    """Guards look-ups of what the reader was not shown."""
+    """The facts of a block are those that its documents state."""
     documents = ["Ann Bee was born in Rome", "no fact"]
     (text, marked), facts = base.block(documents)
     assert all(document in text for document in documents) and not marked
@@ -68,7 +68,7 @@ def test_a_block_gives_the_facts_that_it_shows():
 
 
 def test_it_leaves_a_model_with_both_prompts(work):
-    """Guards a base model that neither script could start from, or that is another each time."""
+    """It leaves a model that both scripts can start from; the seed decides its weights."""
     for folder, seed in (("one", "1"), ("same", "1"), ("other", "2")):
         base.main([*TINY, "--output", folder, "--seed", seed])
     assert weights(work / "one") == weights(work / "same") != weights(work / "other")
@@ -84,7 +84,7 @@ def test_it_leaves_a_model_with_both_prompts(work):
 
 @pytest.mark.parametrize("progress", [0.0, 0.05, 0.2, 0.6, 1.0])
 def test_the_mixture_never_runs_dry(progress):
-    """Guards a stage of the training that has no text to learn from."""
+    """At each stage of the training the shares of the kinds of text add up to 1."""
     shares = base.mixture(progress)
     assert sum(shares) == pytest.approx(1) and min(shares) >= 0
 
@@ -100,7 +100,7 @@ def test_the_mixture_never_runs_dry(progress):
     ],
 )
 def test_bad_input_is_refused(work, flags, names):
-    """Guards a traceback from deep inside a model."""
+    """Bad input is one sentence that names the flag."""
     with pytest.raises(UserError, match=names):
         base.main([*TINY, *flags.split()])
     assert not list(work.iterdir())

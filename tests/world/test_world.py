@@ -13,7 +13,7 @@ def world() -> World:
 
 
 def test_a_seed_is_a_world(world):
-    """Guards worlds that differ from run to run, or do not differ from seed to seed."""
+    """The same seed gives the same world, and another seed another one."""
     again, other = World(5), World(6)
     assert again.facts == world.facts and again.documents == world.documents
     assert again.questions() == world.questions()
@@ -21,7 +21,7 @@ def test_a_seed_is_a_world(world):
 
 
 def test_names_of_the_test_are_never_trained_on():
-    """Guards a test that measures what was learned by heart."""
+    """People and companies of the test are pairs of known words that no training world has."""
     train, test = World(1, "train", people=300), World(1, "test", people=300)
     for role in ("person", "company"):
         assert not set(train.members[role]) & set(test.members[role])
@@ -33,14 +33,14 @@ def test_names_of_the_test_are_never_trained_on():
 
 
 def test_names_are_distinct():
-    """Guards two roles that share a word, of which only one could be told by it."""
+    """No word plays two roles, so that a word tells its role."""
     pools = names()
     everything = [word for pool in pools.values() for word in pool]
     assert len(everything) == len(set(everything))
 
 
 def test_answers_follow_from_the_facts(world):
-    """Guards questions whose gold answer is wrong: one look-up a hop."""
+    """One look-up for each hop of a question's path leads from its subject to its answer."""
     questions = world.questions()
     assert {q.kind for q in questions} == {"one_hop", "two_hop"}
     for question in questions:
@@ -55,40 +55,41 @@ def test_answers_follow_from_the_facts(world):
 
 
 def test_questions_are_unique(world):
-    """Guards a judge that looks up another question of the same text."""
+    """The judge looks up a question by its text, so that no two questions share one."""
     texts = [q.text for q in world.questions()]
     assert len(texts) == len(set(texts))
 
 
 def test_two_hops_end_where_they_should():
-    """Guards chains whose second relation is not one of what the first leads to."""
+    """The second relation of a chain is one that the first one's object has."""
     for first, second, text in TWO_HOP:
         assert RELATIONS[first].object == RELATIONS[second].subject and "{s}" in text
 
 
 @pytest.mark.parametrize("name", list(RELATIONS))
 def test_read_fact_inverts_every_wording(name):
-    """Guards a judge that misreads documents, for names of one word and of several."""
+    """What a wording states is read back, for names of one word and of several."""
     for wording in RELATIONS[name].wordings:
         for subject, obj in (("Ann Bee", "Rome"), ("Rome", "3 May 1950"), ("Acme Inc", "Ann Bee")):
             assert read_fact(wording.format(s=subject, o=obj)) == (subject, name, obj)
 
 
 def test_garbled_documents_state_nothing():
-    """Guards a simulator's nonsense that is read as a fact."""
+    """A sentence that is no wording of this world states no fact."""
     for text in ("", "Rome", "Ann was born", "was born in Rome", "Ann born in Rome"):
         assert read_fact(text) is None
 
 
 def test_every_fact_has_a_document_that_states_it(world):
-    """Guards questions that no search could answer."""
+    """The documents state all facts, and nothing else."""
     assert {read_fact(text) for text in world.documents} == {
         (s, r, o) for (s, r), o in world.facts.items()
     }
 
 
 def test_the_judge_is_exact(world):
-    """Guards a label that calls a neighbour's document useful, or an earlier hop's."""
+    """A document is useful if it states the fact that the query is about and the question needs:
+    not a neighbour's, not another fact's, not that of an earlier hop."""
     question = next(q for q in world.questions() if [r for _, r in q.path][1:] == ["based_in"])
     (person, _), (company, _) = question.path
     first, second = RELATIONS["works_for"], RELATIONS["based_in"]
@@ -109,7 +110,7 @@ def test_the_judge_is_exact(world):
 
 
 def test_bm25_finds_what_a_good_query_is_after(world):
-    """Guards a world that cannot be searched: at least 95 % of the steps of its questions."""
+    """Three documents of BM25 hold what a good query asks for in at least 95 % of all steps."""
     engine = BM25(world.documents, 3)
     asked = [
         SearchRequest(RELATIONS[r].query.format(s=s), q.text, (q.answer,))
@@ -124,7 +125,7 @@ def test_bm25_finds_what_a_good_query_is_after(world):
 
 
 def test_noisy_bm25_never_holds_what_is_needed(world):
-    """Guards noise that is none: the world's own judge takes the useful documents out."""
+    """The world's judge takes the useful documents out of a noisy reply."""
     engine = BM25(world.documents, 3, world.judge)
     for q in world.questions()[:50]:
         s, r = q.path[0]

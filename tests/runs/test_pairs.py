@@ -4,7 +4,7 @@ import pytest
 from conftest import make_tokenizer
 
 from minizs import UserError, sft
-from minizs.runs.collect import pairs
+from minizs.runs.pairs import make_pairs
 
 OURS = {
     "query": "q",
@@ -19,9 +19,9 @@ SYSTEM = {"role": "system", "content": "be Google"}
 
 
 def test_our_rows_are_asked_with_the_template():
-    """Guards a simulator that is trained on other words than it is asked with."""
+    """A simulator is trained on the words that it will be asked with."""
     noisy = OURS | {"label": "noisy", "documents": ["three"]}
-    texts = pairs([noisy, OURS], TEMPLATE)
+    texts = make_pairs([noisy, OURS], TEMPLATE)
     assert texts == [
         [("q who? x or y 1 noisy", False), ("Doc 1: three", True)],
         [("q who? x or y 2 useful", False), ("Doc 1: one\nDoc 2: two", True)],
@@ -29,14 +29,14 @@ def test_our_rows_are_asked_with_the_template():
 
 
 def test_our_rows_are_balanced():
-    """Guards a simulator that learns one word only, and a choice by place in the file."""
+    """As many useful as noisy rows are taken, in the order of the file, from all of it."""
     rows = [OURS | {"query": f"q{i}", "label": "noisy" if i % 5 else "useful"} for i in range(40)]
-    texts = pairs(rows, TEMPLATE, seed=1)
+    texts = make_pairs(rows, TEMPLATE, seed=1)
     asked = [prompt.split() for [(prompt, _), _] in texts]
     assert [words[-1] for words in asked].count("useful") == 8 and len(asked) == 16
     order = [int(words[0][1:]) for words in asked]
     assert order == sorted(order) and max(order) > 20
-    assert texts == pairs(rows, TEMPLATE, seed=1) != pairs(rows, TEMPLATE, seed=2)
+    assert texts == make_pairs(rows, TEMPLATE, seed=1) != make_pairs(rows, TEMPLATE, seed=2)
 
 
 @pytest.mark.parametrize(
@@ -49,14 +49,14 @@ def test_our_rows_are_balanced():
     ],
 )
 def test_pairs_of_others(row, prompt):
-    """Guards a loss on the prompt, an input that is lost, and a part of the pairs left out."""
-    texts = pairs([row] * 6, TEMPLATE)
+    """Rows of instructions and of messages keep their wording, and none is left out."""
+    texts = make_pairs([row] * 6, TEMPLATE)
     assert texts == [[(prompt, False), ("Doc 1: a", True)]] * 6
 
 
 def test_the_loss_is_on_the_reply_alone():
-    """Guards segments that the tokenising function marks otherwise."""
-    [text] = pairs([{"messages": [USER, REPLY]}], TEMPLATE)
+    """The mask is 1 on the reply and its end, and 0 on the prompt."""
+    [text] = make_pairs([{"messages": [USER, REPLY]}], TEMPLATE)
     tokenizer = make_tokenizer()
     ids, mask = sft.encode(tokenizer, text, end=True)
     assert tokenizer.decode(ids) == "askDoc 1: a<eos>"
@@ -86,28 +86,28 @@ def test_the_loss_is_on_the_reply_alone():
     ],
 )
 def test_a_row_of_no_layout_is_named(row):
-    """Guards a traceback, and rows that are left out in silence."""
+    """One sentence says which row it is and what it holds."""
     with pytest.raises(UserError) as error:
-        pairs([row], TEMPLATE)
+        make_pairs([row], TEMPLATE)
     message = str(error.value)
     assert message.startswith("Row 1 of ") and "\n" not in message
     assert all(repr(key) in message for key in row if key not in ("documents", "label"))
 
 
 def test_the_number_is_that_of_the_row():
-    """Guards a search through the whole file for what is wrong."""
+    """Rows are counted from 1, as an editor counts lines."""
     with pytest.raises(UserError, match="Row 3 of"):
-        pairs([OURS, OURS | {"label": "noisy"}, OURS | {"label": "no"}], TEMPLATE)
+        make_pairs([OURS, OURS | {"label": "noisy"}, OURS | {"label": "no"}], TEMPLATE)
 
 
 def test_rows_without_pairs():
-    """Guards minutes of work before what cannot be trained on is noticed."""
+    """An empty file, or one label alone, is refused."""
     for rows in ([OURS, OURS], []):
         with pytest.raises(UserError, match="empty, or .* all useful"):
-            pairs(rows, TEMPLATE)
+            make_pairs(rows, TEMPLATE)
 
 
 def test_layouts_may_be_mixed():
-    """Guards pairs that are lost because they have no label."""
+    """Where a row has no label, no row is left out."""
     rows = [OURS, {"instruction": "ask", "output": "a"}]
-    assert len(pairs(rows, TEMPLATE)) == 2
+    assert len(make_pairs(rows, TEMPLATE)) == 2

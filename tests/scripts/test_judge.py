@@ -45,8 +45,8 @@ def verdict(row: dict) -> str:
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
 def test_a_served_model_judges(work, capsys, monkeypatch, api):
-    """Guards labels by the golds all the same, or by the word for another row; a wording that
-    leaves something out; a judge that samples."""
+    """Each row has the label that the judge gave it; the judge reads all of the row, in the wording
+    of its prompt, and is asked greedily."""
     monkeypatch.setenv("SIMULATOR_API_KEY", "s3cret")
     ask_for_many()
     simulator(*COLLECT, "--output", "gold")
@@ -97,7 +97,7 @@ def shown(row: dict) -> str:
 
 
 def test_a_judge_that_dies_leaves_what_it_has_judged(work, monkeypatch):
-    """Guards rows that are lost, or labelled by nobody, with a server that has gone; a hang."""
+    """What was judged before a server died is on the disk, and the message says how to go on."""
     monkeypatch.setattr("minizs.engines.client.FIRST_WAIT", 0.001)
     ask_for_many()
     alive = iter(range(10**6))
@@ -108,7 +108,10 @@ def test_a_judge_that_dies_leaves_what_it_has_judged(work, monkeypatch):
         return (503, "") if failed else (200, {"choices": [said]})
 
     with serving(answer) as (url, seen):
-        with pytest.raises(UserError, match="answered 503 .*check that this server runs"):
+        with pytest.raises(
+            UserError,
+            match="answered 503 .*check that this server runs.*saved.*--output cut --resume",
+        ):
             simulator(
                 *COLLECT,
                 "--judge",
@@ -122,13 +125,13 @@ def test_a_judge_that_dies_leaves_what_it_has_judged(work, monkeypatch):
                 "--output",
                 "cut",
             )
-    rows = rows_in("cut")
+    rows = rows_in("cut.partial")
     assert 10 < len(rows) < 25 < len(seen)
     assert {row["label"] for row in rows} == {"useful", "noisy"}
 
 
 def test_a_local_model_judges(work, capsys):
-    """Guards labels that are not the model's own words, which `transformers` tells, too."""
+    """A local model's words are the labels, the same as `transformers` generates."""
     ask_for_many()
     model, tokenizer = loading.load("../base")
     rng, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=0.01)

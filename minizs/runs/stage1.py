@@ -1,0 +1,237 @@
+"""The parts of train_sim.py: rows, texts, the base model, and a folder that is whole or not there.
+
+The results of a run lie in `OUTPUT.partial` until they are whole; then this folder is renamed to
+`OUTPUT` in one step.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from minizs import UserError, require, sft, simulator
+from minizs.cache import row_limit
+from minizs.engines.client import Cached, ServiceError
+from minizs.models import loading
+from minizs.rollout import rollout
+from minizs.runs import build, checkpoint, data, quality, run_folder, supervised
+from minizs.runs.advice import command
+from minizs.runs.collect import Collection, collect_from_searches, collect_from_worlds
+from minizs.runs.flags import may_change, save_settings
+from minizs.runs.pairs import make_pairs
+from minizs.runs.plain_searcher import search_plainly
+from minizs.runs.settings import SimConfig
+
+REPORT_TOKENS = 80  # that the simulator may write for a reply of its report
+
+
+@dataclass
+class Base:
+    """The model to start from, its tokenizer, and the wording of the simulator's prompt."""
+
+    model: Any
+    tokenizer: Any
+    template: str
+
+
+@contextmanager
+def alone(accelerator, output: Path) -> Iterator[None]:
+    """Inside, no other run makes the same output: the next one waits here."""
+    lock = FileLock(f"{output}.lock") if accelerator.is_main_process else nullcontext()
+    with lock:
+        accelerator.wait_for_everyone()
+        yield
+        accelerator.wait_for_everyone()
+
+
+def finish(config: SimConfig) -> Path:
+    """Rename the partial folder to the output, in one step; what has come there meanwhile is left
+    alone, and the results stay where they are. Returns the output."""
+    output = Path(config.output)
+    if config.overwrite:
+        run_folder.remove(output)
+    run_folder.partial_folder(output).rename(output)
+    return output
+
+
+# Collecting
+
+
+def collect(config: SimConfig, accelerator) -> None:
+    """Write OUTPUT/collected.jsonl. Of a run that broke off, what was asked is not asked again.
+    Raises UserError, which says how to go on, where a service is gone."""
+    folder = run_folder.partial_folder(Path(config.output))
+    if config.overwrite or config.data == "world":  # which takes seconds: it begins anew
+        run_folder.remove(folder)
+    run_folder.check_unchanged(folder, config, may_change(config))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_settings(config, folder / "config.yaml")
+    collection = Collection(folder)
+    if collection.questions:
+        print(f"Going on after question {collection.questions}, {len(collection.rows)} rows.")
+    if config.data == "world":
+        rows = collect_from_worlds(config.worlds, config.examples, config.seed, config.top_k)
+        collection.add(rows, questions=0)
+    else:
+        go_on = command("train_sim.py", "--output", config.output, "--resume")
+        saved = f"What was collected is saved. Go on with: {go_on}"
+        try:
+            _collect_from_searches(config, accelerator, collection, folder)
+        except ServiceError as error:
+            raise UserError(f"{error} {saved}") from error
+        except KeyboardInterrupt as interrupt:
+            raise SystemExit(f"Stopped. {saved}") from interrupt
+    collection.finish()
+    print(f"The examples are in {finish(config) / 'collected.jsonl'}")
+
+
+def _collect_from_searches(
+    config: SimConfig, accelerator, collection: Collection, folder: Path
+) -> None:
+    examples = data.load_examples(config.data, "train")
+    judge = build_judge(config, accelerator, examples)
+    engine = build.build_engine(config, "train", accelerator, examples)
+    if config.engine in ("http", "web") and not config.cache:
+        # A batch that breaks off in its middle has been paid for, too.
+        engine = Cached(engine, str(folder / "replies.sqlite"), config.engine)
+    play = build_searcher(config, engine, examples)
+    collect_from_searches(play, examples, config.examples, collection, judge)
+
+
+def build_searcher(config: SimConfig, engine, examples) -> Callable:
+    """Who searches: a function of examples and their keys that returns trajectories."""
+    if not searches_with_policy(config):
+        return partial(
+            search_plainly,
+            engine=engine,
+            max_searches=config.max_turns - 1,
+            noise=config.engine_noise,
+            seed=config.seed,
+        )
+    build.check_lengths(config, [config.policy], examples)
+    model, tokenizer = build.load(config, config.policy, loading.device())
+    template = loading.load_prompt(config.policy)
+    policy = build.make_policy(config, model, tokenizer, template, config.temperature)
+    return partial(rollout, policy, engine=engine, noise=config.engine_noise)
+
+
+def searches_with_policy(config: SimConfig) -> bool:
+    """Whether a policy searches for the examples, or the plain searcher does. By default a policy
+    does if one is named: the shipped one knows the words of the tiny world alone."""
+    if config.searcher == "auto":
+        return config.policy != "tiny"
+    return config.searcher == "policy"
+
+
+def build_judge(config: SimConfig, accelerator, examples):
+    """The language model that labels rows, as an engine; None where the gold answers do."""
+    if config.judge == "gold":
+        return None
+    settings = replace(
+        config,
+        simulator=config.judge,
+        simulator_template=simulator.JUDGE,
+        top_k=0,
+        simulator_temperature=0.0,
+        max_document_tokens=8,
+        on_search_error="stop",
+    )
+    return build.simulated(settings, accelerator, examples)
+
+
+# Fine-tuning
+
+
+def load_rows(config: SimConfig) -> list[dict]:
+    """The rows to learn from: the tiny world's, which are collected here and now, or those of the
+    files and hub names in `--data`."""
+    if config.data == "world":
+        return collect_from_worlds(config.worlds, config.examples, config.seed, config.top_k)
+    return [row for part in data.check_spec(config.data) for row in data.read_rows(part)]
+
+
+def load_base(config: SimConfig) -> Base:
+    """The model to start from, on the CPU and in float32. Raises UserError for a prompt that does
+    not tell useful from noisy."""
+    model, tokenizer = build.load(config, config.base, torch.device("cpu"), torch.float32)
+    own_template = loading.resolve(config.base)
+    template = simulator.load_template(config.simulator_template or own_template)
+    require("{quality}" in template, "The prompt lacks {quality}; put it in --simulator_template.")
+    return Base(model, tokenizer, template)
+
+
+def encode_rows(config: SimConfig, accelerator, rows: list[dict], base: Base) -> list[sft.Tokens]:
+    """The training texts of the rows that the model has positions for, balanced. UserError if
+    there is none."""
+    texts = make_pairs(rows, base.template, config.seed)
+    encoded = [sft.encode(base.tokenizer, text, end=True) for text in texts]
+    limit = row_limit(base.model)
+    short = [(ids, mask) for ids, mask in encoded if len(ids) <= limit]
+    require(bool(short), f"All pairs of {config.data} have more than {limit} tokens.")
+    accelerator.print(f"{len(texts)} of {len(rows)} pairs are taken; {len(short)} fit the model.")
+    return short
+
+
+def fine_tune(
+    config: SimConfig, accelerator, base: Base, texts: list[sft.Tokens], begin_anew: bool
+) -> Any:
+    """Train the base model in the partial folder, after the steps of a run that broke off unless
+    `begin_anew`. Returns the trained model, to be saved and used. Raises UserError if that run had
+    other settings."""
+    optimizer = torch.optim.AdamW(base.model.parameters(), lr=config.lr, weight_decay=0.0)
+    packed = base.model.config._attn_implementation == "flash_attention_2"
+    dtype = build.compute_dtype(config)
+    writer = loading.make_writer(base.model, dtype, accelerator.device, accelerator.is_fsdp2)
+    model, optimizer = accelerator.prepare(sft.Supervised(base.model, packed=packed), optimizer)
+    folder = run_folder.partial_folder(Path(config.output))
+    found = None if begin_anew else checkpoint.find(config.resume or "latest", folder)
+    if found:
+        run_folder.check_unchanged(folder, config, may_change(config))
+    done = supervised.start_or_resume(accelerator, folder, config, found)
+    go_on = command("train_sim.py", "--output", config.output, "--resume")
+    schedule = make_schedule(config)
+    supervised.train(schedule, accelerator, model, optimizer, texts, folder, done, go_on)
+    return writer().eval()
+
+
+def make_schedule(config: SimConfig) -> supervised.Schedule:
+    return supervised.Schedule(
+        steps=config.steps,
+        batch_tokens=config.batch_tokens,
+        lr=config.lr,
+        warmup=config.warmup,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        save_every=config.save_every,
+        keep=config.keep,
+    )
+
+
+def save_simulator(config: SimConfig, model, base: Base) -> Path:
+    """Write the model folder with its prompt, and let it take its place. Returns the output."""
+    folder = run_folder.partial_folder(Path(config.output))
+    loading.save(model, base.tokenizer, folder, simulator_prompt=base.template)
+    output = finish(config)
+    run_folder.remove(output / "checkpoints")
+    print(f"The simulator is in {output}")
+    return output
+
+
+def write_report(config: SimConfig, model, base: Base) -> None:
+    """How often the simulator does what it is told, as a table and in OUTPUT/report.json."""
+    engine = simulator.SimulatedSearch(
+        model,
+        base.tokenizer,
+        base.template,
+        config.top_k,
+        config.seed,
+        max_new_tokens=REPORT_TOKENS,
+    )
+    figures = quality.measure_quality(engine, config.report_queries, config.seed)
+    (Path(config.output) / "report.json").write_text(json.dumps(figures, indent=1))

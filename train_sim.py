@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     makes_default = not argv
     if is_finished(config) and (config.resume or makes_default):
         return print(f"{product(config)} is in {config.output} already; --overwrite makes it anew.")
-    check(config)
+    check_settings(config)
     set_threads(config.threads)
 
     from minizs.runs import build, stage1  # slow: these load torch
@@ -78,7 +78,7 @@ def is_finished(config: SimConfig) -> bool:
     return Path(config.output, name).is_file() and not config.overwrite
 
 
-def check(config: SimConfig) -> None:
+def check_settings(config: SimConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
     from minizs.models import loading
 

@@ -111,7 +111,7 @@ class _Searcher:
         """Note the search as a turn, and the answer as another if a document holds it."""
         thought = NEXT_THOUGHT if self.trajectory.turns else FIRST_THOUGHT
         documents = [neutralize(text) for text in documents]
-        turn = write_turn(thought, "search", request.query)
+        turn = make_turn(thought, "search", request.query)
         turn.documents = documents
         turn.noisy = request.noisy
         self.trajectory.turns.append(turn)
@@ -123,12 +123,12 @@ class _Searcher:
             return
         answer, sentence = evidence
         thought = excerpt(sentence, answer)
-        self.trajectory.turns.append(write_turn(thought, "answer", answer))
+        self.trajectory.turns.append(make_turn(thought, "answer", answer))
         self.trajectory.answer = answer
         self.trajectory.reward = f1_score(answer, self.trajectory.example.answers)
 
 
-def write_turn(thought: str, action: str, content: str) -> Turn:
+def make_turn(thought: str, action: str, content: str) -> Turn:
     """A policy's turn in the form that the prompt asks for."""
     text = f"<think> {thought} </think> <{action}> {content} </{action}>"
     return Turn(text, action, content)

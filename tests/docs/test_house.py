@@ -56,8 +56,6 @@ LARGE = {
     "minizs.runs.flags.option": "All that there is to know about a flag, by keywords.",
     "train_policy.train": "becomes shorter",
     "train_policy.main": "becomes shorter",
-    "train_sim.main": "becomes shorter",
-    "train_sim.train": "becomes shorter",
 }
 
 

@@ -37,7 +37,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
-from minizs.engines import ranking
+from minizs.engines.bm25 import BM25
 from minizs.generate import generate
 from minizs.models import loading
 from minizs.rollout import Limits, Policy, rollout
@@ -91,7 +91,7 @@ def real_turns(policy: str, questions: int, limits: Limits) -> list[tuple[list[i
     rows = rollout(
         Policy(model, tokenizer, loading.load_prompt(policy), limits),
         data.load_examples("world", "train")[:questions],
-        ranking.BM25(world.documents, 3, world.judge),
+        BM25(world.documents, 3, world.judge),
         group_size=GROUP,
     )
     turns = []

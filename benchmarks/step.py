@@ -38,7 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_policy
 from benchmarks import measure
 from minizs import protocol, require, simulator
-from minizs.engines import ranking
+from minizs.engines.bm25 import BM25
+from minizs.engines.ranking import NoDocuments
 from minizs.learner import build_learner
 from minizs.models import loading
 from minizs.reward import f1_score
@@ -74,10 +75,10 @@ class Task:
 
 def load_engine(name: str):
     if name == "none":
-        return ranking.NoDocuments()
+        return NoDocuments()
     if name == "bm25":
         world = embedded("train")
-        return ranking.BM25(world.documents, 3, world.judge)
+        return BM25(world.documents, 3, world.judge)
     template = simulator.load_template(loading.resolve(name))
     return simulator.SimulatedSearch(*loading.load(name, loading.device()), template, 3, 0, 0.8, 80)
 

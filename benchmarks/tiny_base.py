@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minizs import protocol, require, sft
-from minizs.engines.ranking import BM25
+from minizs.engines.bm25 import BM25
 from minizs.models import loading
 from minizs.runs import run_folder
 from minizs.runs.flags import option, parse, run_script, save_settings, set_threads

@@ -9,10 +9,7 @@ import re
 from pathlib import Path
 
 from minizs import protocol, require
-from minizs.engines.client import Client
-from minizs.engines.ranking import Engine
 from minizs.generate import generate
-from minizs.randomness import hash64
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
 
@@ -110,48 +107,3 @@ class SimulatedSearch:
             )
             for reply in replies
         ]
-
-
-class ServedSearch(Engine):
-    """The same with the model behind an OpenAI-compatible server, whose first model is taken where
-    `model_name` is empty. `api`: "completions", or "chat" for an instruct model. Of the server's
-    own sampling settings top_p alone is overridden."""
-
-    def __init__(
-        self,
-        client: Client,
-        model_name: str,
-        template: str,
-        top_k: int = 3,
-        seed: int = 0,
-        temperature: float = 0.8,
-        max_new_tokens: int = 600,
-        api: str = "completions",
-    ):
-        self.client, self.template, self.top_k, self.seed = client, template, top_k, seed
-        self.path = "/v1/chat/completions" if api == "chat" else "/v1/completions"
-        name = model_name or client.get("/v1/models", lambda answer, _: answer["data"][0]["id"])
-        self.settings = {
-            "model": name,
-            "max_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": 1.0,
-        }
-
-    def find(self, requests: list[SearchRequest]) -> list[list[str] | None]:
-        return self.client.post(self.path, map(self._body, requests), self._read)
-
-    def _body(self, request: SearchRequest) -> dict:
-        text = prompt(self.template, request, self.top_k)
-        said = (
-            {"messages": [{"role": "user", "content": text}]}
-            if "chat" in self.path
-            else {"prompt": text}
-        )
-        return self.settings | said | {"seed": hash64(self.seed, *request.key) % 2**31}
-
-    def _read(self, answer: dict, asked: dict) -> list[str]:
-        [choice] = answer["choices"]
-        text = choice["message"]["content"] if "messages" in asked else choice["text"]
-        start = text.index("Doc ") if self.top_k else 0  # no documents at all are a failure
-        return read_reply(text[start:], choice["finish_reason"] == "length", self.top_k)

@@ -1,44 +1,89 @@
-"""Other machines: JSON over HTTP to one server or several alike, and the engines that ask by it.
+"""JSON over HTTP: requests to one server, or spread over several that are alike.
 
 A request that fails is sent again, to the next address, after a growing, partly random wait, and a
-bounded number of times. Messages hold no server's own words, which might repeat the key."""
+bounded number of times. An error names the status and the type of error that the server gave, but
+never repeats its sentences, which might hold the key."""
 
 import asyncio
-import json
 import logging
 import random
 import re
-import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import httpx2
 
 from minizs import UserError, require
-from minizs.engines.corpus import titled
-from minizs.engines.ranking import Engine, Ranking
-from minizs.trajectory import SearchRequest
 
 for name in ("httpx2", "httpcore2"):
     logging.getLogger(name).setLevel(logging.WARNING)  # below it they write what servers say
+
 RETRIED = (429, 500, 502, 503, 504)  # it may work later; any other refusal is final
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
-SERPER, SERPAPI = "https://google.serper.dev", "https://serpapi.com"
-AT_ONCE = 8  # queries in one request to a retriever, which fail together
-BETWEEN_WRITES = 32  # queries: what an interrupted run may have paid for in vain
-Read = Callable[[Any, dict | None], Any]  # (answer, what was posted) -> what is wanted, or raises
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
+ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")
+VERSION = re.compile(r"v\d+((alpha|beta)\d*)?")  # a part of an address: v1, v4, v1beta
+ERROR_TYPE = re.compile(r"[A-Za-z][A-Za-z_]{2,39}")
+# What odd answers raise where they are read.
+MISREAD = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
+ADVICE = {
+    400: "see the server's log for what it does not take",
+    401: "check the key",
+    403: "check the key",
+    404: "check the address and the model's name",
+    422: "see the server's log for what it does not take",
+    429: "ask it less at a time, or raise --retries",
+}
+CHECK_SERVER = "check that this server runs, and its address"
+CHECK_KIND = "check that the address is that of such a service"
 
 
 class ServiceError(UserError):
     """A server does not answer as it should: which one, what happened, what to do."""
 
+    status = 0  # of its last answer, if there was one
+    unusable = False  # whether it did answer, and none of its replies was of use
+
+
+class Unusable(ValueError):
+    """A reply in the right form that is of no use, such as a model's that holds no document. It is
+    asked for again, at once; if none is better, this request alone is given up."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One request: a POST of `body(n)`, or a GET where there is no body.
+
+    `read(answer)` gives what is wanted of the JSON that comes back. It raises Unusable, or what odd
+    answers raise by themselves (`MISREAD`). `n` is the number of replies so far that were Unusable,
+    so that a model can be asked with another seed. `mend(answer)` is told of a refusal: where it
+    returns True, it has changed what `body` makes, and that is sent at once."""
+
+    path: str
+    read: Callable[[Any], Any]
+    body: Callable[[int], dict] | None = None
+    mend: Callable[[Any], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a try went wrong."""
+
+    problem: str
+    advice: str = CHECK_SERVER
+    status: int = 0
+    final: bool = False  # another try would end in the same way
+    unusable: bool = False
+
 
 class Client:
-    """Asks `urls` (commas between), with at most `concurrency` requests at a time and `timeout`
-    seconds a try; with a `query`, all is a GET. `on_error`: what has failed for good is a
-    ServiceError ("stop"), or None and a warning ("empty"). UserError for a wrong address."""
+    """Sends requests to the servers at `urls`, which have commas between them.
+
+    At most `concurrency` requests are open at a time, and each try may take `timeout` seconds.
+    A request that has failed for good is a ServiceError where `on_error` is "stop", or None and a
+    warning where it is "empty". Raises UserError for an address that is none."""
 
     def __init__(
         self,
@@ -46,178 +91,182 @@ class Client:
         timeout: float = 60.0,
         retries: int = 5,
         headers: dict[str, str] | None = None,
-        query: dict[str, str] | None = None,
         on_error: str = "stop",
         concurrency: int = 16,
     ) -> None:
-        self.urls = [url.strip().rstrip("/") for url in urls.split(",")]
+        self.bases = [url.strip().rstrip("/") for url in urls.split(",")]
         require(
-            all(re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", url) for url in self.urls),
+            all(map(ADDRESS.fullmatch, self.bases)),
             "A server's address is http://HOST:PORT, with no user or query.",
         )
-        self.timeout, self.retries, self.on_error = timeout, retries, on_error
+        self.timeout = timeout
+        self.retries = retries
+        self.on_error = on_error
+        self._secrets = " ".join((headers or {}).values())
         try:  # no redirects: the headers, and so the key, would go wherever the server says
-            self._http = httpx2.AsyncClient(timeout=None, headers=headers, params=query)
+            self._http = httpx2.AsyncClient(timeout=None, headers=headers)
         except (ImportError, OSError, ValueError):  # whose words might hold a password
             raise UserError(
                 "The environment's proxy or certificates are of no use; mend "
                 "HTTPS_PROXY, SSL_CERT_FILE and the like."
             ) from None
-        self._room, self._loop = asyncio.Semaphore(concurrency), asyncio.new_event_loop()
+        self._room = asyncio.Semaphore(concurrency)
+        self._loop = asyncio.new_event_loop()
         # In a thread of its own: a notebook's loop runs already, and cannot be waited for.
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
 
     def reach(self) -> None:
-        """Raises ServiceError if no server is there, so that nothing is begun in vain."""
-        self.get("/", read=None)
+        """Raise ServiceError if no server is there, so that nothing is begun in vain. Warn of each
+        address where there is none."""
 
-    def get(self, path: str, read: Read | None) -> Any:
-        """`read(answer, None)`, or whether anything answers. Raises ServiceError."""
-        return asyncio.run_coroutine_threadsafe(self._ask(path, read), self._loop).result()
+        async def knock_everywhere() -> list[Failure | None]:
+            return await asyncio.gather(*(self._knock(base) for base in self.bases))
 
-    def post(self, path: str, payloads: Iterable[dict], read: Read) -> list:
-        """`read(answer, payload)` for each of these JSON bodies, in their order; see `on_error`."""
+        for _ in range(self.retries + 1):
+            failures = self._wait(knock_everywhere())
+            if not all(failures):
+                break
+            self._wait(asyncio.sleep(FIRST_WAIT))
+        else:
+            raise ServiceError(f"{self.bases[0]} {failures[0].problem}; {failures[0].advice}.")
+        for base, failure in zip(self.bases, failures, strict=True):
+            if failure:
+                warnings.warn(f"{base} {failure.problem}; the others are used.", stacklevel=2)
+
+    def get(self, path: str, read: Callable[[Any], Any]) -> Any:
+        """`read` of the JSON at this path. Raises ServiceError, whatever `on_error` says."""
+        return self._wait(self._ask(Call(path, read)))
+
+    def send(self, calls: Iterable[Call]) -> list:
+        """What each call reads, in their order, or None for what has failed (see `on_error`)."""
 
         async def ask_all() -> list:
-            tasks = [asyncio.create_task(self._ask(path, read, payload)) for payload in payloads]
+            tasks = [asyncio.create_task(self._ask_or_warn(call)) for call in calls]
             try:
                 return await asyncio.gather(*tasks)
-            finally:  # the first failure ends it all
+            finally:  # the first ServiceError ends them all
                 for task in tasks:
                     task.cancel()
 
-        return asyncio.run_coroutine_threadsafe(ask_all(), self._loop).result()
+        return self._wait(ask_all())
 
-    async def _ask(self, path: str, read: Read | None, payload: dict | None = None) -> Any:
-        form = "params" if payload is None or self._http.params else "json"
-        method, first = "POST" if form == "json" else "GET", random.randrange(len(self.urls))
+    def redact(self, text: str) -> str:
+        """A server's words without the key."""
+        for secret in self._secrets.split():
+            text = text.replace(secret, "(key)")
+        return text
+
+    def _wait(self, coroutine: Coroutine) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _knock(self, base: str) -> Failure | None:
+        """Whether a server answers, whatever it says."""
+        response = await self._request(base + "/", None)
+        return response if isinstance(response, Failure) else None
+
+    async def _ask_or_warn(self, call: Call) -> Any:
+        try:
+            return await self._ask(call)
+        except ServiceError as error:
+            if self.on_error == "stop" and not error.unusable:
+                raise
+            warnings.warn(f"A search has failed: {error}", stacklevel=1)
+            return None
+
+    async def _ask(self, call: Call) -> Any:
+        """Send a call until an answer can be read. Raises ServiceError after the last try."""
+        first = random.randrange(len(self.bases))
+        failures, unusable = 0, 0
         for attempt in range(self.retries + 1):
-            wait = min(LONGEST_WAIT, FIRST_WAIT * (2 ** min(attempt, 9) - 1))  # first: none
+            wait = min(LONGEST_WAIT, FIRST_WAIT * (2 ** min(failures, 9) - 1))
             await asyncio.sleep(wait * random.uniform(0.5, 1))
-            base = self.urls[(first + attempt) % len(self.urls)]
-            # Many give an address with its first step, as in http://host:8000/v1: that is as good.
-            url = base.removesuffix("/" + path.split("/")[1]) + path
-            try:
-                async with self._room, asyncio.timeout(self.timeout):
-                    response = await self._http.request(method, url, **{form: payload})
-                if read is None:
-                    return None
-                if response.status_code == 200:
-                    return read(response.json(), payload)
-                problem = f"answered {response.status_code}"
-                if response.status_code not in RETRIED:
-                    break
-            except TimeoutError:
-                problem = f"did not answer within {self.timeout:g} seconds"
-            except (httpx2.HTTPError, httpx2.InvalidURL, ExceptionGroup):
-                problem = "cannot be reached, or broke off"
-            except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
-                problem = "did not answer in the expected form"
-        # Not chained to its cause, whose text might hold the key.
-        error = ServiceError(
-            f"{url} {problem} (try {attempt + 1}); check that this server runs, "
-            "its address, and the key and the model's name if any."
-        )
-        if self.on_error == "stop" or payload is None:
-            raise error
-        warnings.warn(f"A search has failed: {error}", stacklevel=1)
+            url = method_url(self.bases[(first + attempt) % len(self.bases)], call.path)
+            outcome = await self._try(call, url, unusable)
+            if not isinstance(outcome, Failure):
+                return outcome
+            if outcome.final:
+                break
+            failures += not outcome.unusable
+            unusable += outcome.unusable
+        tries = f"after {attempt + 1} tries" if attempt else "at the first try"
+        error = ServiceError(f"{url} {outcome.problem} ({tries}); {outcome.advice}.")
+        error.status = outcome.status
+        error.unusable = outcome.unusable
+        raise error  # not chained to its cause, whose text might hold the key
+
+    async def _try(self, call: Call, url: str, unusable: int) -> Any:
+        """What the call reads of one answer, or a Failure."""
+        response = await self._request(url, call.body and call.body(unusable))
+        if isinstance(response, Failure):
+            return response
+        if response.status_code != 200:
+            if not (call.mend and call.mend(parsed(response))):
+                return self._refusal(response)
+            response = await self._request(url, call.body(unusable))
+            if isinstance(response, Failure):
+                return response
+            if response.status_code != 200:
+                return self._refusal(response)
+        try:
+            return call.read(response.json())
+        except Unusable as error:
+            return Failure(f"answered with nothing to use ({error})", CHECK_KIND, unusable=True)
+        except MISREAD:
+            return Failure("did not answer in the expected form", CHECK_KIND)
+
+    async def _request(self, url: str, body: dict | None) -> httpx2.Response | Failure:
+        method = "GET" if body is None else "POST"
+        try:
+            async with self._room, asyncio.timeout(self.timeout):
+                return await self._http.request(method, url, json=body)
+        except TimeoutError:
+            return Failure(f"did not answer within {self.timeout:g} seconds")
+        except (httpx2.HTTPError, httpx2.InvalidURL, ExceptionGroup, ValueError):
+            return Failure("cannot be reached, or broke off")
+
+    def _refusal(self, response: httpx2.Response) -> Failure:
+        status = response.status_code
+        types = error_types(parsed(response), self._secrets)
+        problem = f"answered {status}" + (f" {', '.join(types)}" if types else "")
+        advice = ADVICE.get(status, CHECK_SERVER)
+        return Failure(problem, advice, status, final=status not in RETRIED)
 
 
-class HttpSearch(Ranking):
-    """A retriever behind POST /retrieve: Search-R1's or ours (retriever.py), which take many
-    queries at a time, or with `wiki` ZeroSearch's, which takes one. Raises ServiceError."""
+def method_url(base: str, path: str) -> str:
+    """Where a method is: its path behind the base, without what the base names already.
 
-    def __init__(self, client: Client, top_k: int = 3, wiki: bool = False) -> None:
-        super().__init__(top_k, deepest=16 * top_k)
-        self.client, self.wiki = client, wiki
-
-    def rank(self, queries: list[str], n: int) -> list[list[str] | None]:
-        size = 1 if self.wiki else AT_ONCE
-        asked = [queries[i : i + size] for i in range(0, len(queries), size)]
-        posts = [
-            {"query": some[0], "top_k": n}
-            if self.wiki
-            else {"queries": some, "topk": n, "return_scores": True}
-            for some in asked
-        ]
-        replies = self.client.post("/retrieve", posts, read_retrieved)
-        return [
-            documents
-            for some, reply in zip(asked, replies, strict=True)
-            for documents in reply or [None] * len(some)
-        ]
+    OpenAI's paths begin with a version, /v1. A base that names one itself, as in `/api/paas/v4` or
+    `/v1beta/openai`, is followed by the rest. A base may also end as the path begins."""
+    first = path.split("/")[1]
+    parts = base.split("/")[3:]
+    if first == "v1" and any(map(VERSION.fullmatch, parts)):
+        return base + path.removeprefix("/v1")
+    return base.removesuffix(f"/{first}") + path
 
 
-def read_retrieved(answer: Any, asked: dict) -> list[list[str]]:
-    """The documents for each query out of an answer of Search-R1's server, with scores or not, or
-    out of that of ZeroSearch's wiki server, `[{"text": ...}]`. Raises what odd answers raise."""
-    rows = answer["result"] if isinstance(answer, dict) else answer
-    rows = rows if "queries" in asked else [rows]
-    if len(rows) != len(asked.get("queries", [0])) or not all(isinstance(r, list) for r in rows):
-        raise ValueError("not a list of documents for each query")
-    return [
-        [
-            (d["contents"] if "contents" in d else titled(d.get("title"), d["text"])).strip()
-            for row in some
-            for d in [row.get("document", row)]
-        ]
-        for some in rows
-    ]
+def parsed(response: httpx2.Response) -> Any:
+    """The JSON of a response, or None."""
+    try:
+        return response.json()
+    except (ValueError, RecursionError):
+        return None
 
 
-class WebSearch(Ranking):
-    """Google's first page, by Serper or SerpAPI; if noisy, what is left of it. ServiceError."""
-
-    def __init__(self, client: Client, top_k: int = 3) -> None:
-        super().__init__(top_k, deepest=top_k)
-        self.client = client
-
-    def rank(self, queries: list[str], n: int) -> list[list[str] | None]:
-        # A page of ten costs what one result does.
-        asked = [{"q": query, "num": max(10, self.top_k)} for query in queries]
-        return self.client.post("/search", asked, read_page)
-
-
-def read_page(answer: dict, asked: dict) -> list[str]:
-    """What was found, if anything. Serper repeats what it was asked; SerpAPI says how it went."""
-    if not answer.get("searchParameters") and answer["search_metadata"]["status"] != "Success":
-        raise ValueError("it has failed, or is not done; to find nothing is a success")
-    rows = answer.get("organic") or answer.get("organic_results") or []
-    return [" ".join([row.get("title") or "", row.get("snippet") or ""]) for row in rows]
+def error_types(answer: Any, secrets: str) -> list[str]:
+    """The types of error that a refusal names: plain words, none of which holds part of a key."""
+    if not isinstance(answer, dict):
+        return []
+    inner = answer.get("error")
+    types = []
+    for place in (inner if isinstance(inner, dict) else {}, answer):
+        for name in ("type", "code", "status", "error_type"):
+            value = place.get(name)
+            if isinstance(value, str) and ERROR_TYPE.fullmatch(value) and value != "error":
+                types.append(value)
+    return [word for word in dict.fromkeys(types) if not share_letters(word, secrets)]
 
 
-class Cached(Engine):
-    """An engine whose replies, failures apart, are kept in the SQLite file `path`: none is paid for
-    twice. `name` tells the engines of one file apart. Raises UserError for a file of no use."""
-
-    def __init__(self, engine: Engine, path: str, name: str) -> None:
-        self.engine, self.name = engine, name
-        try:  # 60 seconds are what it waits while another process writes
-            self.file = sqlite3.connect(path, timeout=60)
-            self.file.execute("CREATE TABLE IF NOT EXISTS replies (request PRIMARY KEY, documents)")
-            self.kept = dict(self.file.execute("SELECT request, documents FROM replies"))
-        except sqlite3.Error as error:
-            raise UserError(f"{path} cannot be a cache: {error}; give another file.") from error
-
-    def find(self, requests: list[SearchRequest]) -> list[list[str] | None]:
-        # A noisy reply depends on what its question needs, any other on the query alone.
-        keys = [
-            json.dumps(
-                [
-                    self.name,
-                    self.engine.top_k,
-                    r.query,
-                    [r.question, r.answers] if r.noisy else None,
-                ]
-            )
-            for r in requests
-        ]
-        new = {k: r for k, r in zip(keys, requests, strict=True) if k not in self.kept}
-        for start in range(0, len(new), BETWEEN_WRITES):
-            some = list(new)[start : start + BETWEEN_WRITES]
-            found = zip(some, self.engine.find([new[key] for key in some]), strict=True)
-            rows = {key: json.dumps(reply) for key, reply in found if reply is not None}
-            self.kept |= rows
-            with self.file:
-                self.file.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", rows.items())
-        return [json.loads(self.kept.get(key, "null")) for key in keys]
+def share_letters(word: str, secrets: str, length: int = 5) -> bool:
+    """Whether some part of a key, this long, stands in the word."""
+    pieces = (word[i : i + length] for i in range(max(1, len(word) - length + 1)))
+    return any(piece.lower() in secrets.lower() for piece in pieces)

@@ -1,21 +1,15 @@
-"""The real search engines: what the policy meets at test time, and the simulator learns from.
+"""What real search engines share: replies that can fail, and replies that are noisy on purpose.
 
-An engine is any object with `search(requests: list[SearchRequest]) -> list[list[str]]`. A request
-that is marked noisy gets the best-ranked documents that a judge finds useless to it: a real engine
-can be as noisy as a simulated one. Other machines' are in client.py."""
+An engine is any object with `search(requests: list[SearchRequest]) -> list[list[str]]`. Most rank
+documents: such an engine is a subclass of `Ranking` with one method, `rank`. A request that is
+marked noisy then gets the best-ranked documents that do not hold what it needs, so that a real
+engine can be as noisy as a simulated one."""
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable
 
-import bm25s
-
-from minizs import require
-from minizs.engines.corpus import load_corpus
 from minizs.trajectory import SearchRequest
 
 Judge = Callable[[str, SearchRequest], bool]  # does this document hold what this request needs?
-WORDS = {"token_pattern": r"\w+|[^\w\s]", "stopwords": [], "show_progress": False}
 
 
 def holds_answer(document: str, request: SearchRequest) -> bool:
@@ -24,96 +18,56 @@ def holds_answer(document: str, request: SearchRequest) -> bool:
 
 
 class Engine:
-    """An engine that can fail: `find(requests)` gives None for what has failed for good."""
+    """An engine that can fail. Its method `find(requests)` gives a list of documents for each
+    request, or None for a request that has failed for good."""
 
-    failed = 0  # requests so far that were answered with nothing since they failed
+    failed = 0  # requests so far that have failed and were answered with nothing
 
     def search(self, requests: list[SearchRequest]) -> list[list[str]]:
         """The documents for each request, best first, at most `top_k` of them, a line each."""
-        found = self.find(requests)
-        self.failed += found.count(None)
-        return [documents or [] for documents in found]
+        replies = self.find(requests)
+        self.failed += replies.count(None)
+        return [documents or [] for documents in replies]
 
 
 class Ranking(Engine):
-    """An engine whose method `rank(queries, n)` gives the `n` best documents for each query. What
-    is taken out of a noisy reply is made up for from further down, as far as `deepest`."""
+    """An engine that ranks documents: `rank(requests, n)` gives the `n` best for each request.
 
-    def __init__(self, top_k: int, deepest: int, judge: Judge = holds_answer) -> None:
-        self.top_k, self.deepest, self.judge = top_k, deepest, judge
-
-    def find(self, requests: list[SearchRequest]) -> list[list[str] | None]:
-        results: list[list[str] | None] = [None] * len(requests)
-        short, depth = list(range(len(requests))), min(self.top_k, self.deepest)
-        while short:
-            found = self.rank([requests[i].query for i in short], depth)
-            for i, ranked in zip(short, found, strict=True):
-                texts = [" ".join(text.split()) for text in ranked or []]
-                kept = [t for t in texts if not (requests[i].noisy and self.judge(t, requests[i]))]
-                results[i] = None if ranked is None else kept[: self.top_k]
-            short = [
-                i
-                for i in short
-                if depth < self.deepest
-                and requests[i].noisy
-                and results[i] is not None
-                and len(results[i]) < self.top_k
-            ]
-            depth = min(2 * depth, self.deepest)
-        return results
-
-
-class BM25(Ranking):
-    """BM25 (Robertson and Zaragoza, 2009) with `bm25s`: words and marks in lower case, no stems."""
+    Useful documents are removed from a noisy reply, and the next-best ones take their place. To
+    find these, up to `deepest` documents are asked for. An engine that draws random numbers makes
+    them from `self.seed` and `request.key` (see randomness.py): its replies are then the same
+    whoever else searches, and after a resume."""
 
     def __init__(
-        self,
-        documents: Sequence,
-        top_k: int = 3,
-        judge: Judge = holds_answer,
-        index: bm25s.BM25 | None = None,
+        self, top_k: int, deepest: int, judge: Judge = holds_answer, seed: int = 0
     ) -> None:
-        super().__init__(top_k, len(documents), judge)
-        self.documents, self.index = documents, index or make_index(documents)
+        self.top_k = top_k
+        self.deepest = deepest
+        self.judge = judge
+        self.seed = seed
 
-    @classmethod
-    def of_corpus(cls, path: str | Path, top_k: int = 3) -> "BM25":
-        """Over a file (`load_corpus`), mapped into memory with an index that is made once, in a
-        folder beside it that has its size and time in its name. Raises UserError."""
-        path = Path(path)
-        require(path.is_file(), f"There is no corpus {str(path)!r}; check the path.")
-        saved = Path(f"{path}.{path.stat().st_size}-{path.stat().st_mtime_ns}.bm25")
-        if not saved.is_dir():
-            documents = load_corpus(path)
-            try:  # whole or not at all
-                with TemporaryDirectory(dir=path.parent) as partial:
-                    make_index(documents).save(f"{partial}/bm25", documents, show_progress=False)
-                    Path(partial, "bm25").rename(saved)
-            except OSError as error:  # no harm where another process has been faster
-                require(saved.is_dir(), f"The index of {path} cannot be saved beside it: {error}")
-        index = bm25s.BM25.load(saved, mmap=True, load_corpus=True)
-        return cls(index.corpus, top_k, index=index)
+    def find(self, requests: list[SearchRequest]) -> list[list[str] | None]:
+        replies: list[list[str] | None] = [None] * len(requests)
+        pending = list(range(len(requests)))
+        depth = min(self.top_k, self.deepest)
+        while pending:
+            rankings = self.rank([requests[i] for i in pending], depth)
+            short = []
+            for i, ranking in zip(pending, rankings, strict=True):
+                replies[i] = None if ranking is None else self._reply(ranking, requests[i])
+                # Where the ranking has ended, a deeper one holds nothing else.
+                if ranking and len(ranking) >= depth and len(replies[i]) < self.top_k:
+                    short.append(i)
+            pending = short if depth < self.deepest else []
+            depth = min(2 * depth, self.deepest)
+        return replies
 
-    def rank(self, queries: list[str], n: int) -> list[list[str]]:
-        return [[text for text, _ in found] for found in self.scored(queries, n)]
-
-    def scored(self, queries: list[str], n: int) -> list[list[tuple[str, float]]]:
-        """The `n` best documents (or all there are) for each query, with their scores."""
-        words, n = bm25s.tokenize(queries, return_ids=False, **WORDS), min(n, len(self.documents))
-        found = self.index.retrieve(words, self.documents, k=n, show_progress=False)
-        return [
-            [
-                (text if isinstance(text, str) else text["text"], float(score))  # as it is saved
-                for text, score in zip(*row, strict=True)
-            ]
-            for row in zip(*found, strict=True)
-        ]
-
-
-def make_index(documents: Sequence[str]) -> bm25s.BM25:
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(documents, **WORDS), show_progress=False)
-    return index
+    def _reply(self, ranking: list[str], request: SearchRequest) -> list[str]:
+        """What is shown of a ranking: at most `top_k` documents, none of them useful if noisy."""
+        documents = [" ".join(text.split()) for text in ranking]
+        if request.noisy:
+            documents = [text for text in documents if not self.judge(text, request)]
+        return documents[: self.top_k]
 
 
 class NoDocuments:

@@ -70,22 +70,20 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     *,
-    revision: str | None = None,
     chat_template: str = "auto",
     attention: str = "sdpa",
 ):
     """(model in eval mode, tokenizer) of a folder or hub name. Raises UserError."""
-    tokenizer = load_tokenizer(name, chat_template, revision)
-    folder, revision = resolve(name), revision or "main"
+    tokenizer = load_tokenizer(name, chat_template)
+    folder = resolve(name)
     with readable(name):
-        lora = find_adapter_config_file(folder, revision=revision) is not None
-        base = lora_base(folder, revision) if lora else folder
+        lora = find_adapter_config_file(folder) is not None
+        base = lora_base(folder) if lora else folder
         model, found = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=dtype,
             use_safetensors=True,
             attn_implementation=attention,
-            revision="main" if lora else revision,
             trust_remote_code=False,
             output_loading_info=True,
         )
@@ -96,17 +94,15 @@ def load(
         check_supported(model)
         row_limit(model)  # refuses layers that keep more than keys and values
         if lora:
-            load_lora(model, folder, revision)
+            load_lora(model, folder)
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer(name: str, chat_template: str = "auto", revision: str | None = None):
+def load_tokenizer(name: str, chat_template: str = "auto"):
     """A folder's or hub name's, with "none" without its chat template. Raises UserError."""
     check_model(name)
     with readable(name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve(name), revision=revision or "main", trust_remote_code=False
-        )
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
     if chat_template == "none":
         tokenizer.chat_template = None
     return tokenizer

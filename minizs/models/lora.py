@@ -65,9 +65,9 @@ def save_lora(model: nn.Module, folder: Path) -> None:
     model.peft_config[NAME].save_pretrained(folder)
 
 
-def lora_base(name: str, revision: str = "main") -> str:
+def lora_base(name: str) -> str:
     """The base model that a LoRA, in a folder or at a hub name, belongs to. Raises UserError."""
-    base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    base = PeftConfig.from_pretrained(name).base_model_name_or_path
     require(
         bool(base),
         f"{name} is a LoRA that names no base model; write the folder or the hub name of one as "
@@ -76,17 +76,17 @@ def lora_base(name: str, revision: str = "main") -> str:
     return base
 
 
-def load_lora(model: nn.Module, name: str, revision: str = "main") -> LoraModel:
+def load_lora(model: nn.Module, name: str) -> LoraModel:
     """Put a saved LoRA, of a folder or a hub name, on its base model. Returns `peft`'s view of it.
 
     Raises UserError for another kind of adapter, for one without safetensors, and for weights that
     are missing or that the model has no place for: `peft` alone would only warn of these."""
-    config = PeftConfig.from_pretrained(name, revision=revision)
+    config = PeftConfig.from_pretrained(name)
     kind = config.peft_type
     require(kind == PeftType.LORA, f"{name} is an adapter of kind {kind}; only a LoRA is read.")
     path = Path(name, WEIGHTS)
     if not Path(name).is_dir():
-        path = Path(hf_hub_download(name, WEIGHTS, revision=revision))
+        path = Path(hf_hub_download(name, WEIGHTS))
     require(path.is_file(), f"{name} holds no {WEIGHTS}; save the LoRA as safetensors.")
     weights = {key.removeprefix(PREFIX): weight for key, weight in load_file(path).items()}
 

@@ -11,8 +11,13 @@ from pathlib import Path
 import torch
 
 from minizs import UserError, brief, require, simulator
-from minizs.engines import ranking
-from minizs.engines.client import SERPAPI, SERPER, Cached, Client, HttpSearch, WebSearch
+from minizs.engines.bm25 import BM25
+from minizs.engines.cache import Cached
+from minizs.engines.client import Client
+from minizs.engines.http import HttpSearch
+from minizs.engines.ranking import NoDocuments
+from minizs.engines.served import ServedModel, ServedSearch
+from minizs.engines.web import SERPER, WebSearch
 from minizs.models import loading
 from minizs.protocol import build_prompt, prompt_ids
 from minizs.rollout import Limits, Policy, rollout
@@ -31,7 +36,6 @@ def load(config: SearchConfig, name: str, device: torch.device, dtype: torch.dty
         name,
         device,
         dtype or computed,
-        revision=config.revision,
         attention=attention,
         chat_template=config.chat_template,
     )
@@ -51,7 +55,7 @@ def limits(config: SearchConfig) -> Limits:
 def check_lengths(config: SearchConfig, policies: list[str], examples: list[Example]) -> None:
     """Raise UserError for a question whose prompt leaves a policy no room in its context."""
     for name in policies:
-        tokenizer = loading.load_tokenizer(name, config.chat_template, config.revision)
+        tokenizer = loading.load_tokenizer(name, config.chat_template)
         template = loading.load_prompt(name)
         texts = [build_prompt(e.question, template, tokenizer) for e in examples]
         longest, limit = max(map(len, prompt_ids(tokenizer, texts))), config.max_context
@@ -79,17 +83,16 @@ def run_stage(script: str) -> None:
 def build_engine(config: SearchConfig, role: str, accelerator, examples: Sequence[Example] = ()):
     """The engine that the settings name. In the tiny world a role is train, dev or test."""
     if config.engine == "none":
-        return ranking.NoDocuments()
+        return NoDocuments()
     if config.engine == "bm25":
         return bm25(config, role)
     if config.engine == "simulator":
         return simulated(config, accelerator, examples)
     if config.engine == "web":
-        serper, serpapi = api_key("SERPER_API_KEY"), api_key("SERPAPI_API_KEY")
-        require(bool(serper or serpapi), "Set SERPER_API_KEY or SERPAPI_API_KEY for --engine web.")
-        url = SERPER if serper else SERPAPI
-        key = [{"X-API-KEY": serper}] if serper else [{}, {"engine": "google", "api_key": serpapi}]
-        engine = WebSearch(client(config, url, *key), config.top_k)
+        key = api_key("SERPER_API_KEY")
+        require(bool(key), "Set SERPER_API_KEY, the key of serper.dev, for --engine web.")
+        url = SERPER
+        engine = WebSearch(client(config, url, {"X-API-KEY": key}), config.top_k)
     else:
         url, wiki = config.engine_url, config.engine_api == "zerosearch"
         engine = HttpSearch(client(config, url), config.top_k, wiki=wiki)
@@ -98,12 +101,12 @@ def build_engine(config: SearchConfig, role: str, accelerator, examples: Sequenc
     return Cached(engine, config.cache, url) if config.cache else engine
 
 
-def bm25(config: SearchConfig, role: str) -> ranking.BM25:
+def bm25(config: SearchConfig, role: str) -> BM25:
     """BM25 over `--corpus`, or over the tiny world's documents of this role."""
     if config.corpus:
-        return ranking.BM25.of_corpus(config.corpus, config.top_k)
+        return BM25.of_corpus(config.corpus, config.top_k)
     world = embedded(role)
-    return ranking.BM25(world.documents, config.top_k, world.judge)
+    return BM25(world.documents, config.top_k, world.judge)
 
 
 def api_key(variable: str) -> str:
@@ -113,8 +116,8 @@ def api_key(variable: str) -> str:
     return key
 
 
-def client(config: SearchConfig, urls: str, *key: dict[str, str]) -> Client:
-    return Client(urls, config.timeout, config.retries, *key, on_error=config.on_search_error)
+def client(config: SearchConfig, urls: str, headers: dict[str, str] | None = None) -> Client:
+    return Client(urls, config.timeout, config.retries, headers, on_error=config.on_search_error)
 
 
 def simulated(config: SearchConfig, accelerator, examples: Sequence[Example] = ()):
@@ -125,9 +128,14 @@ def simulated(config: SearchConfig, accelerator, examples: Sequence[Example] = (
         key = api_key("SIMULATOR_API_KEY")  # for a server that asks for one
         asked = client(config, config.simulator, {"Authorization": f"Bearer {key}"} if key else {})
         asked.reach()
-        return simulator.ServedSearch(
-            asked, config.simulator_model, template, *writes, api=config.simulator_api
+        served = ServedModel(
+            asked,
+            config.simulator_model,
+            config.simulator_api,
+            temperature=config.simulator_temperature,
+            max_new_tokens=config.max_document_tokens,
         )
+        return ServedSearch(served, template, config.top_k, config.seed)
     loading.check_model(config.simulator or "tiny", config.max_document_tokens)
     with accelerator.main_process_first():  # which makes the default one where there is none
         folder = loading.resolve(config.simulator or str(make_default_simulator()))

@@ -12,7 +12,8 @@ from pathlib import Path
 from random import Random
 
 from minizs import require
-from minizs.engines.ranking import BM25, Judge, holds_answer
+from minizs.engines.bm25 import BM25
+from minizs.engines.ranking import Judge, holds_answer
 from minizs.runs.run_folder import read_lines, write_lines
 from minizs.trajectory import Example, SearchRequest, Trajectory
 from minizs.world.facts import World

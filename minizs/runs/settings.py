@@ -32,7 +32,6 @@ class ModelSettings:
         "small one that comes with minizs.",
         metavar="MODEL",
     )
-    revision: str = option("", "Which revision of a hub name.")
     chat_template: str = option(
         "auto",
         "Whether the question is put into the tokenizer's chat template. 'auto' uses it where the "

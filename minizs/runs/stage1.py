@@ -17,7 +17,8 @@ from filelock import FileLock
 
 from minizs import UserError, require, sft, simulator
 from minizs.cache import row_limit
-from minizs.engines.client import Cached, ServiceError
+from minizs.engines.cache import Cached
+from minizs.engines.client import ServiceError
 from minizs.models import loading
 from minizs.rollout import rollout
 from minizs.runs import build, checkpoint, data, quality, run_folder, supervised

@@ -29,8 +29,6 @@ WITHOUT_TORCH = 1  # this level and those below it import no library that does a
 
 # Imports that go up nevertheless, each with its reason.
 UPWARDS = {
-    ("minizs.simulator", "minizs.engines.client"): "moves out",
-    ("minizs.simulator", "minizs.engines.ranking"): "moves out",
     ("minizs.models.loading", "minizs.cache"): "moves out",
     ("minizs.models.loading", "minizs.logprobs"): "moves out",
 }

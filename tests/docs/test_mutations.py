@@ -31,7 +31,6 @@ from functools import partial
 
 import pytest
 import test_config
-import test_engines
 import test_families
 import test_generate
 import test_grpo
@@ -41,6 +40,7 @@ import test_losses
 import test_packed
 import test_ppo
 import test_protocol
+import test_ranking
 import test_reinforce
 import test_reward
 import test_rollout
@@ -526,10 +526,10 @@ DEFECTS = [
     ),
     Defect(
         "noisy replies that hold the answer",
-        ranking.Ranking.find,
-        "if not (requests[i].noisy and self.judge(t, requests[i]))",
-        "if True",
-        test_engines.test_noise_takes_the_useful_documents_out,
+        ranking.Ranking._reply,
+        "if request.noisy:",
+        "if False:",
+        test_ranking.test_noise_takes_the_useful_documents_out,
     ),
 ]
 

@@ -1,87 +1,24 @@
 """JSON over HTTP: spreading, retries, and what goes wrong, against small servers on loopback."""
 
-import json
 import logging
-import socket
 import socketserver
 import threading
 import time
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import suppress
 
 import pytest
+from servers import DEAD, SECRET, serving
 
 from minizs import UserError
 from minizs.engines import client
-from minizs.engines.client import Client, ServiceError
+from minizs.engines.client import Call, Client, ServiceError, Unusable, method_url
 
-SECRET = "s3cret"
-DEAD = "http://127.0.0.1:9"  # nobody listens there
-
-
-class Server(ThreadingHTTPServer):
-    """Closed, it answers no more, not even where a connection is open still."""
-
-    request_queue_size = 64  # connections that may wait
-
-    def get_request(self):
-        self.opened = [*getattr(self, "opened", ()), super().get_request()]
-        return self.opened[-1]
-
-    def server_close(self):
-        super().server_close()
-        for connection, _ in getattr(self, "opened", ()):
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-
-
-@contextmanager
-def serving(answer, reason=None):
-    """A server on loopback: `answer(path, body, headers)` gives (status, content[, headers]).
-
-    Yields its address and the list of the requests' (path, body). Content that is no text or bytes
-    is sent as JSON.
-    """
-    seen = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1
-
-        def do_GET(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            body = json.loads(body) if body else None
-            if self.path == "/":  # is anyone there? Real servers say something like this
-                status, content, *more = 404, "not found"
-            else:
-                seen.append((self.path, body))
-                status, content, *more = answer(self.path, body, self.headers)
-            content = content if isinstance(content, bytes | str) else json.dumps(content)
-            content = content.encode() if isinstance(content, str) else content
-            self.send_response(status, reason)
-            self.send_header("Content-Length", str(len(content)))
-            for name, value in (more[0] if more else {}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_POST = do_GET
-
-        def log_message(self, *_):
-            """Quiet."""
-
-    server = Server(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", seen
-    finally:
-        server.shutdown()
-        server.server_close()
+KEY = {"Authorization": f"Bearer {SECRET}"}
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Waits are noted, not slept."""
+def waits(monkeypatch):
+    """The waits between tries, in seconds: they are noted, not slept."""
     waits = []
 
     async def note(seconds):
@@ -93,58 +30,72 @@ def quick(monkeypatch):
 
 def failing(times, *failure):
     """Fails so many times, then answers {"x": 1}."""
-    left = [failure] * times
-    return lambda *_: left.pop() if left else (200, {"x": 1})
+    failures = [failure] * times
+    return lambda *_: failures.pop() if failures else (200, {"x": 1})
 
 
-def x(answer, asked):
+def x(answer):
     return answer["x"]
 
 
+def calls(bodies, path="/f", read=x):
+    return [Call(path, read, lambda _, body=body: body) for body in bodies]
+
+
 def test_answers_come_in_the_order_of_the_questions():
-    """Guards replies that are handed to another request when some are slow."""
+    """Each call gets the answer to its own body, however long the server takes for each."""
 
     def answer(path, body, headers):
         threading.Event().wait(0.002 * (body["i"] % 3))
         return 200, {"x": body["i"]}
 
     with serving(answer) as (url, seen):
-        asker = Client(url, concurrency=8)
-        assert asker.post("/f", [{"i": i} for i in range(40)], x) == list(range(40))
+        sender = Client(url, concurrency=8)
+        assert sender.send(calls({"i": i} for i in range(40))) == list(range(40))
         assert len(seen) == 40 and seen[0][0] == "/f"
 
 
 def test_requests_spread_over_all_servers():
-    """Guards servers that are paid for and never asked."""
+    """Of two servers, each gets a good part of 60 requests."""
     with serving(lambda *_: (200, {"x": 1})) as one, serving(lambda *_: (200, {"x": 1})) as two:
-        asker = Client(f"{one[0]}/, {two[0]}")
-        assert asker.post("/f", [{}] * 60, x) == [1] * 60
+        sender = Client(f"{one[0]}/, {two[0]}")
+        assert sender.send(calls([{}] * 60)) == [1] * 60
         assert min(len(one[1]), len(two[1])) > 10
 
 
 def test_a_dead_server_is_made_up_for_by_the_other():
-    """Guards a retry that goes to the server that has just failed."""
+    """A retry goes to the next address, not to the server that has just failed."""
     with serving(lambda *_: (200, {"x": 1})) as (url, seen):
-        asker = Client(f"{DEAD},{url}", retries=1)
-        assert [asker.get("/f", x) for _ in range(9)] == [1] * 9
+        sender = Client(f"{DEAD},{url}", retries=1)
+        assert [sender.get("/f", x) for _ in range(9)] == [1] * 9
         assert len(seen) == 9
 
 
+def test_one_of_two_dead_addresses_is_mentioned():
+    """At the start each address is tried: a dead one is named, and all dead ones are an error."""
+    with serving(lambda *_: (200, {"x": 1})) as (url, _):
+        with pytest.warns(UserWarning, match=f"{DEAD} cannot be reached.*the others are used"):
+            Client(f"{url},{DEAD}").reach()
+        Client(f"{url},{url}").reach()  # warns of nothing
+    with pytest.raises(ServiceError, match=f"{DEAD} cannot be reached"):
+        Client(f"{DEAD},{DEAD}", retries=1).reach()
+
+
 @pytest.mark.parametrize("status", client.RETRIED)
-def test_failures_that_pass_are_waited_for(status, quick):
-    """Guards a run that ends with a server's first hiccup, and retries without a growing wait."""
+def test_failures_that_pass_are_waited_for(status, waits):
+    """A busy server is asked again, after waits that double."""
     with serving(failing(4, status, "busy")) as (url, seen):
         assert Client(url).get("/f", x) == 1
     assert len(seen) == 5
     least = [0, 0.25, 0.75, 1.75, 3.75]
-    assert all(low <= wait <= 2 * low for wait, low in zip(quick, least, strict=True))
+    assert all(low <= wait <= 2 * low for wait, low in zip(waits, least, strict=True))
 
 
 @pytest.mark.parametrize(
     "body", ["", "<html>Bad gateway</html>", b"\xff\xfe", "[]", '{"y": 1}', "null", '{"x": ']
 )
 def test_an_answer_of_another_form_is_a_failure(body):
-    """Guards KeyErrors and JSON errors that end a run, and wrong answers that pass for right."""
+    """What cannot be read is asked for again, and is a ServiceError in the end."""
     with serving(failing(2, 200, body)) as (url, seen):
         assert Client(url).get("/f", x) == 1 and len(seen) == 3
     with serving(lambda *_: (200, body)) as (url, seen):
@@ -155,25 +106,56 @@ def test_an_answer_of_another_form_is_a_failure(body):
 
 @pytest.mark.parametrize("status", [301, 400, 401, 404, 422])
 def test_a_refusal_is_final(status):
-    """Guards a wrong address or key that is tried for minutes, and a key that follows redirects."""
+    """A wrong address or key is not tried for minutes, and no redirect is followed with the key."""
     with serving(lambda *_: (status, "", {"Location": "/g"})) as (url, seen):
-        with pytest.raises(ServiceError, match=f"/f answered {status}"):
+        with pytest.raises(ServiceError, match=f"/f answered {status}") as error:
             Client(url).get("/f", x)
-        assert len(seen) == 1
+        assert len(seen) == 1 and error.value.status == status
 
 
 def test_the_last_failure_is_told():
-    """Guards endless retries, and errors that do not say where, what, and what to do."""
+    """An error says which address, what happened, after how many tries, and what to check."""
     with serving(lambda *_: (503, "")) as (url, seen):
-        with pytest.raises(UserError, match=rf"{url}/f answered 503 .*\(try 3\); check that"):
+        with pytest.raises(
+            UserError, match=rf"{url}/f answered 503 \(after 3 tries\); check that this server runs"
+        ):
             Client(url, retries=2).get("/f", x)
         assert len(seen) == 3
     with pytest.raises(ServiceError, match=f"{DEAD}/f cannot be reached"):
         Client(DEAD, retries=1).get("/f", x)
 
 
+@pytest.mark.parametrize(
+    "status, error, cause",
+    [
+        (401, {"type": "invalid_request_error", "code": "invalid_api_key"}, "invalid_api_key"),
+        (404, {"type": "NotFoundError", "message": "no such model"}, "NotFoundError"),
+        (400, {"code": 400, "status": "INVALID_ARGUMENT"}, "INVALID_ARGUMENT"),
+    ],
+)
+def test_the_servers_cause_is_named(status, error, cause):
+    """Status and type of error stand in the message; the server's sentence does not."""
+    with serving(lambda *_: (status, {"error": error})) as (url, _):
+        with pytest.raises(
+            ServiceError, match=rf"answered {status} .*{cause}.*\(at the"
+        ) as failure:
+            Client(url).get("/f", x)
+    assert "no such model" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "kind", [SECRET, "sk_live_abcdef", "sk_live_abcdef_is_wrong", "e_abcdef", "a b", "x" * 60, 7]
+)
+def test_a_type_of_error_cannot_repeat_the_key(kind):
+    """A word that is the key, or holds part of it, is no type of error."""
+    headers = {"Authorization": "Bearer sk_live_abcdef"}
+    with serving(lambda *_: (400, {"error": {"type": kind}, "object": "error"})) as (url, _):
+        with pytest.raises(ServiceError, match=r"/f answered 400 \(at the first try\)"):
+            Client(url, headers=headers).get("/f", x)
+
+
 def test_a_silent_server_is_given_up():
-    """Guards a hang where a server takes a request and never answers."""
+    """A server that takes a request and never answers costs `timeout` seconds a try."""
     done = threading.Event()
     with serving(lambda *_: (done.wait(5), (200, {"x": 1}))[1]) as (url, _):
         start = time.monotonic()
@@ -185,11 +167,11 @@ def test_a_silent_server_is_given_up():
 
 @pytest.mark.parametrize("opening", [b"", b"HTTP/1.1 200 OK\r\n\r\n"])
 def test_a_trickling_server_is_given_up(opening):
-    """Guards a hang where each byte, of the head or the body, comes in time and the last never."""
+    """So does one whose bytes, of the head or the body, come one by one and never end."""
 
     class Trickle(socketserver.BaseRequestHandler):
         def handle(self):
-            with suppress(OSError):  # the client has left: what is wanted
+            with suppress(OSError):  # the client has left, as it should
                 self.request.sendall(opening)
                 for byte in b"HTTP/1.1 " * 50:
                     self.request.sendall(bytes([byte]))
@@ -206,17 +188,70 @@ def test_a_trickling_server_is_given_up(opening):
 
 
 def test_the_first_failure_ends_them_all():
-    """Guards minutes of work for a turn that has failed already."""
+    """Where failures stop a run, the other requests of a turn are not waited for."""
     with serving(lambda *_: (404, "")) as (url, seen):
-        asker = Client(url, concurrency=2)
         with pytest.raises(ServiceError):
-            asker.post("/f", [{}] * 500, x)
+            Client(url, concurrency=2).send(calls([{}] * 500))
         assert len(seen) < 100
+
+
+# ---- replies of no use --------------------------------------------------------------------------
+
+
+def only_even(answer):
+    if answer["x"] % 2:
+        raise Unusable("it is odd")
+    return answer["x"]
+
+
+def test_a_reply_of_no_use_is_asked_for_again_at_once(waits):
+    """`body` is told how many replies were of no use, and a server that works is not spared."""
+    with serving(lambda path, body, headers: (200, {"x": body["n"]})) as (url, seen):
+        call = Call("/f", only_even, lambda unusable: {"n": 1 + unusable})
+        assert Client(url).send([call]) == [2]
+    assert [body["n"] for _, body in seen] == [1, 2] and waits == [0, 0]
+
+
+def test_a_request_without_a_useful_reply_is_given_up_alone():
+    """It is None and a warning, even where failures stop a run; the others are answered."""
+    with serving(lambda path, body, headers: (200, {"x": body["n"]})) as (url, seen):
+        with pytest.warns(UserWarning, match="nothing to use .it is odd. .after 3 tries"):
+            results = Client(url, retries=2).send(calls([{"n": 2}, {"n": 3}], read=only_even))
+    assert results == [2, None] and len(seen) == 4
+
+
+def test_a_failure_of_the_server_does_not_change_what_is_asked():
+    """The number that `body` gets counts replies of no use alone: a resumed run asks the same."""
+    failures = [(503, ""), (200, "")]
+    answer = lambda path, body, headers: failures.pop() if failures else (200, {"x": body["n"]})  # noqa: E731
+    with serving(answer) as (url, seen):
+        call = Call("/f", x, lambda unusable: {"n": unusable})
+        assert Client(url).send([call]) == [0] and len(seen) == 3
+
+
+def test_a_refusal_can_be_mended():
+    """Where `mend` says so, the changed body is sent at once, though no retry is left."""
+    names = ["old"]
+
+    def mend(answer):
+        names[0] = answer["use"]
+        return True
+
+    def answer(path, body, headers):
+        return (200, {"x": 1}) if "new" in body else (400, {"use": "new"})
+
+    with serving(answer) as (url, seen):
+        call = Call("/f", x, lambda _: {names[0]: 5}, mend)
+        assert Client(url, retries=0).send([call]) == [1]
+    assert [body for _, body in seen] == [{"old": 5}, {"new": 5}]
+
+
+# ---- keys ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("status", [200, 401, 503])
 def test_keys_stay_secret(status, caplog, capsys):
-    """Guards keys in error messages, tracebacks and logs, in whatever way a request fails."""
+    """No error, traceback or log holds the key, in whatever way a request fails."""
     caplog.set_level(logging.DEBUG)
     sent = []
 
@@ -226,66 +261,85 @@ def test_keys_stay_secret(status, caplog, capsys):
 
     with serving(answer, f"no {SECRET}") as (url, _):
         for address in (url, DEAD):
-            asker = Client(address, retries=1, headers={"Authorization": f"Bearer {SECRET}"})
+            sender = Client(address, retries=1, headers=KEY)
             with pytest.raises(ServiceError) as error:
-                asker.post("/f", [{}], x)
-            assert SECRET not in str(error.value) and SECRET not in repr(asker)
+                sender.send(calls([{}]))
+            assert SECRET not in str(error.value) and SECRET not in repr(sender)
             assert error.value.__cause__ is error.value.__context__ is None
+            passing = Client(address, retries=1, headers=KEY, on_error="empty")
+            with pytest.warns(UserWarning, match="A search has failed") as warned:
+                assert passing.send(calls([{}])) == [None]
+            assert not any(SECRET in str(warning.message) for warning in warned)
         assert {*sent} == {f"Bearer {SECRET}"}
     assert SECRET not in caplog.text + "".join(capsys.readouterr())
 
 
+def test_keys_are_not_sent_elsewhere():
+    """A redirect is not followed: the key would go wherever the server says."""
+    with serving(lambda *_: (200, {"x": 1})) as (other, elsewhere):
+        with serving(lambda *_: (302, "", {"Location": f"{other}/g"})) as (url, _):
+            with pytest.raises(ServiceError, match="answered 302"):
+                Client(url, headers=KEY).get("/f", x)
+    assert not elsewhere
+
+
+def test_keys_that_cannot_be_sent():
+    """A key with a stray letter is one sentence, which does not repeat it."""
+    for key in ("Bearer s3cr\u00e9t", "a\nb"):
+        with pytest.raises(UserError) as error:
+            Client(DEAD, retries=0, headers={"Authorization": key}).get("/f", x)
+        assert key not in str(error.value)
+
+
+# ---- addresses ----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    "status, body",
-    [(200, f"no JSON, {SECRET}"), (200, {"y": SECRET}), (302, ""), (401, SECRET), (503, SECRET)],
+    "base, path, url",
+    [
+        ("http://h:1", "/v1/models", "http://h:1/v1/models"),
+        ("http://h/v1", "/v1/chat/completions", "http://h/v1/chat/completions"),
+        ("http://h/behind/v1", "/v1/models", "http://h/behind/v1/models"),
+        ("http://h/behind", "/v1/models", "http://h/behind/v1/models"),
+        ("https://h/api/paas/v4", "/v1/chat/completions", "https://h/api/paas/v4/chat/completions"),
+        ("https://h/api/v3", "/v1/completions", "https://h/api/v3/completions"),
+        ("https://h/v1beta/openai", "/v1/models", "https://h/v1beta/openai/models"),
+        ("https://v2.h/openai", "/v1/models", "https://v2.h/openai/v1/models"),
+        ("http://h/retrieve", "/retrieve", "http://h/retrieve"),
+        ("http://h/api/v3", "/retrieve", "http://h/api/v3/retrieve"),
+    ],
 )
-def test_keys_in_an_address_stay_secret(status, body, caplog, capsys):
-    """Guards the same where a service takes its key in the query alone, and a key that is sent
-    wherever a redirect points; retries of it, and failures that are passed over."""
-    caplog.set_level(logging.DEBUG)
-    key, texts = {"engine": "g", "api_key": SECRET}, []
-    with serving(lambda *_: (500, ""), f"no {SECRET}") as (other, elsewhere):
-        with serving(lambda *_: (status, body, {"Location": f"{other}/g"})) as (url, seen):
-            for address in (url, DEAD):
-                asker = Client(address, retries=1, query=key)
-                with pytest.raises(ServiceError, match=f"{address}/f ") as error:
-                    asker.post("/f", [{"q": "a"}], x)
-                assert error.value.__cause__ is error.value.__context__ is None
-                passing = Client(address, retries=1, query=key, on_error="empty")
-                with pytest.warns(UserWarning, match="A search has failed") as warned:
-                    assert passing.post("/f", [{"q": "a"}], x) == [None]
-                texts += [str(error.value), repr(asker), *(str(w.message) for w in warned)]
-    assert [*seen] == [(f"/f?engine=g&api_key={SECRET}&q=a", None)] * len(seen)
-    assert len(seen) == (2 if status in (302, 401) else 4) and not elsewhere
-    assert SECRET not in "".join([*texts, caplog.text, *capsys.readouterr()])
+def test_where_a_method_is(base, path, url):
+    """A base that names a version itself is followed by the method's path alone."""
+    assert method_url(base, path) == url
 
 
 def test_the_path_may_be_in_the_address():
-    """Guards .../v1/v1/models for an address as the servers' manuals give it."""
+    """The same on the wire, with a slash at the end as manuals have it."""
     with serving(lambda *_: (200, {"x": 1})) as (url, seen):
         Client(url + "/v1").get("/v1/models", x)
-        Client(url + "/retrieve/").post("/retrieve", [{}], x)
-        Client(url + "/behind/v1").get("/v1/models", x)
-    assert [path for path, _ in seen] == ["/v1/models", "/retrieve", "/behind/v1/models"]
+        Client(url + "/retrieve/").send(calls([{}], "/retrieve"))
+        Client(url + "/api/paas/v4/").get("/v1/models", x)
+    assert [path for path, _ in seen] == ["/v1/models", "/retrieve", "/api/paas/v4/models"]
 
 
 def test_failures_may_be_passed_over():
-    """Guards one bad query that empties the others."""
+    """With `on_error="empty"`, a bad request is None and does not empty the others."""
 
     def answer(path, body, headers):
         return (422, "") if body["i"] % 3 == 0 else (200, {"x": body["i"]})
 
     with serving(answer) as (url, seen):
-        asker = Client(url, on_error="empty")
+        sender = Client(url, on_error="empty")
         with pytest.warns(UserWarning, match=f"A search has failed: {url}/f answered 422"):
-            found = asker.post("/f", [{"i": i} for i in range(30)], x)
-    assert found == [None if i % 3 == 0 else i for i in range(30)] and len(seen) == 30
+            results = sender.send(calls({"i": i} for i in range(30)))
+    assert results == [None if i % 3 == 0 else i for i in range(30)] and len(seen) == 30
     with serving(lambda *_: (503, "")) as (url, seen):
-        asker = Client(url, retries=2, on_error="empty")
+        sender = Client(url, retries=2, on_error="empty")
         with pytest.warns(UserWarning, match="answered 503"):
-            assert asker.post("/f", [{}] * 40, x) == [None] * 40
+            assert sender.send(calls([{}] * 40)) == [None] * 40
         with pytest.raises(ServiceError):  # without which nothing could begin
-            asker.get("/f", x)
+            sender.get("/f", x)
     assert len(seen) == 3 * 41
 
 
@@ -301,7 +355,7 @@ def test_failures_may_be_passed_over():
     ],
 )
 def test_addresses_of_nothing(url):
-    """Guards tracebacks of the library for addresses that it cannot read or find."""
+    """An address that the library cannot read or find is a ServiceError, not a traceback."""
     with pytest.raises(ServiceError, match="cannot be reached"):
         Client(url, retries=0).get("/f", x)
 
@@ -315,19 +369,11 @@ def test_addresses_of_nothing(url):
     ],
 )
 def test_an_environment_of_no_use(name, value, monkeypatch):
-    """Guards a traceback for a proxy that cannot be used, and its password."""
+    """A proxy that cannot be used is one sentence, without its password."""
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="HTTPS_PROXY, SSL_CERT_FILE") as error:
         Client(DEAD)
     assert SECRET not in str(error.value) and error.value.__suppress_context__
-
-
-def test_keys_that_cannot_be_sent():
-    """Guards a traceback for a key with a stray letter."""
-    for key in ("Bearer s3cr\u00e9t", "a\nb"):
-        with pytest.raises(UserError) as error:
-            Client(DEAD, retries=0, headers={"Authorization": key}).get("/f", x)
-        assert key not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +389,7 @@ def test_keys_that_cannot_be_sent():
     ],
 )
 def test_addresses_that_are_none(url):
-    """Guards a mistyped address that is noticed when the first search is made."""
+    """A mistyped address is refused at once, not when the first search is made."""
     with pytest.raises(UserError, match="http://HOST:PORT") as error:
         Client(url)
     assert SECRET not in str(error.value)

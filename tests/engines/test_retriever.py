@@ -6,12 +6,13 @@ from unittest import mock
 
 import httpx2
 import pytest
-from test_engines import DOCUMENTS, ask
+from test_ranking import DOCUMENTS, ask
 
 from minizs import UserError
 from minizs.engines import retriever
-from minizs.engines.client import Client, HttpSearch
-from minizs.engines.ranking import BM25
+from minizs.engines.bm25 import BM25
+from minizs.engines.client import Client
+from minizs.engines.http import HttpSearch
 from minizs.engines.retriever import main, make_server
 from minizs.world.facts import embedded
 
@@ -42,7 +43,7 @@ def post(url, body):
 
 @pytest.mark.parametrize("wiki", [False, True])
 def test_an_engine_that_asks_the_server_is_the_engine_in_it(wiki):
-    """Guards any difference between a corpus here and the same corpus served."""
+    """Through the server a corpus gives the replies that it gives here."""
     queries = [
         ask(query, noisy)
         for query in ("Ann born in", "Oslo lies", "?", "works for Acme")
@@ -54,7 +55,7 @@ def test_an_engine_that_asks_the_server_is_the_engine_in_it(wiki):
 
 
 def test_the_published_shapes(url):
-    """Guards clients of Search-R1 and ZeroSearch that cannot read our server."""
+    """Answers have the shapes that clients of Search-R1 and ZeroSearch read."""
     status, scored = post(url, {"queries": ["Ann born", "Oslo"], "topk": 1, "return_scores": True})
     [[first], [second]] = scored["result"]
     scores = [found[0][1] for found in BM25(TEXTS).scored(["Ann born", "Oslo"], 1)]
@@ -67,7 +68,7 @@ def test_the_published_shapes(url):
 
 
 def test_how_many_documents(url):
-    """Guards a default that is ignored, and a crash where more are wanted than there are."""
+    """The request says how many documents; else the server's default; never more than there are."""
     for more, n in (({}, 2), ({"topk": None}, 2), ({"topk": 1}, 1), ({"topk": 99}, 3)):
         assert len(post(url, {"queries": ["Ann"]} | more)[1]["result"][0]) == n
 
@@ -80,15 +81,15 @@ def test_how_many_documents(url):
         (b"\xff\xfe", ""),
         ([1], ""),
         ({}, "KeyError('query')"),
-        ({"queries": "Ann"}, "No list"),
+        ({"queries": "Ann"}, "is no list"),
         ({"queries": [1]}, ""),
         ({"query": None}, ""),
-        ({"query": "a", "top_k": -1}, "No list, or no number"),
+        ({"query": "a", "top_k": -1}, "not above 0"),
         ({"queries": ["a"], "topk": "3"}, ""),
     ],
 )
 def test_bad_requests_are_told_so(url, body, said):
-    """Guards a server that breaks off, or finds something, where the request makes no sense."""
+    """A request that makes no sense is answered with 400 and what is wrong."""
     status, answer = post(url, body)
     assert status == 400 and said in answer["error"] and "give 'queries'" in answer["error"]
 
@@ -102,7 +103,7 @@ def serve_once(*flags):
 
 
 def test_the_command(tmp_path, capsys):
-    """Guards flags that do nothing, and a default that needs a corpus."""
+    """Each flag does what it says, and without a corpus the tiny world is served."""
     engine, host, port = serve_once()
     assert (host, port, engine.top_k) == ("127.0.0.1", 8000, 3)
     assert engine.documents == embedded("test").documents
@@ -128,12 +129,12 @@ def test_the_command(tmp_path, capsys):
     ],
 )
 def test_what_cannot_be_served(flags):
-    """Guards tracebacks for mistyped flags."""
+    """Mistyped flags are one sentence."""
     with pytest.raises(UserError):
         main(flags)
 
 
 def test_a_port_in_use_is_told(url):
-    """Guards a traceback where another server runs already."""
+    """A port in use is one sentence."""
     with pytest.raises(UserError, match="Cannot listen at 127.0.0.1"):
         make_server(BM25(TEXTS), "127.0.0.1", int(url.rpartition(":")[2]))

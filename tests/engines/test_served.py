@@ -1,83 +1,247 @@
-"""Training against servers: what a local engine gives, a clear end when they die, and going on."""
+"""A simulator on a server: the documents of the same model here, and what servers do otherwise."""
 
-import threading
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
-from scripts import POLICY, metrics, policy
-from test_client import serving
-from test_simulator import openai
+from servers import openai, serving
 
-import train_policy
-from minizs.engines import retriever
-from minizs.engines.client import ServiceError
-from minizs.engines.ranking import BM25
+from minizs import UserError
+from minizs.engines.client import Client, ServiceError
+from minizs.engines.served import ServedModel, ServedSearch
 from minizs.models import loading
+from minizs.simulator import SimulatedSearch, load_template
+from minizs.trajectory import SearchRequest
 
-SIMULATED = [
-    "--engine",
-    "simulator",
-    "--simulator_temperature",
-    "0",
-    "--steps",
-    "3",
-    "--max_document_tokens",
-    "30",
-    "--noise_end",
-    "1",
-]
-SERVED = ["--simulator_template", "../base/simulator_prompt.txt", "--simulator_model", "tiny"]
+TEMPLATE = "{query}|{question}|{answers}|{quality}|{top_k}:\n"
 
 
-def trajectories(run) -> str:
-    return (run / "trajectories.jsonl").read_text()
+def request(query="a query", noisy=False, key=(0,)):
+    return SearchRequest(query, "a question?", ("Paris", "Lutetia"), noisy, key)
 
 
-def test_training_against_a_served_simulator(work):
-    """Guards another wording, another row's document, or another noise through the server."""
-    policy(*SIMULATED, "--simulator", "../base", "--output", "local")
-    with serving(openai(*loading.load("../base"), seen := [])) as (url, _):
-        policy(*SIMULATED, *SERVED, "--simulator", f"{url},{url}", "--output", "served")
-    assert trajectories(work / "served") == trajectories(work / "local")
-    assert metrics(work / "served") == metrics(work / "local")
-    assert len(seen) == sum(row["queries"] for row in metrics(work / "served")) > 0
+def served(url, top_k=3, seed=0, template=TEMPLATE, retries=0, on_error="stop", **model):
+    client = Client(url, retries=retries, on_error=on_error)
+    return ServedSearch(ServedModel(client, **model), template, top_k, seed)
 
 
-def test_a_server_that_dies_loses_nothing_that_was_saved(work, monkeypatch):
-    """Guards a hang, a traceback, training without documents, and a lost checkpoint."""
-    monkeypatch.setattr("minizs.engines.client.FIRST_WAIT", 0.01)
-    answer, dead = openai(*loading.load("../base"), []), threading.Event()
-    mortal = lambda *call: (503, {}) if dead.is_set() else answer(*call)  # noqa: E731
-    written = train_policy.run_folder.write_lines
-
-    def killing(path, rows, *mode):
-        written(path, rows, *mode)
-        if path.name == "trajectories.jsonl" and rows[0]["step"] == 2:
-            dead.set()
-
-    monkeypatch.setattr(train_policy.run_folder, "write_lines", killing)
-    flags = [*SIMULATED, *SERVED, "--save_every", "1", "--retries", "2", "--output"]
-    with serving(mortal) as (url, _):
-        with pytest.raises(ServiceError, match="answered 503.*check that this server runs"):
-            policy(*flags, "cut", "--simulator", url)
-        assert (work / "cut" / "checkpoints" / "step-2").is_dir()
-        monkeypatch.setattr(train_policy.run_folder, "write_lines", written)
-        dead.clear()
-        train_policy.main(["--output", "cut", "--resume"])
-        policy(*flags, "whole", "--simulator", url)
-    assert trajectories(work / "cut") == trajectories(work / "whole")
-    assert metrics(work / "cut") == metrics(work / "whole")
+def completion(text, reason="stop"):
+    return 200, {"choices": [{"text": text, "finish_reason": reason}]}
 
 
-def test_training_against_our_retriever(work):
-    """Guards a retriever's server whose documents are not those of BM25 here; a useless cache."""
-    policy("--output", "here", "--engine_noise", "0.5")
-    server = retriever.make_server(BM25.of_corpus("../corpus.txt"), "127.0.0.1", 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = "http://{}:{}".format(*server.server_address)
-    flags = [*POLICY, "--engine", "http", "--engine_url", url, "--engine_noise", "0.5"]
-    train_policy.main([*flags, "--cache", "replies.db", "--output", "there"])
-    server.shutdown()
-    server.server_close()
-    train_policy.main([*flags, "--cache", "replies.db", "--output", "again"])  # paid for already
-    assert trajectories(work / "there") == trajectories(work / "here")
-    assert trajectories(work / "again") == trajectories(work / "here")
+def chat(content, reason="stop", **more):
+    message = {"role": "assistant", "content": content, **more}
+    return 200, {"choices": [{"message": message, "finish_reason": reason}]}
+
+
+@pytest.mark.parametrize("length", [80, 22])  # enough for all documents, and too few
+def test_served_documents_are_the_local_ones(length):
+    """Through both methods the documents are those of the model here, also where one is cut."""
+    model, tokenizer = loading.load("tiny")
+    template = load_template(loading.resolve("tiny"))
+    queries = [("Stoulmen was born in", False), ("Featha", True), ("Klinstead lies in", False)]
+    requests = [request(query, noisy, (i, 3)) for i, (query, noisy) in enumerate(queries)]
+    local = SimulatedSearch(model, tokenizer, template, 3, 5, 0.0, length).search(requests)
+    options = {"seed": 5, "template": template, "temperature": 0.0, "max_new_tokens": length}
+    with serving(openai(model, tokenizer, seen := [])) as (url, _):
+        engine = served(f"{url},{url}/v1", **options)
+        assert engine.search(requests) == local and engine.search([]) == []
+        assert served(url, name="another", api="chat", **options).search(requests) == local
+    assert any(local) and (length == 80) == all(len(reply) == 3 for reply in local)
+    posts = [(path, body["model"]) for path, body in seen if body]
+    assert posts[:3] == [("/v1/completions", "the-simulator")] * 3
+    assert posts[3:] == [("/v1/chat/completions", "another")] * 3
+
+
+def test_a_served_reply_has_its_own_seed():
+    """Seeds differ between requests, are the same again for the same run, and fit into 31 bits."""
+    model, tokenizer = loading.load("tiny")
+    template, seeds = load_template(loading.resolve("tiny")), []
+    requests = [request(key=(0, i)) for i in range(4)]
+    for seed in (1, 1, 2):
+        with serving(openai(model, tokenizer, seen := [])) as (url, _):
+            served(url, 1, seed, template, max_new_tokens=9).search(requests)
+        bodies = [body for _, body in seen if body]
+        assert {body["temperature"] for body in bodies} == {0.8}
+        assert {body["max_tokens"] for body in bodies} == {9}
+        seeds.append({body["seed"] for body in bodies})
+    assert seeds[0] == seeds[1] and seeds[0].isdisjoint(seeds[2]) and len(seeds[0]) == 4
+    assert all(0 <= seed < 2**31 for seed in seeds[0] | seeds[2])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"choices": []},
+        {"choices": [{"text": None, "finish_reason": "stop"}]},
+        {"choices": [{"text": "Doc 1: a"}]},
+    ],
+)
+def test_a_server_of_another_kind_is_told(content):
+    """An answer that is not OpenAI's is an error, not an empty reply to train on."""
+    with serving(lambda *_: (200, content)) as (url, _):
+        with pytest.raises(ServiceError, match="/v1/completions did not answer in"):
+            served(url, name="m").search([request()])
+
+
+# ---- replies without documents ------------------------------------------------------------------
+
+
+def test_a_retry_has_another_seed():
+    """The same seed would write the same reply: a retry of a reply of no use takes a new one."""
+    replies = ["Sorry.", "", "Doc 1: a fact"]
+    answer = lambda _, body, __: completion(replies.pop(0)) if body else (404, "")  # noqa: E731
+    with serving(answer) as (url, seen):
+        assert served(url, name="m", retries=2).search([request()]) == [["a fact"]]
+    seeds = [body["seed"] for _, body in seen if body]
+    assert len({*seeds}) == len(seeds) == 3
+
+
+def without(share):
+    """A server whose replies lack documents for this share of the queries."""
+
+    def answer(path, body, headers):
+        if body is None:
+            return 200, {"data": [{"id": "m"}]}
+        number = int(body["prompt"].split("|")[0])
+        return completion("I cannot do that." if number % 10 < 10 * share else "Doc 1: a fact")
+
+    return answer
+
+
+def test_one_reply_without_documents_is_empty_and_counted():
+    """A run goes on after it, and after later ones of which each is alone in its turn."""
+    with serving(without(0.1)) as (url, _):
+        engine = served(url)
+        with pytest.warns(UserWarning, match="nothing to use .it holds no document"):
+            replies = engine.search([request(str(i)) for i in range(10)])
+        assert replies == [[]] + [["a fact"]] * 9 and engine.failed == 1
+        with pytest.warns(UserWarning, match="nothing to use"):
+            assert engine.search([request("10")]) == [[]] and engine.failed == 2
+
+
+@pytest.mark.filterwarnings("ignore:A search has failed")
+def test_where_most_lack_documents_it_says_what_was_written():
+    """Then the simulator is of no use, and the sentence shows a reply instead of guessing."""
+    with serving(without(0.6)) as (url, _):
+        requests = [request(str(i)) for i in range(10)]
+        with pytest.raises(ServiceError, match="6 of the last 10 .*'I cannot do that.'") as error:
+            served(url).search(requests)
+        assert "--simulator_template" in str(error.value) and "key" not in str(error.value)
+        engine = served(url, on_error="empty")
+        assert engine.search(requests) == [[]] * 6 + [["a fact"]] * 4 and engine.failed == 6
+
+
+@pytest.mark.filterwarnings("ignore:A search has failed")
+def test_what_was_written_does_not_repeat_the_key():
+    """A server that echoes the key does not bring it into the error."""
+    answer = lambda path, body, headers: completion(f"Your key is {headers['Authorization'][7:]}")  # noqa: E731
+    with serving(answer) as (url, _):
+        client = Client(url, retries=0, headers={"Authorization": "Bearer abc123"})
+        engine = ServedSearch(ServedModel(client, "m"), TEMPLATE)
+        with pytest.raises(ServiceError, match=r"'Your key is \(key\)'") as error:
+            engine.search([request()])
+    assert "abc123" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:A search has failed")
+def test_a_reply_that_is_all_thought_has_failed():
+    """`content` is null where a thinking model came to no reply: no document, and no traceback."""
+    answers = [chat(None, reasoning_content="Well,"), chat("Doc 1: a fact", reasoning_content="x")]
+    with serving(lambda path, body, _: answers.pop(0) if body else (404, "")) as (url, _):
+        assert served(url, name="m", api="chat", retries=1).search([request()]) == [["a fact"]]
+    with serving(lambda path, body, _: chat(None, "length", reasoning_content="We")) as (url, _):
+        engine = served(url, name="m", api="chat", on_error="empty")
+        assert engine.search([request()]) == [[]] and engine.failed == 1
+
+
+# ---- what servers want --------------------------------------------------------------------------
+
+
+def test_max_completion_tokens_where_max_tokens_is_refused():
+    """OpenAI's newer models take the limit by another name: it is tried, then kept."""
+    refusal = {
+        "message": "Unsupported parameter: use 'max_completion_tokens' instead.",
+        "type": "invalid_request_error",
+        "param": "max_tokens",
+        "code": "unsupported_parameter",
+    }
+
+    def answer(path, body, headers):
+        if body is None:
+            return 200, {"data": [{"id": "m"}]}
+        return (400, {"error": refusal}) if "max_tokens" in body else chat("Doc 1: a fact")
+
+    with serving(answer) as (url, seen):
+        engine = served(url, api="chat", max_new_tokens=77)
+        assert engine.search([request(key=(i,)) for i in range(4)]) == [["a fact"]] * 4
+        first = len(seen)
+        engine.search([request()])
+    assert len(seen) == first + 1 and seen[-1][1]["max_completion_tokens"] == 77
+    assert "max_tokens" not in seen[-1][1]
+
+
+def test_arguments_of_the_chat_template_are_sent():
+    """`chat_template_kwargs` is what servers call them; completions have no template."""
+    with serving(lambda path, body, _: chat("Doc 1: a") if body else (404, "")) as (url, seen):
+        args = {"enable_thinking": False}
+        served(url, name="m", api="chat", template_args=args).search([request()])
+        assert seen[-1][1]["chat_template_kwargs"] == args
+        served(url, name="m", api="chat").search([request()])
+        assert "chat_template_kwargs" not in seen[-1][1]
+
+
+def test_a_name_that_the_server_lacks_is_told_at_the_start():
+    """The error names the models that are there; a server without a list is believed."""
+    listed = lambda *_: (200, {"data": [{"id": "one"}, {"id": "two"}]})  # noqa: E731
+    with serving(listed) as (url, _):
+        with pytest.raises(UserError, match=f"{url} has no model 'other'; it has one, two"):
+            ServedModel(Client(url), "other")
+        assert ServedModel(Client(url)).name == "one"
+        assert ServedModel(Client(url), "two").name == "two"
+    with serving(lambda *_: (404, "")) as (url, _):
+        assert ServedModel(Client(url), "other").name == "other"
+        with pytest.raises(ServiceError, match="/v1/models answered 404"):
+            ServedModel(Client(url))
+    with serving(lambda *_: (401, {"error": {"code": "invalid_api_key"}})) as (url, _):
+        with pytest.raises(ServiceError, match="answered 401 invalid_api_key .*check the key"):
+            ServedModel(Client(url), "other")
+    with serving(lambda *_: (200, {"data": []})) as (url, _):
+        with pytest.raises(UserError, match="serves no model"):
+            ServedModel(Client(url))
+
+
+@pytest.mark.slow
+def test_transformers_serve(tmp_path):
+    """The protocol is that of a real server, `transformers serve`."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = loading.resolve("tiny")
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder]
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log
+        )
+    try:
+        url, template = f"http://127.0.0.1:{port}", load_template(folder)
+        for _ in range(120):
+            try:
+                Client(url, retries=0).get("/health", lambda _: None)
+                break
+            except ServiceError:
+                time.sleep(1)
+        requests = [request(f"{name} was born in", key=(1,)) for name in ("Stoulmen", "Featha")]
+        local = SimulatedSearch(*loading.load("tiny"), template, 3, 0, 0.0, 100).search(requests)
+        options = {"temperature": 0.0, "max_new_tokens": 100, "template": template}
+        assert any(local)
+        for name in (folder, ""):  # it needs no name
+            assert served(url, name=name, **options).search(requests) == local
+    finally:
+        server.terminate()
+        server.wait(20)

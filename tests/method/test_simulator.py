@@ -1,23 +1,17 @@
 """The simulated search engine: its prompt, its training texts, its replies."""
 
-import socket
-import subprocess
-import sys
-import time
 from unittest import mock
 
 import pytest
 import torch
 from conftest import make_model, make_tokenizer, with_bos
-from test_client import serving
 
 from minizs import UserError, simulator
-from minizs.engines.client import Client, ServiceError
 from minizs.generate import Generated, generate
 from minizs.models import loading
 from minizs.protocol import number_documents
 from minizs.sft import encode
-from minizs.simulator import ServedSearch, SimulatedSearch, load_template, prompt, training_text
+from minizs.simulator import SimulatedSearch, load_template, prompt, training_text
 from minizs.trajectory import SearchRequest
 
 PROMPT = load_template("tuned")
@@ -176,89 +170,6 @@ def test_replies_do_not_depend_on_who_else_searches():
     assert equal[0] != equal[1]  # the same query twice is answered twice
 
 
-# ---- served -------------------------------------------------------------------------------------
-
-
-def openai(model, tokenizer, seen):
-    """An OpenAI-compatible server around `model`, for `serving`."""
-
-    def answer(path, body, headers):
-        seen.append((path, body))
-        if path == "/v1/models":
-            return 200, {"data": [{"id": "the-simulator"}, {"id": "another"}]}
-        text = body["messages"][0]["content"] if "messages" in body else body["prompt"]
-        [reply] = generate(
-            model,
-            tokenizer([text])["input_ids"],
-            body["max_tokens"],
-            temperature=body["temperature"],
-            seed=body["seed"],
-            vocab_size=len(tokenizer),
-            eos_id=tokenizer.eos_token_id,
-        )
-        text = tokenizer.decode(reply.ids, skip_special_tokens=True)
-        reason = "length" if reply.reason == "length" else "stop"
-        said = {"message": {"role": "assistant", "content": text}}
-        return 200, {
-            "choices": [
-                (said if "messages" in body else {"text": text})
-                | {"index": 0, "finish_reason": reason}
-            ]
-        }
-
-    return answer
-
-
-@pytest.mark.parametrize("length", [80, 22])  # enough for all documents, and too few
-def test_served_documents_are_the_local_ones(length):
-    """Guards a served simulator that is asked, read or cut otherwise than the local one."""
-    model, tokenizer = loading.load("tiny")
-    template = load_template(loading.resolve("tiny"))
-    queries = [("Stoulmen was born in", False), ("Featha", True), ("Klinstead lies in", False)]
-    requests = [request(query, noisy, (i, 3)) for i, (query, noisy) in enumerate(queries)]
-    local = SimulatedSearch(model, tokenizer, template, 3, 5, 0.0, length).search(requests)
-    seen = []
-    with serving(openai(model, tokenizer, seen)) as (url, _):
-        engine = ServedSearch(Client(f"{url},{url}/v1"), "", template, 3, 5, 0.0, length)
-        assert engine.search(requests) == local and engine.search([]) == []
-        chat = ServedSearch(Client(url), "other", template, 3, 5, 0.0, length, api="chat")
-        assert chat.search(requests) == local
-    assert any(local) and (length == 80) == all(len(reply) == 3 for reply in local)
-    paths = [path for path, _ in seen]
-    assert paths == ["/v1/models"] + ["/v1/completions"] * 3 + ["/v1/chat/completions"] * 3
-    assert [body["model"] for _, body in seen[1:]] == ["the-simulator"] * 3 + ["other"] * 3
-
-
-def test_a_served_reply_has_its_own_seed():
-    """Guards equal documents for equal queries, and seeds that servers refuse or that vary."""
-    model, tokenizer = loading.load("tiny")
-    template, seeds = load_template(loading.resolve("tiny")), []
-    requests = [request(key=(0, i)) for i in range(4)]
-    for seed in (1, 1, 2):
-        seen = []
-        with serving(openai(model, tokenizer, seen)) as (url, _):
-            ServedSearch(Client(url), "m", template, 1, seed, 0.8, 9).search(requests)
-        assert {body["temperature"] for _, body in seen} == {0.8}
-        assert {body["max_tokens"] for _, body in seen} == {9}
-        seeds.append({body["seed"] for _, body in seen})
-    assert seeds[0] == seeds[1] and seeds[0].isdisjoint(seeds[2]) and len(seeds[0]) == 4
-    assert all(0 <= seed < 2**31 for seed in seeds[0] | seeds[2])
-
-
-def test_a_server_of_another_kind_is_told():
-    """Guards a policy that is trained on empty replies because the server is not an OpenAI one."""
-    for content in (
-        {"choices": []},
-        {"choices": [{"text": None, "finish_reason": "stop"}]},
-        {"choices": [{"text": "Doc 1: a"}]},
-        {"choices": [{"text": "", "finish_reason": "stop"}]},
-        {"choices": [{"text": "Sure! Here it is.", "finish_reason": "length"}]},
-    ):
-        with serving(lambda *_, content=content: (200, content)) as (url, _):
-            with pytest.raises(ServiceError, match="/v1/completions did not answer in"):
-                ServedSearch(Client(url, retries=0), "m", TEMPLATE).search([request()])
-
-
 # ---- as a judge ---------------------------------------------------------------------------------
 
 
@@ -295,24 +206,13 @@ WORDS = {
 
 def test_a_judge_replies_with_a_word():
     """Guards a judge whose mark, capital or line break hides its word, and one that reads
-    "useful" out of "not useful"; a served one that is read otherwise."""
+    "useful" out of "not useful"."""
     found = [[word] if word else [] for word in WORDS.values()]
     tokenizer = make_tokenizer()
     replies = [Generated(tokenizer.encode(text) + [1], reason="eos") for text in WORDS]
     with mock.patch("minizs.simulator.generate", lambda *_, **__: replies):
         local = SimulatedSearch(None, tokenizer, TEMPLATE, top_k=0)
         assert local.search([request()] * len(WORDS)) == found
-
-    def answer(path, body, headers):
-        text = list(WORDS)[int(body["messages"][0]["content"][0])]
-        return 200, {"choices": [{"message": {"content": text}, "finish_reason": "length"}]}
-
-    with serving(answer) as (url, _):
-        served = ServedSearch(Client(url), "m", TEMPLATE, 0, api="chat")
-        assert served.search([request(str(i)) for i in range(len(WORDS))]) == found
-    with serving(lambda *_: (200, {"choices": [{"message": {"content": None}}]})) as (url, _):
-        with pytest.raises(ServiceError, match="expected form"):
-            ServedSearch(Client(url, retries=0), "m", TEMPLATE, 0, api="chat").search([request()])
 
 
 def test_what_is_too_long_is_said():
@@ -322,35 +222,3 @@ def test_what_is_too_long_is_said():
     judge = SimulatedSearch(model, tokenizer, load_template(simulator.JUDGE), 0, 0, 0.0, 8)
     with pytest.raises(UserError, match="Too long for the judge.*limit of 1024"):
         judge.search([asked])
-
-
-@pytest.mark.slow
-def test_transformers_serve(tmp_path):
-    """Guards a protocol that only our own test server speaks."""
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
-    pytest.importorskip("openai")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = loading.resolve("tiny")
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder]
-    with open(tmp_path / "log", "w") as log:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log
-        )
-    try:
-        url, template = f"http://127.0.0.1:{port}", load_template(folder)
-        for _ in range(120):
-            try:
-                Client(url, retries=0).get("/health", lambda *_: None)
-                break
-            except ServiceError:
-                time.sleep(1)
-        requests = [request(f"{name} was born in", key=(1,)) for name in ("Stoulmen", "Featha")]
-        local = SimulatedSearch(*loading.load("tiny"), template, 3, 0, 0.0, 100).search(requests)
-        served = ServedSearch(Client(url), folder, template, 3, 0, 0.0, 100).search(requests)
-        assert any(local) and served == local
-    finally:
-        server.terminate()
-        server.wait(20)

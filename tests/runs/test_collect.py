@@ -11,8 +11,9 @@ import pytest
 from conftest import ScriptedHead, make_model, make_tokenizer
 
 from minizs import UserError
+from minizs.engines.bm25 import BM25
 from minizs.engines.client import ServiceError
-from minizs.engines.ranking import BM25, NoDocuments
+from minizs.engines.ranking import NoDocuments
 from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import collect
 from minizs.runs.run_folder import read_lines

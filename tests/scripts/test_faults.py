@@ -11,11 +11,13 @@ from contextlib import contextmanager, suppress
 import pytest
 from counts import COUNTS
 from scripts import metrics, policy
-from test_client import Server
+from servers import Server
 
-from minizs.engines.client import Cached, Client, HttpSearch, ServiceError
+from minizs.engines.cache import Cached
+from minizs.engines.client import Client, ServiceError
+from minizs.engines.http import HttpSearch
+from minizs.engines.served import ServedModel, ServedSearch
 from minizs.protocol import neutralize, split_documents
-from minizs.simulator import ServedSearch
 from minizs.trajectory import SearchRequest
 
 TIMEOUT = 0.25
@@ -146,7 +148,7 @@ def right(body):
 def engine_of(kind, url, retries, folder=None):
     client = Client(url, timeout=TIMEOUT, retries=retries, concurrency=12, on_error="empty")
     if kind == "simulator":
-        return ServedSearch(client, "m", "{query}|{question}")
+        return ServedSearch(ServedModel(client, "m"), "{query}|{question}")
     engine = HttpSearch(client, 1, wiki=kind == "wiki")
     return Cached(engine, str(folder / "cache"), "a") if kind == "cached" else engine
 

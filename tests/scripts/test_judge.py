@@ -13,7 +13,7 @@ from scripts import (
     ROOT,
     simulator,
 )
-from test_client import serving
+from servers import serving
 
 from minizs import UserError, protocol, sft
 from minizs.models import loading

@@ -17,15 +17,13 @@ from scripts import (
     two_processes,
     weights,
 )
-from test_client import serving
+from servers import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import evaluate
 import train_policy
 from benchmarks import tiny_base as base
 from minizs import UserError, simulator
 from minizs.engines.client import ServiceError
-from minizs.models import loading
 from minizs.runs import build, data, run_folder
 from minizs.trajectory import Trajectory
 
@@ -219,24 +217,8 @@ def test_bfloat16_on_a_cpu(work):
 def test_settings_that_mean_what_is_there_anyway(work):
     """Guards a flag that refuses, or changes, what it should leave as it is."""
     policy()
-    policy(
-        "--attention", "sdpa", "--dtype", "float32", "--revision", "v1", "--chat_template", "none"
-    )
+    policy("--attention", "sdpa", "--dtype", "float32", "--chat_template", "none")
     assert metrics(work / "runs" / "policy-1") == metrics(work / "runs" / "policy-2")
-
-
-def test_the_revision_is_the_policys_alone(monkeypatch):
-    """Guards another commit than the one named."""
-    seen = []
-    monkeypatch.setattr(loading, "load", lambda name, *_, revision, **__: seen.append(revision))
-    monkeypatch.setattr(loading, "load_tokenizer", lambda *args: seen.append(args[-1]) or len)
-    monkeypatch.setattr(build, "prompt_ids", lambda *_: [[1]])
-    tested = evaluate.EvalConfig(policy="a/b", revision="v1", before="c/d")
-    trained = train_policy.PolicyConfig(policy="a/b", revision="v1")
-    for config, name in ((trained, "a/b"), (tested, "a/b"), (tested, "c/d")):
-        build.load(config, name, torch.device("cpu"), torch.float32)
-        build.check_lengths(config, [name], [])
-    assert seen == ["v1"] * 6
 
 
 def test_a_chat_template_can_be_left_out(work):

@@ -139,8 +139,6 @@ def test_a_simulator_in_bfloat16(work, collected):
         "bfloat16",
         "--output",
         "out",
-        "--revision",
-        "v1",
     )
     model, tokenizer = loading.load("out", dtype="auto")
     assert model.dtype == torch.bfloat16 and not tokenizer.chat_template

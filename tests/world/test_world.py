@@ -2,7 +2,7 @@
 
 import pytest
 
-from minizs.engines.ranking import BM25
+from minizs.engines.bm25 import BM25
 from minizs.trajectory import SearchRequest
 from minizs.world.facts import RELATIONS, TWO_HOP, World, embedded, names, read_fact
 

@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from minizs import require
-from minizs.runs import report
+from minizs.runs import run_folder
 from minizs.runs.flags import option, parse, run_script, set_threads
 from minizs.runs.settings import ENGINES, SearchConfig, check_search
 
@@ -83,7 +83,9 @@ def check(config: EvalConfig) -> None:
     require(config.ask is None or config.ask.strip(), "--ask needs a question.")
     if not config.ask:
         path = Path(config.output or default_output(config.policy))
-        fits = path.suffix == ".json" and path.parent.is_dir() and os.access(path.parent, os.W_OK)
+        fits = (
+            path.suffix == ".json" and path.parent.is_dir() and run_folder.can_be_made(path.parent)
+        )
         require(fits and not path.is_dir(), f"--output {path}: no .json file can be written there.")
         made = map(path.with_suffix, (".json", ".md", ".jsonl", ".before.jsonl"))
         there = [os.path.realpath(file) for file in made if file.exists()]
@@ -115,6 +117,8 @@ def paint(words: str, kind: str) -> str:
 
 def show_turn(turn) -> None:
     """Print a turn as soon as it is there: the policy's words; called again, what came back."""
+    from minizs.runs import report
+
     words, tags = report.visible(turn.text.strip()), r"(?s)<(think|search|answer)>.*?</\1>"
     if turn.documents is None:
         print(re.sub(tags, lambda part: paint(part[0], part[1]), words), flush=True)
@@ -125,7 +129,7 @@ def show_turn(turn) -> None:
 
 def test(config: EvalConfig, accelerator, examples, answers: dict, engine) -> None:
     """Let each policy answer all questions; write the figures and every answer, print the table."""
-    from minizs.runs import evaluation, metrics
+    from minizs.runs import evaluation, metrics, report
 
     config.output = config.output or str(default_output(config.policy))
     tables, logs, output = {}, {}, Path(config.output)
@@ -142,10 +146,10 @@ def test(config: EvalConfig, accelerator, examples, answers: dict, engine) -> No
     if not accelerator.is_main_process:
         return
     more = {"settings": asdict(config), "before": tables.get(config.before)}
-    output.write_text(json.dumps(tables[config.policy] | more, indent=1) + "\n")
-    output.with_suffix(".md").write_text(evaluation.show(tables) + "\n")
+    output.write_text(json.dumps(tables[config.policy] | more, indent=1) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(evaluation.show(tables) + "\n", encoding="utf-8")
     for ending, lines in logs.items():
-        output.with_suffix(f".{ending}").write_text("".join(lines))
+        output.with_suffix(f".{ending}").write_text("".join(lines), encoding="utf-8")
     shutil.rmtree(kept)
     if (output.parent / "metrics.jsonl").exists():  # a run's folder
         report.write(output.parent)
@@ -159,7 +163,7 @@ def main(argv: list[str]) -> None:
     config = parse(EvalConfig, argv)
     from minizs.models import loading
     from minizs.rollout import rollout
-    from minizs.runs import build, data, evaluation, run_folder
+    from minizs.runs import build, data, evaluation, report
     from minizs.trajectory import Example
 
     missing = not config.policy and not run_folder.newest_run()

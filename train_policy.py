@@ -227,7 +227,7 @@ def main(argv: list[str]) -> None:
         report.write(folder)
         lines = run_folder.read_lines(folder / "metrics.jsonl")
         spent = metrics.cost(lines, config.search_price, config.gpu_price)
-        (folder / "cost.json").write_text(json.dumps(spent, indent=1) + "\n")
+        (folder / "cost.json").write_text(json.dumps(spent, indent=1) + "\n", encoding="utf-8")
         run_folder.remember_training(folder / "policy", config)
         loading.save(
             final, tokenizer, folder / "policy", prompt=template

@@ -108,6 +108,10 @@ def check_output(config: SimConfig) -> None:
             advice += ", or --overwrite to lose what is there"
         require(False, f"{output} is not empty; {advice}.")
     run_folder.check_free(output, resume=False, overwrite=config.overwrite)
+    require(
+        config.collect or run_folder.can_be_made(partial),
+        f"{partial}, where the simulator grows, cannot be made; choose another --output.",
+    )
     gives_settings = replace(config, output="", resume="") != SimConfig()
     require(
         not config.resume or gives_settings or partial.is_dir(),

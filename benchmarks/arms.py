@@ -96,7 +96,7 @@ def difference(root: Path, one: str, other: str, test: str) -> str:
         seed = path.parent.name.rsplit("-", 1)[1]
         paths = [path, root / f"{other}-{seed}" / path.name]
         if paths[1].exists():
-            a, b = (json.loads(path.read_text())["overall"] for path in paths)
+            a, b = (json.loads(path.read_text(encoding="utf-8"))["overall"] for path in paths)
             gaps.append((a["f1"] - b["f1"], math.hypot(a["f1_stderr"], b["f1_stderr"])))
     return f"{one} minus {other}, {test}: {mean(gaps)} ({len(gaps)} seeds)" if gaps else ""
 
@@ -104,7 +104,7 @@ def difference(root: Path, one: str, other: str, test: str) -> str:
 def searches_again(root: Path, arm: str) -> str:
     """How often a one-hop question was searched again after a noisy and after a useful reply."""
     files = root.glob(f"{arm}-[0-9]*/noisy.json")
-    rows = [json.loads(path.read_text())["one_hop"] for path in files]
+    rows = [json.loads(path.read_text(encoding="utf-8"))["one_hop"] for path in files]
     names = ("again_after_noisy", "again_after_useful")
     shares = [sum(row.get(name, 0.0) for row in rows) / len(rows) for name in names]
     return f"{arm}: {shares[0]:.1%} after a noisy reply, {shares[1]:.1%} after a useful one"
@@ -119,7 +119,7 @@ def table(root: Path) -> str:
         cells, seeds = [], 0
         for test, group in columns:
             files = sorted(root.glob(f"{arm}-[0-9]*/{test}.json"))
-            rows = [json.loads(path.read_text())[group] for path in files]
+            rows = [json.loads(path.read_text(encoding="utf-8"))[group] for path in files]
             cells.append(mean([(r["f1"], r["f1_stderr"]) for r in rows]) if rows else "")
             seeds = max(seeds, len(rows))
         if seeds:

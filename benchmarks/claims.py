@@ -130,7 +130,7 @@ def cells(arm: str, roots: list[Path]) -> list[str]:
     out = []
     for test in TESTS:
         files = sorted(root.glob(f"{arm}-[0-9]*/{test}.json"))
-        found = [json.loads(path.read_text()) for path in files]
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
         for group in ("one_hop", "two_hop", "overall"):
             rows = [table[group] for table in found]
             out.append(mean([(row["f1"], row["f1_stderr"]) for row in rows]) if rows else "")
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
             several = pool.map if settings.parallel > 1 else map
             list(several(lambda job: train_and_test(*job, root, settings.questions, flags), jobs))
     output = Path(settings.output or root / "CLAIMS.md")
-    output.write_text(table([root, Path(of_100_steps.ROOT)]))
+    output.write_text(table([root, Path(of_100_steps.ROOT)]), encoding="utf-8")
     print(f"The table is in {output}")
 
 

@@ -107,7 +107,7 @@ def _forget() -> None:
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR.exists():
         ctypes.CDLL(None).malloc_trim(0)
-        CLEAR.write_text("5")
+        CLEAR.write_text("5", encoding="utf-8")
 
 
 def _memory(name: str) -> int:
@@ -115,7 +115,7 @@ def _memory(name: str) -> int:
     if torch.cuda.is_available():
         peak = name == "VmHWM"
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    lines = STATUS.read_text().splitlines() if STATUS.exists() else []
+    lines = STATUS.read_text(encoding="utf-8").splitlines() if STATUS.exists() else []
     return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
 
 
@@ -167,7 +167,7 @@ def machine(threads: int) -> str:
 
 def _cpu() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
 def _best(work: Callable[[], Any], repeats: int = 5) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minizs.logprobs import predictable, states_before
 from minizs.losses import Loss, average, keep, statistics
+from minizs.models.precision import widest_float
 
 
 def token_rewards(rewards: Tensor, kl: Tensor, mask: Tensor, beta: float) -> Tensor:
@@ -46,9 +47,10 @@ def gae(
 
 
 def moments(values: Tensor, mask: Tensor) -> Tensor:
-    """Sum, sum of squares, count over the mask's tokens: `(3,)` float64. Those of parts add up."""
-    values = keep(values, mask).double()
-    return torch.stack([values.sum(), values.square().sum(), mask.sum().double()])
+    """Sum, sum of squares, count over the mask's tokens: `(3,)`, float64 where the device has it.
+    Those of parts add up."""
+    values = keep(values, mask).to(widest_float(values.device))
+    return torch.stack([values.sum(), values.square().sum(), mask.sum().to(values.dtype)])
 
 
 def whiten(advantages: Tensor, mask: Tensor, totals: Tensor | None = None) -> Tensor:
@@ -57,7 +59,8 @@ def whiten(advantages: Tensor, mask: Tensor, totals: Tensor | None = None) -> Te
     total, squares, count = moments(advantages, mask) if totals is None else totals
     mean = total / count.clamp(min=1)
     variance = (squares - count * mean.square()).clamp(min=0) / (count - 1).clamp(min=1)
-    whitened = (advantages.double() - mean) / (variance.sqrt() + 1e-8)
+    wide = advantages.to(widest_float(advantages.device))
+    whitened = (wide - mean) / (variance.sqrt() + 1e-8)
     return keep(whitened, mask).to(advantages.dtype)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minizs.models.precision import widest_float
 from minizs.randomness import GOLDEN, mix64
 
 
@@ -20,11 +21,10 @@ def uniforms(states: list[int], position: int) -> Tensor:
 
 def draw(logp: Tensor, uniform: Tensor) -> Tensor:
     """Inverse-CDF sampling: (n, V) log-probabilities and (n,) numbers in [0, 1) -> (n,) ids."""
-    # float64, so that 150,000 small terms add up exactly enough (Apple's GPUs have none).
-    double = torch.float32 if logp.device.type == "mps" else torch.float64
-    cdf = logp.exp().cumsum(-1, dtype=double)  # (n, V)
+    wide = widest_float(logp.device)  # so that 150,000 small terms add up exactly enough
+    cdf = logp.exp().cumsum(-1, dtype=wide)  # (n, V)
     total = cdf[:, -1:]
-    target = uniform.to(logp.device, double)[:, None] * total
+    target = uniform.to(wide).to(logp.device)[:, None] * total
     # Strictly below the total, the first entry above the target has a probability above 0.
     target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
     ids = torch.searchsorted(cdf, target, right=True).squeeze(-1)

@@ -40,11 +40,11 @@ def check_model(name: str, context: int = 0) -> None:
     or positions for this many tokens. A hub name is looked up when it is loaded."""
     path = Path(resolve(name))
     if not path.exists():
-        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
         return require(not is_path, f"There is no model folder {name!r}; check the path.")
     with readable(name):
         lora = (path / "adapter_config.json").is_file()
-        config = {} if lora else json.loads((path / "config.json").read_text())
+        config = {} if lora else json.loads((path / "config.json").read_text(encoding="utf-8"))
         limit = config.get("max_position_embeddings", context)
         require(
             context <= limit,

@@ -34,7 +34,10 @@ def save(accelerator, run: Path, step: int, keep: int = 2) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         files = [path for path in partial.rglob("*") if path.is_file()]
-        sums = {str(path.relative_to(partial)): checksum(path) for path in files}
+        sums = {}
+        for path in files:
+            wait_for_disk(path)
+            sums[path.relative_to(partial).as_posix()] = checksum(path)
         write_lines(partial / SUMS, [sums])
         partial.rename(whole)
         for old in checkpoints(run)[:-keep]:
@@ -42,11 +45,16 @@ def save(accelerator, run: Path, step: int, keep: int = 2) -> None:
     accelerator.wait_for_everyone()
 
 
+def wait_for_disk(path: Path) -> None:
+    """Return once a file is on the disk. Windows does this only for files opened for writing."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
 def checksum(path: Path) -> int:
-    """CRC-32 of a file, which is on the disk then."""
+    """CRC-32 of a file."""
     value = 0
     with open(path, "rb") as file:
-        os.fsync(file.fileno())
         while piece := file.read(1 << 20):
             value = zlib.crc32(piece, value)
     return value
@@ -55,7 +63,7 @@ def checksum(path: Path) -> int:
 def is_whole(path: Path) -> bool:
     """Whether each file of a checkpoint is what was saved."""
     try:
-        sums = json.loads((path / SUMS).read_text())
+        sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
         return all(checksum(path / name) == value for name, value in sums.items())
     except (OSError, ValueError, AttributeError):
         return False

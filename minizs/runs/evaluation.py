@@ -85,7 +85,7 @@ def answer_all(
         mine |= zip(some, rows, strict=True)
         if kept:
             kept.parent.mkdir(exist_ok=True)
-            with open(f"{kept}.{rank}", "a") as file:
+            with open(f"{kept}.{rank}", "a", encoding="utf-8") as file:
                 file.writelines(map(as_line, some, rows))
     done |= dict(gather_object([*mine.items()]))
     return [done[i] for i in range(len(examples))] if rank == 0 else None

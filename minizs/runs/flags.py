@@ -21,8 +21,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from minizs import UserError, brief, require
 
 # Words in an error that come from the machine, not from the code, and what the user can do.
@@ -36,6 +34,9 @@ MACHINE = {
 }
 TRUE = ("true", "yes", "t", "y", "1")
 FALSE = ("false", "no", "f", "n", "0")
+INSTALL = "install it with: pip install -r requirements.txt"
+# Each launcher sets one of these variables: `accelerate launch` and `torchrun`.
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 METAVARS = {int: "N", float: "X", bool: "true|false"}
 
 
@@ -175,6 +176,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 def read_yaml(path: str) -> list[str]:
     """The settings in a file as flags, so that files and flags are checked by the same code."""
+    import yaml
+
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -190,11 +193,13 @@ def read_yaml(path: str) -> list[str]:
 
 def save_settings(config: Any, path: Path) -> None:
     """Write the resolved settings in a form that `--config` reads."""
+    import yaml
+
     values = {}
     for fields in fields_by_group(type(config)).values():
         for field in fields:
             values[field.name] = getattr(config, field.name)
-    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def check_values(config: Any) -> None:
@@ -224,14 +229,32 @@ def may_change(config: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(config) if field.metadata["may_change"]}
 
 
+def threads_set_by_user() -> bool:
+    """Whether OMP_NUM_THREADS holds the user's wish.
+
+    A launcher sets it to 1 by itself, so that 1 counts only without one. Any other number passes
+    through a launcher unchanged.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    launched = any(name in os.environ for name in LAUNCHERS)
+    return bool(threads) and not (threads == "1" and launched)
+
+
 def set_threads(threads: int) -> None:
-    """Share the cores among this machine's processes, unless told how many threads each may have:
-    `accelerate launch` sets one thread a process on a CPU, which would leave cores idle."""
+    """Compute with so many threads.
+
+    With 0, keep to OMP_NUM_THREADS where the user has set it, and else share the cores among the
+    processes of this machine: a launcher would leave most of them idle.
+    """
     import torch
 
-    cores = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0))
-    threads = min(threads, 1024) or cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, threads))
+    if threads == 0 and threads_set_by_user():
+        return  # torch has read it
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on Windows or macOS
+        cores = len(os.sched_getaffinity(0))
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, min(threads, 1024) or share))
 
 
 def run_script(main: Callable, argv: list[str] | None = None) -> None:
@@ -242,6 +265,9 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
     """
     sentence = ""
     status = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack letters that a model writes
+            stream.reconfigure(errors="replace")
     try:
         main(sys.argv[1:] if argv is None else argv)
     except SystemExit as stop:
@@ -256,6 +282,11 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
     except UserError as error:
         sentence = f"error: {error}"
         status = 2
+    except ModuleNotFoundError as error:
+        if error.name.partition(".")[0] == "minizs":
+            raise
+        sentence = f"error: the package {error.name} is missing; {INSTALL}"
+        status = 2
     except Exception as error:
         advice = machine_advice(error)
         if not advice:
@@ -264,7 +295,8 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
         status = 2
     if sentence:
         print(sentence, file=sys.stderr)
-    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch and torch.distributed.is_initialized():
         # Threads of the process group can abort a Python that cleans up, and hang one that waits.
         print(end="", flush=True)
         os._exit(status)

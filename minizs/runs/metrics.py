@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import torch
 
+from minizs.models.precision import widest_float
 from minizs.trajectory import Trajectory
 
 COST = (
@@ -44,7 +45,8 @@ def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, fl
         "again_after_noisy": searched_again(trajectories, True),
         "again_after_useful": searched_again(trajectories, False),
     }
-    table = torch.tensor(list(sums.values()), dtype=torch.float64, device=accelerator.device)
+    device = accelerator.device
+    table = torch.tensor(list(sums.values()), dtype=widest_float(device), device=device)
     totals = accelerator.reduce(table, "sum").tolist()
     return {name: a / b for name, (a, b) in zip(sums, totals, strict=True) if b}
 

@@ -11,12 +11,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-
-import yaml
+from tempfile import TemporaryDirectory
 
 from minizs import require
 
 RUNS = Path("runs")
+TRIAL = ".trial-"  # how the names of folders begin that `can_be_made` makes and removes
 DONE = Path("policy", "prompt.txt")  # what `models.save` writes last: the policy is whole
 
 
@@ -43,8 +43,10 @@ def to_resume(output: str, resume: str) -> Path:
 
 def check_unchanged(folder: Path, config, free: set[str]) -> None:
     """Raise UserError, with each difference, if settings changed that are not `free`."""
+    import yaml
+
     path, ours = folder / "config.yaml", asdict(config)
-    theirs = (yaml.safe_load(path.read_text()) if path.is_file() else {}) or {}
+    theirs = (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}) or {}
     require(
         bool(theirs) or not checkpoints(folder),
         f"{path} is lost or empty: write into it what "
@@ -66,14 +68,11 @@ def check_unchanged(folder: Path, config, free: set[str]) -> None:
 
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise UserError for an output folder in which something would be lost."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    require(
-        there.is_dir() and os.access(there, os.W_OK),
-        f"{there} is a file or cannot be written to; choose another --output.",
-    )
+    there = deepest(folder)
+    require(there.is_dir(), f"{there} is a file; choose another --output.")
     require(not any(map(is_run, folder.parents)), f"{folder} lies in a run; give another --output.")
     if folder.exists():
-        empty = not any(folder.iterdir())
+        empty = all(path.name.startswith(TRIAL) for path in folder.iterdir())
         require(
             empty or resume or overwrite,
             f"{folder} is not empty; add --resume to go on with it or --overwrite to lose it.",
@@ -84,6 +83,39 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
             f"{folder} holds no run, or the current folder, so "
             "--overwrite leaves it alone; choose another --output.",
         )
+    require(can_be_made(folder), f"{there} cannot be written to; choose another --output.")
+
+
+def deepest(folder: Path) -> Path:
+    """The folder itself if it is there, or the nearest above it that is."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def can_be_made(folder: Path) -> bool:
+    """Whether a folder can be made, or written into if it is there, found out by trying it.
+
+    Permissions do not tell it: nothing can be made in /proc, or on a disk that is full or
+    read-only. It is tried in a folder of another name, so that no other process mistakes it for
+    the output."""
+    folder = folder.resolve()
+    there = deepest(folder)
+    before = there.stat()
+    try:
+        with TemporaryDirectory(prefix=TRIAL, dir=there) as trial:
+            trial_folder = Path(trial, folder.relative_to(there))
+            trial_folder.mkdir(parents=True, exist_ok=True)
+            (trial_folder / "file").touch()
+        os.utime(there, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been
+    except OSError:
+        return False
+    return True
+
+
+def move(folder: Path, target: Path) -> None:
+    """Rename a folder in one step. Raises OSError where the target is there and not empty."""
+    if target.exists():
+        target.rmdir()  # which Windows does not do by itself
+    folder.rename(target)
 
 
 def is_run(folder: Path) -> bool:
@@ -103,8 +135,13 @@ def newest_run() -> Path | None:
 
 def started_from(policy: Path) -> str:
     """The model that this policy of a run was trained from; "none" if it is no run's."""
+    import yaml
+
     own = (policy.parent / "metrics.jsonl").is_file()
-    return yaml.safe_load((policy.parent / "config.yaml").read_text())["policy"] if own else "none"
+    if not own:
+        return "none"
+    text = (policy.parent / "config.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)["policy"]
 
 
 TRAINED_WITH = "trained_with.yaml"  # beside the weights of a policy
@@ -128,6 +165,8 @@ def remember_training(policy: Path, config) -> None:
     names of their flags. Paths in `data` and `corpus` are those that were given, so they are
     relative to the folder in which the run was started.
     """
+    import yaml
+
     policy.mkdir(parents=True, exist_ok=True)
     settings = {"base": config.policy}
     for name in REMEMBERED:
@@ -137,6 +176,8 @@ def remember_training(policy: Path, config) -> None:
 
 def trained_with(policy: Path) -> dict:
     """What `remember_training` wrote; empty for a model that no run of ours trained."""
+    import yaml
+
     path = policy / TRAINED_WITH
     if not path.is_file():
         return {}
@@ -154,7 +195,7 @@ def read_lines(path: Path) -> list[dict]:
 
 def write_lines(path: Path, rows: list[dict], mode: str = "a") -> None:
     """Add rows to a log and wait until they are on the disk."""
-    with open(path, mode) as file:
+    with open(path, mode, encoding="utf-8") as file:
         for row in rows:
             row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # NaN is no JSON
             file.write(json.dumps(row) + "\n")

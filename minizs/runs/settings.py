@@ -579,6 +579,11 @@ def check_training(config: PolicyConfig) -> None:
     require(not (config.resume and config.overwrite), "--resume or --overwrite: give only one.")
     if config.output:
         run_folder.check_free(Path(config.output), bool(config.resume), config.overwrite)
+    else:
+        require(
+            run_folder.can_be_made(run_folder.RUNS),
+            f"{run_folder.RUNS} cannot be made or written to; choose an --output.",
+        )
 
 
 def check_groups(config: PolicyConfig) -> None:

@@ -57,7 +57,7 @@ def finish(config: SimConfig) -> Path:
     output = Path(config.output)
     if config.overwrite:
         run_folder.remove(output)
-    run_folder.partial_folder(output).rename(output)
+    run_folder.move(run_folder.partial_folder(output), output)
     return output
 
 
@@ -235,4 +235,6 @@ def write_report(config: SimConfig, model, base: Base) -> None:
         max_new_tokens=REPORT_TOKENS,
     )
     figures = quality.measure_quality(engine, config.report_queries, config.seed)
-    (Path(config.output) / "report.json").write_text(json.dumps(figures, indent=1))
+    (Path(config.output) / "report.json").write_text(
+        json.dumps(figures, indent=1), encoding="utf-8"
+    )

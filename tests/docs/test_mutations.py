@@ -191,8 +191,8 @@ DEFECTS = [
     Defect(
         "D8 whitening over documents and padding",
         ppo.moments,
-        "mask.sum().double()",
-        "torch.tensor(float(mask.numel())).double()",
+        "mask.sum().to(values.dtype)",
+        "values.new_tensor(float(mask.numel()))",
         test_ppo.test_whiten_sees_sampled_tokens_only,
     ),
     Defect(

@@ -4,6 +4,7 @@ The sentence says what is wrong and how to mend it; nothing is trained, made or 
 libraries below would have their say in forty lines, make up weights, or wait for an answer.
 """
 
+import errno
 import json
 import os
 import pickle
@@ -561,6 +562,16 @@ ROWS += [
 ]
 
 
+MKDIR = os.mkdir
+
+
+def as_no_root(path, *rest, **options) -> None:
+    """`os.mkdir`, with the permissions that root passes over."""
+    if not os.stat(Path(path).absolute().parent).st_mode & 0o200:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    MKDIR(path, *rest, **options)
+
+
 def test_there_are_more_than_a_hundred():
     """The table has more than a hundred rows, each of them once."""
     assert (
@@ -584,7 +595,7 @@ def test_it_is_one_sentence_and_nothing_is_made(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(build, "run_stage", lambda *_: pytest.fail("another stage is run"))
-    monkeypatch.setattr(os, "access", lambda path, mode: bool(os.stat(path).st_mode & 0o200))
+    monkeypatch.setattr(os, "mkdir", as_no_root)
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -359,6 +359,6 @@ def test_a_run_prints_nothing_of_other_packages(work):
     lines = re.split(r"[\r\n]+", done.stderr)
     foreign = [line for line in lines if line.strip() and not re.search(f"{LAUNCHER}|{BAR}", line)]
     assert not foreign
-    starts = ("Attention by", "A new run in", "The policy is in")
+    starts = ("../questions.jsonl", "Attention by", "A new run in", "The policy is in")
     for line in done.stdout.splitlines():
         assert line.startswith(starts) or " queries (" in line, line

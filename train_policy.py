@@ -160,6 +160,7 @@ def main(argv: list[str]) -> None:
 
     from minizs.learner import build_learner
     from minizs.models import loading, lora
+    from minizs.models.weights import make_writer
     from minizs.protocol import vocabulary_size
     from minizs.runs import build, checkpoint, data, metrics, report
 
@@ -181,7 +182,7 @@ def main(argv: list[str]) -> None:
         lora.add_lora(model, config.lora_rank, config.seed)
     template = loading.load_prompt(config.policy)
     engine = build.build_engine(config, "train", accelerator, examples)
-    writer = loading.make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
+    writer = make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
     held_out = build.held_out(config, accelerator, writer, tokenizer, template)
     learner = build_learner(accelerator, config, model, vocabulary_size(tokenizer), dtype)
     folder = build.agreed_folder(accelerator, config)
@@ -221,7 +222,7 @@ def main(argv: list[str]) -> None:
     final = writer()
     if accelerator.is_main_process:
         if config.merge:
-            loading.save(final, tokenizer, folder / "adapter")
+            loading.save_model(final, tokenizer, folder / "adapter")
             base, _ = build.load(config, config.policy, torch.device("cpu"), dtype)
             final = lora.merge_lora(base, folder / "adapter")
         report.write(folder)
@@ -229,7 +230,7 @@ def main(argv: list[str]) -> None:
         spent = metrics.cost(lines, config.search_price, config.gpu_price)
         (folder / "cost.json").write_text(json.dumps(spent, indent=1) + "\n", encoding="utf-8")
         run_folder.remember_training(folder / "policy", config)
-        loading.save(
+        loading.save_model(
             final, tokenizer, folder / "policy", prompt=template
         )  # last: `run_folder.DONE`
         print(metrics.COST.format(**spent))

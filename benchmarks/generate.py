@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import measure
 from minizs.engines.bm25 import BM25
 from minizs.generate import generate
-from minizs.models import loading
+from minizs.models import loading, weights
 from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import data
 from minizs.world.facts import embedded
@@ -61,11 +61,11 @@ class Workload:
 
 
 def make_model(name: str):
-    """A model of `SHAPES` with random weights, or the one that `loading.load` knows."""
+    """A model of `SHAPES` with random weights, or the one that `loading.load_model` knows."""
     device = loading.device()
-    dtype = loading.compute_dtype("auto", device)
+    dtype = weights.named_dtype("auto", device)
     if name not in SHAPES:
-        return loading.load(name, device, dtype)[0]
+        return loading.load_model(name, device, dtype)[0]
     hidden, layers, heads, kv_heads, intermediate, vocab = SHAPES[name]
     torch.manual_seed(0)
     config = Qwen2Config(
@@ -81,12 +81,12 @@ def make_model(name: str):
         pad_token_id=0,
     )
     with device:
-        return loading.cast_weights(Qwen2ForCausalLM(config), dtype).eval()
+        return weights.cast_weights(Qwen2ForCausalLM(config), dtype).eval()
 
 
 def real_turns(policy: str, questions: int, limits: Limits) -> list[tuple[list[int], int]]:
     """(all ids before it, its tokens) of every turn of some rollouts, shuffled."""
-    model, tokenizer = loading.load(policy)
+    model, tokenizer = loading.load_model(policy)
     world = embedded("train")
     rows = rollout(
         Policy(model, tokenizer, loading.load_prompt(policy), limits),

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     folder = Path(config.output or "runs/imitation")
     run_folder.begin(folder, overwrite=config.overwrite)
     save_settings(config, folder / "config.yaml")
-    loading.save(model.eval(), tokenizer, folder / "policy", prompt=template)
+    loading.save_model(model.eval(), tokenizer, folder / "policy", prompt=template)
 
 
 if __name__ == "__main__":

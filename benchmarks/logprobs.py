@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from minizs.logprobs import score
-from minizs.models import loading
+from minizs.models import loading, weights
 
 BLOCK = 64
 
@@ -62,9 +62,9 @@ def make(
     )
     model = Qwen3ForCausalLM(config).to(loading.device())
     if model.device.type == "cuda":
-        loading.cast_weights(model, torch.bfloat16)
+        weights.cast_weights(model, torch.bfloat16)
     if checkpointing:
-        loading.checkpoint_layers(model)
+        weights.checkpoint_layers(model)
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)  # no zeros: pages of them may be given back
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import measure
 from minizs.logprobs import score
-from minizs.models import loading
+from minizs.models import loading, weights
 
 # Layers, and the widths of https://huggingface.co/Qwen: hidden, MLP, heads, key-value heads, tied.
 SHAPES = {
@@ -54,7 +54,7 @@ def make(shape: str, layers: int, checkpointing: bool, vocab: int):
     for weight in model.parameters():
         weight.grad = torch.ones_like(weight)  # no zeros: pages of them may be given back
     if checkpointing:
-        loading.checkpoint_layers(model)
+        weights.checkpoint_layers(model)
 
     def work(tokens: int, seed: int) -> float:
         row = min(ROW, tokens)

@@ -79,8 +79,8 @@ def report(rows: list[Trajectory], group: int, fed: int, computed: int) -> dict[
 
 
 def minizs_side(policy: str, simulated: str) -> Callable:
-    model, tokenizer = loading.load(policy, loading.device())
-    engine, wording = loading.load(simulated, loading.device()), loading.resolve(simulated)
+    model, tokenizer = loading.load_model(policy, loading.device())
+    engine, wording = loading.load_model(simulated, loading.device()), loading.resolve(simulated)
     engine = simulator.SimulatedSearch(
         *engine,
         simulator.load_template(wording),
@@ -102,8 +102,8 @@ def minizs_side(policy: str, simulated: str) -> Callable:
 def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
     """`keep`: trajectories that have ended stay in the batch until the last one has."""
     logging.set_verbosity_error()
-    model, tokenizer = loading.load(policy, loading.device())
-    engine, engine_tokenizer = loading.load(simulated, loading.device())
+    model, tokenizer = loading.load_model(policy, loading.device())
+    engine, engine_tokenizer = loading.load_model(simulated, loading.device())
     prompt, wording = loading.load_prompt(policy), loading.resolve(simulated)
     wording, positions = simulator.load_template(wording), Positions(model)
     stops = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(protocol.STOP)]

@@ -80,7 +80,9 @@ def load_engine(name: str):
         world = embedded("train")
         return BM25(world.documents, 3, world.judge)
     template = simulator.load_template(loading.resolve(name))
-    return simulator.SimulatedSearch(*loading.load(name, loading.device()), template, 3, 0, 0.8, 80)
+    return simulator.SimulatedSearch(
+        *loading.load_model(name, loading.device()), template, 3, 0, 0.8, 80
+    )
 
 
 def examples_of(task: Task, step: int) -> list[Example]:
@@ -125,7 +127,7 @@ def minizs(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
         max_context=task.context,
         micro_tokens=task.micro_tokens,
     )
-    model, tokenizer = loading.load(task.policy, loading.device())
+    model, tokenizer = loading.load_model(task.policy, loading.device())
     template, engine = loading.load_prompt(task.policy), load_engine(task.engine)
 
     def work(steps: int, seed: int) -> list[dict[str, float]]:
@@ -206,7 +208,7 @@ def trl(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # of what TRL and `transformers` call experimental or old
-    model, tokenizer = loading.load(task.policy, loading.device())
+    model, tokenizer = loading.load_model(task.policy, loading.device())
     multi, template = task.turns > 1, loading.load_prompt(task.policy)
     Searching.engine = load_engine(task.engine)
     stops = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(protocol.STOP)]

@@ -287,7 +287,9 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.zero_grad()
         steps.set_postfix(loss=f"{(loss / count).item():.3f}", refresh=False)
         if rank == 0 and (step == config.steps or step % 500 == 0):
-            loading.save(model, tokenizer, folder, prompt=PROMPT, simulator_prompt=SIMULATOR_PROMPT)
+            loading.save_model(
+                model, tokenizer, folder, prompt=PROMPT, simulator_prompt=SIMULATOR_PROMPT
+            )
     accelerator.wait_for_everyone()
 
 

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from minizs import grpo, losses, ppo, reinforce
 from minizs.logprobs import Scorer
 from minizs.models.batches import Batch, by_budget, collate
-from minizs.models.loading import cast_weights, checkpoint_layers
 from minizs.models.lora import lora_off
+from minizs.models.weights import cast_weights, checkpoint_layers
 from minizs.trajectory import Trajectory
 
 

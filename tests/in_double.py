@@ -13,11 +13,11 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ga
 
 import train_policy
 from minizs import learner, ppo
-from minizs.models import loading
+from minizs.models import loading, weights
 from minizs.runs import build, run_folder
 from minizs.runs.flags import run_script
 
-load, update = loading.load, learner.Learner.update
+load, update = loading.load_model, learner.Learner.update
 make_accelerator = build.make_accelerator
 
 
@@ -73,8 +73,8 @@ def main(argv):
 
 if __name__ == "__main__":
     if "bfloat16" not in sys.argv:
-        ppo.Critic, loading.load = Critic, double
-        loading.compute_dtype = lambda *_: torch.float64
+        ppo.Critic, loading.load_model = Critic, double
+        weights.named_dtype = lambda *_: torch.float64
     build.make_accelerator = sharding
     steps: list[dict] = []
     learner.Learner.update = checked

@@ -84,7 +84,7 @@ def home(tmp_path_factory) -> Iterator[Path]:
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
-    loading.save(
+    loading.save_model(
         model,
         tokenizer,
         folder / "base",

@@ -1,16 +1,13 @@
 """Load, prepare and save models and tokenizers: any causal one of `transformers`, or a LoRA. Code
 that comes with a model is never run, and weights are safetensors: nothing is unpickled."""
 
-import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available, logging
 
 from minizs import UserError, brief, require
@@ -65,7 +62,7 @@ def readable(name: str) -> Iterator[None]:
         raise UserError(f"The model {name!r} cannot be loaded: {brief(error)}") from error
 
 
-def load(
+def load_model(
     name: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -117,7 +114,7 @@ def load_prompt(name: str) -> str:
     return text
 
 
-def save(model, tokenizer, folder: Path, **texts: str) -> None:
+def save_model(model, tokenizer, folder: Path, **texts: str) -> None:
     """Write a Hugging Face folder, of the LoRA alone where the model has one, and last small text
     files: `prompt="..."` becomes `prompt.txt`."""
     if hasattr(model, "peft_config"):
@@ -127,12 +124,6 @@ def save(model, tokenizer, folder: Path, **texts: str) -> None:
     tokenizer.save_pretrained(folder)
     for name, text in texts.items():
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-
-
-def compute_dtype(setting: str, device: torch.device | str) -> torch.dtype:
-    """What "auto" means: bfloat16 on CUDA, float32 elsewhere; the other names are torch's own."""
-    auto = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    return getattr(torch, auto if setting == "auto" else setting)
 
 
 def choose_attention(setting: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -145,37 +136,3 @@ def choose_attention(setting: str, device: torch.device | str, dtype: torch.dtyp
         "bfloat16 or float16, and the package flash-attn; use --attention auto.",
     )
     return "flash_attention_2" if able and setting != "sdpa" else "sdpa"
-
-
-def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model.to(dtype)` for weights alone: rotary frequencies in bfloat16 misplace far tokens."""
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
-    return model
-
-
-def checkpoint_layers(model: nn.Module) -> None:
-    """From now on the forward keeps each layer's input alone; backward computes the rest anew. The
-    layers alone are put into train mode, as that needs, not what is in them: no dropout starts."""
-    model.activation_checkpointing_enable()
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-
-
-def make_writer(
-    model: nn.Module, dtype: torch.dtype, device: torch.device | str, sharded: bool = False
-) -> Callable[[], nn.Module]:
-    """A function that gives the model to generate with: `model` (not prepared yet), or, where that
-    is sharded or of another type than is computed in, a copy, brought up to date by each call."""
-    if not sharded and dtype == model.dtype:
-        return lambda: model
-    replica = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False).to(device)
-
-    @torch.no_grad()
-    def refreshed() -> nn.Module:
-        for mine, theirs in zip(replica.parameters(), model.parameters(), strict=True):
-            mine.copy_(theirs.full_tensor() if hasattr(theirs, "full_tensor") else theirs)
-        return replica
-
-    return refreshed

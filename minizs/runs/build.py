@@ -18,7 +18,7 @@ from minizs.engines.http import HttpSearch
 from minizs.engines.ranking import NoDocuments
 from minizs.engines.served import ServedModel, ServedSearch
 from minizs.engines.web import SERPER, WebSearch
-from minizs.models import loading
+from minizs.models import loading, weights
 from minizs.protocol import build_prompt, prompt_ids
 from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import data, run_folder
@@ -32,7 +32,7 @@ def load(config: SearchConfig, name: str, device: torch.device, dtype: torch.dty
     """(model, tokenizer) of a policy; `dtype` is the weights', if not what is computed in."""
     computed = compute_dtype(config)
     attention = loading.choose_attention(config.attention, loading.device(), computed)
-    return loading.load(
+    return loading.load_model(
         name,
         device,
         dtype or computed,
@@ -43,7 +43,7 @@ def load(config: SearchConfig, name: str, device: torch.device, dtype: torch.dty
 
 def compute_dtype(config: SearchConfig) -> torch.dtype:
     """What generation and forward passes compute in."""
-    return loading.compute_dtype(config.dtype, loading.device())
+    return weights.named_dtype(config.dtype, loading.device())
 
 
 def limits(config: SearchConfig) -> Limits:
@@ -141,7 +141,9 @@ def simulated(config: SearchConfig, accelerator, examples: Sequence[Example] = (
         folder = loading.resolve(config.simulator or str(make_default_simulator()))
     place = config.simulator_device or accelerator.device
     with loading.readable(folder):  # on a device that may not be there
-        model, tokenizer = loading.load(folder, place, loading.compute_dtype(config.dtype, place))
+        model, tokenizer = loading.load_model(
+            folder, place, weights.named_dtype(config.dtype, place)
+        )
     template = simulator.load_template(config.simulator_template or folder)
     asked = (SearchRequest("", example.question, example.answers) for example in examples)
     texts = [simulator.prompt(template, request, config.top_k, tokenizer) for request in asked]

@@ -19,7 +19,7 @@ from minizs import UserError, require, sft, simulator
 from minizs.cache import row_limit
 from minizs.engines.cache import Cached
 from minizs.engines.client import ServiceError
-from minizs.models import loading
+from minizs.models import loading, weights
 from minizs.rollout import rollout
 from minizs.runs import build, checkpoint, data, quality, run_folder, supervised
 from minizs.runs.advice import command
@@ -188,7 +188,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(base.model.parameters(), lr=config.lr, weight_decay=0.0)
     packed = base.model.config._attn_implementation == "flash_attention_2"
     dtype = build.compute_dtype(config)
-    writer = loading.make_writer(base.model, dtype, accelerator.device, accelerator.is_fsdp2)
+    writer = weights.make_writer(base.model, dtype, accelerator.device, accelerator.is_fsdp2)
     model, optimizer = accelerator.prepare(sft.Supervised(base.model, packed=packed), optimizer)
     folder = run_folder.partial_folder(Path(config.output))
     found = None if begin_anew else checkpoint.find(config.resume or "latest", folder)
@@ -217,7 +217,7 @@ def make_schedule(config: SimConfig) -> supervised.Schedule:
 def save_simulator(config: SimConfig, model, base: Base) -> Path:
     """Write the model folder with its prompt, and let it take its place. Returns the output."""
     folder = run_folder.partial_folder(Path(config.output))
-    loading.save(model, base.tokenizer, folder, simulator_prompt=base.template)
+    loading.save_model(model, base.tokenizer, folder, simulator_prompt=base.template)
     output = finish(config)
     run_folder.remove(output / "checkpoints")
     print(f"The simulator is in {output}")

@@ -42,8 +42,6 @@ SHARED_NAMES = {
     "collate": "becomes two names",
     "read_rows": "becomes two names",
     "load": "becomes load_model and others",
-    "save": "becomes save_model and others",
-    "compute_dtype": "becomes two names",
 }
 
 LONGEST = 50  # lines, from the line with `def` to the last one

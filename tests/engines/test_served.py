@@ -39,7 +39,7 @@ def chat(content, reason="stop", **more):
 @pytest.mark.parametrize("length", [80, 22])  # enough for all documents, and too few
 def test_served_documents_are_the_local_ones(length):
     """Through both methods the documents are those of the model here, also where one is cut."""
-    model, tokenizer = loading.load("tiny")
+    model, tokenizer = loading.load_model("tiny")
     template = load_template(loading.resolve("tiny"))
     queries = [("Stoulmen was born in", False), ("Featha", True), ("Klinstead lies in", False)]
     requests = [request(query, noisy, (i, 3)) for i, (query, noisy) in enumerate(queries)]
@@ -57,7 +57,7 @@ def test_served_documents_are_the_local_ones(length):
 
 def test_a_served_reply_has_its_own_seed():
     """Seeds differ between requests, are the same again for the same run, and fit into 31 bits."""
-    model, tokenizer = loading.load("tiny")
+    model, tokenizer = loading.load_model("tiny")
     template, seeds = load_template(loading.resolve("tiny")), []
     requests = [request(key=(0, i)) for i in range(4)]
     for seed in (1, 1, 2):
@@ -237,7 +237,9 @@ def test_transformers_serve(tmp_path):
             except ServiceError:
                 time.sleep(1)
         requests = [request(f"{name} was born in", key=(1,)) for name in ("Stoulmen", "Featha")]
-        local = SimulatedSearch(*loading.load("tiny"), template, 3, 0, 0.0, 100).search(requests)
+        local = SimulatedSearch(*loading.load_model("tiny"), template, 3, 0, 0.0, 100).search(
+            requests
+        )
         options = {"temperature": 0.0, "max_new_tokens": 100, "template": template}
         assert any(local)
         for name in (folder, ""):  # it needs no name

@@ -34,7 +34,7 @@ def trajectories(run) -> str:
 def test_training_against_a_served_simulator(work):
     """Training against a served simulator gives the numbers of the same one here."""
     policy(*SIMULATED, "--simulator", "../base", "--output", "local")
-    with serving(openai(*loading.load("../base"), seen := [], ["tiny"])) as (url, _):
+    with serving(openai(*loading.load_model("../base"), seen := [], ["tiny"])) as (url, _):
         policy(*SIMULATED, *SERVED, "--simulator", f"{url},{url}", "--output", "served")
     assert trajectories(work / "served") == trajectories(work / "local")
     assert metrics(work / "served") == metrics(work / "local")
@@ -44,7 +44,7 @@ def test_training_against_a_served_simulator(work):
 def test_a_server_that_dies_loses_nothing_that_was_saved(work, monkeypatch):
     """A server that dies ends the run in one sentence, and what was saved can go on."""
     monkeypatch.setattr("minizs.engines.client.FIRST_WAIT", 0.01)
-    answer, dead = openai(*loading.load("../base"), [], ["tiny"]), threading.Event()
+    answer, dead = openai(*loading.load_model("../base"), [], ["tiny"]), threading.Event()
     mortal = lambda *call: (503, {}) if dead.is_set() else answer(*call)  # noqa: E731
     written = train_policy.run_folder.write_lines
 

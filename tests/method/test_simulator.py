@@ -217,7 +217,7 @@ def test_a_judge_replies_with_a_word():
 
 def test_what_is_too_long_is_said():
     """Guards a traceback for a document that fills a judge's context."""
-    model, tokenizer = loading.load("tiny")
+    model, tokenizer = loading.load_model("tiny")
     asked = SearchRequest("a", "b?", ("c",), documents=("word " * 2000,))
     judge = SimulatedSearch(model, tokenizer, load_template(simulator.JUDGE), 0, 0, 0.0, 8)
     with pytest.raises(UserError, match="Too long for the judge.*limit of 1024"):

@@ -82,7 +82,7 @@ def test_a_run_from_end_to_end(work, trained):
     policy(*FLAGS, "--output", "run", "--save_every", "2", "--eval_every", "4")
     rows = metrics(work / "run")
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 1e-4
-    [model], (base, _) = trained, loading.load("../base")
+    [model], (base, _) = trained, loading.load_model("../base")
     weights = {name.replace(".base_layer", ""): w for name, w in model.named_parameters()}
     assert all(torch.equal(weight, weights[name]) for name, weight in base.named_parameters())
     folder = work / "run" / "policy"
@@ -106,7 +106,7 @@ def test_merged_it_is_a_plain_model_of_equal_logits(work, trained):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert not any("lora" in name for name, _ in merged.named_parameters())
     torch.testing.assert_close(logits(merged), logits(trained[0]), atol=1e-4, rtol=0)
-    apart, _ = loading.load(str(work / "run" / "adapter"))
+    apart, _ = loading.load_model(str(work / "run" / "adapter"))
     torch.testing.assert_close(logits(merged), logits(apart), atol=1e-4, rtol=0)
     policy("--policy", "run/policy", "--steps", "1")  # and can be trained further
 
@@ -129,7 +129,7 @@ def test_in_bfloat16_small_steps_count(work, trained):
     [model] = trained
     base = [p for p in model.parameters() if not p.requires_grad]
     assert {p.dtype for p in base} == {torch.bfloat16}
-    fresh, _ = loading.load("../base", dtype=torch.bfloat16)
+    fresh, _ = loading.load_model("../base", dtype=torch.bfloat16)
     lora.add_lora(fresh, 4, 0)
     for (name, weight), start in zip(model.named_parameters(), fresh.parameters(), strict=True):
         moved = (weight - start).abs()
@@ -142,13 +142,13 @@ def saved(tmp_path):
     """The folder of a random LoRA, and the model that it was saved from."""
     tokenizer = make_tokenizer()
     model = make_model(vocab_size=len(tokenizer))
-    loading.save(model, tokenizer, tmp_path / "base")
+    loading.save_model(model, tokenizer, tmp_path / "base")
     model.name_or_path = str(tmp_path / "base")
     lora.add_lora(model, 3)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
-    loading.save(model, tokenizer, tmp_path / "lora")
+    loading.save_model(model, tokenizer, tmp_path / "lora")
     return tmp_path / "lora", model
 
 
@@ -168,7 +168,7 @@ def test_what_others_save_is_read(saved):
     base = AutoModelForCausalLM.from_pretrained(folder.parent / "base")
     PeftModel.from_pretrained(base, folder).save_pretrained(folder.parent / "theirs")
     shutil.copy(folder / "tokenizer.json", folder.parent / "theirs")
-    loaded, _ = loading.load(str(folder.parent / "theirs"))
+    loaded, _ = loading.load_model(str(folder.parent / "theirs"))
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-6, rtol=0)
 
 
@@ -180,9 +180,9 @@ def test_the_version_check_of_transformers_is_not_asked(saved, monkeypatch):
 
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", refuse)
     folder, model = saved
-    loaded, tokenizer = loading.load(str(folder))
-    loading.save(loaded, tokenizer, folder.parent / "again")
-    again, _ = loading.load(str(folder.parent / "again"))
+    loaded, tokenizer = loading.load_model(str(folder))
+    loading.save_model(loaded, tokenizer, folder.parent / "again")
+    again, _ = loading.load_model(str(folder.parent / "again"))
     assert torch.equal(logits(again), logits(model))
     fresh = make_model(vocab_size=len(tokenizer))
     merged = lora.merge_lora(fresh, folder)
@@ -205,7 +205,7 @@ def test_weights_are_all_there_and_all_used(saved, change):
     change(weights)
     save_file(weights, path)
     with pytest.raises(UserError, match="lora_A.weight"):
-        loading.load(str(saved[0]))
+        loading.load_model(str(saved[0]))
 
 
 def test_an_adapter_without_safetensors_or_of_another_kind_is_refused(saved):
@@ -213,9 +213,9 @@ def test_an_adapter_without_safetensors_or_of_another_kind_is_refused(saved):
     folder, _ = saved
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match="save the LoRA as safetensors"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
     path = folder / "adapter_config.json"
     base = json.loads(path.read_text())["base_model_name_or_path"]
     path.write_text(json.dumps({"peft_type": "IA3", "base_model_name_or_path": base}))
     with pytest.raises(UserError, match="IA3"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))

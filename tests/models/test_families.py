@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, Qwen2Tokenizer
 
 from minizs import protocol, sft, simulator
 from minizs.logprobs import Scorer
-from minizs.models import loading
+from minizs.models import loading, weights
 from minizs.models.batches import attention, pad
 from minizs.rollout import Limits, Policy, rollout
 from minizs.trajectory import Example, SearchRequest
@@ -65,7 +65,7 @@ def make_folder(path, tokenizer, family="llama", **settings):
     model = make_model(
         family, vocab_size=len(tokenizer) + 60, max_position_embeddings=1024, **ids, **settings
     )
-    loading.save(model, tokenizer, path, prompt="{question}")
+    loading.save_model(model, tokenizer, path, prompt="{question}")
     return str(path)
 
 
@@ -91,14 +91,14 @@ def test_a_family_from_load_to_save(family, make, tmp_path):
     """Guards ids that no text has, a pad id that hides an eos, a crash without a pad, a template
     that training does not see, and a policy that `transformers` reads otherwise."""
     folder = make_folder(tmp_path / "base", make(), family)
-    model, tokenizer = loading.load(folder)
+    model, tokenizer = loading.load_model(folder)
     rows = play(model, tokenizer)
     assert any(turn.documents for row in rows for turn in row.turns)
     assert tokenizer.eos_token_id in rows[-1].ids[: rows[-1].loss_mask.index(1)]
     assert max(max(row.ids) for row in rows) < len(tokenizer)
     scored, sampled = score(model, tokenizer, rows)
     assert len(sampled) > 100 and (scored - sampled).abs().max() < 1e-4
-    loading.save(model, tokenizer, tmp_path / "policy")
+    loading.save_model(model, tokenizer, tmp_path / "policy")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     ids = torch.tensor([rows[0].ids])
     with torch.no_grad():
@@ -125,10 +125,10 @@ def test_a_chat_template_wraps_the_prompt_alone():
 def test_without_a_chat_template_there_is_none_later(tmp_path):
     """Guards a policy that is trained without a template and used with one."""
     folder = make_folder(tmp_path / "base", llama_tokenizer())
-    model, tokenizer = loading.load(folder, chat_template="none")
+    model, tokenizer = loading.load_model(folder, chat_template="none")
     plain = [EOS, *tokenizer.convert_tokens_to_ids(list("a b"))]
     assert protocol.prompt_ids(tokenizer, ["a b"]) == [plain]
-    loading.save(model, tokenizer, tmp_path / "policy")
+    loading.save_model(model, tokenizer, tmp_path / "policy")
     assert protocol.prompt_ids(loading.load_tokenizer(str(tmp_path / "policy")), ["a b"]) == [plain]
     assert protocol.prompt_ids(loading.load_tokenizer(folder), ["a b"]) != [plain]
 
@@ -161,14 +161,16 @@ def test_bfloat16_from_load_to_score(family, tmp_path):
     """Guards sampler and scorer that differ by more than bfloat16's rounding, positions in
     bfloat16, and a cache of another type than the model's."""
     folder = make_folder(tmp_path, pad_is_eos(), family, initializer_range=0.1)
-    model, tokenizer = loading.load(folder, dtype=torch.bfloat16)
+    model, tokenizer = loading.load_model(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     rows = play(model, tokenizer)
     scored, sampled = score(model, tokenizer, rows)
     assert scored.dtype == torch.float32 and (scored != scored.bfloat16().float()).any()
     gap = (scored - sampled).abs()
     assert gap.mean() < 0.02 and gap.max() < 0.2
-    exact, _ = score(loading.load(folder)[0], tokenizer, rows)  # the same weights but for rounding
+    exact, _ = score(
+        loading.load_model(folder)[0], tokenizer, rows
+    )  # the same weights but for rounding
     assert (scored - exact).abs().mean() < 0.05
 
 
@@ -176,5 +178,5 @@ def test_cast_weights_leaves_the_rotary_frequencies_alone():
     """Guards `model.to(bfloat16)`, after which far tokens stand at wrong places."""
     model = make_model()
     frequencies = model.model.rotary_emb.inv_freq.clone()
-    assert loading.cast_weights(model, torch.bfloat16).dtype == torch.bfloat16
+    assert weights.cast_weights(model, torch.bfloat16).dtype == torch.bfloat16
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)

@@ -11,7 +11,7 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from minizs import UserError
-from minizs.models import loading
+from minizs.models import loading, weights
 from minizs.models.lora import add_lora
 from minizs.protocol import PROMPT
 
@@ -19,20 +19,22 @@ from minizs.protocol import PROMPT
 @pytest.fixture
 def folder(tmp_path):
     tokenizer = make_tokenizer()
-    loading.save(make_model(vocab_size=len(tokenizer)), tokenizer, tmp_path, prompt="Q: {question}")
+    loading.save_model(
+        make_model(vocab_size=len(tokenizer)), tokenizer, tmp_path, prompt="Q: {question}"
+    )
     return tmp_path
 
 
 def test_what_is_saved_is_loaded(folder):
     """Guards weights, tokenizer or wording that differ after a run from what was trained."""
-    model, tokenizer = loading.load(str(folder))
+    model, tokenizer = loading.load_model(str(folder))
     expected = make_model(vocab_size=len(tokenizer))
     assert not model.training and model.dtype == torch.float32
     for a, b in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(a, b)
     assert tokenizer.encode("ab<eos>") == make_tokenizer().encode("ab<eos>")
     assert loading.load_prompt(str(folder)) == "Q: {question}"
-    assert loading.load(str(folder), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+    assert loading.load_model(str(folder), dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
 def test_a_folder_without_a_wording_gets_the_papers(folder):
@@ -52,7 +54,7 @@ def test_an_incomplete_folder_is_refused(folder, missing, words):
     """Guards an error from deep inside a library, after the minutes that came before it."""
     for path in folder.glob(missing + "*"):
         path.unlink()
-    for function in (loading.check_model, loading.load):
+    for function in (loading.check_model, loading.load_model):
         with pytest.raises(UserError, match=words):
             function(str(folder))
 
@@ -73,10 +75,10 @@ def test_broken_and_unsupported_models_are_refused(folder):
         (folder / "config.json").read_text().replace("{", '{"logits_scaling": 8.0,', 1)
     )
     with pytest.raises(UserError, match="logits_scaling"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
     with pytest.raises(UserError, match="cannot be loaded"):
         loading.check_model(str(folder))
 
@@ -86,7 +88,7 @@ def test_truncated_weights_are_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
 
 
 def test_too_long_a_context_is_refused(folder):
@@ -104,27 +106,27 @@ def test_sharded_weights_are_loaded(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 1
-    loaded, _ = loading.load(str(tmp_path))
+    loaded, _ = loading.load_model(str(tmp_path))
     for a, b in zip(model.parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b)
     shards[0].unlink()
     with pytest.raises(UserError, match="cannot be loaded"):
-        loading.load(str(tmp_path))
+        loading.load_model(str(tmp_path))
 
 
 def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
     """Guards LoRA folders, which hold no model, refused or loaded without their addition."""
-    model, tokenizer = loading.load(str(folder))
+    model, tokenizer = loading.load_model(str(folder))
     add_lora(model, rank=2)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight)
-    loading.save(model, tokenizer, tmp_path / "adapter")
+    loading.save_model(model, tokenizer, tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "config.json").exists()
-    loaded, _ = loading.load(str(tmp_path / "adapter"))
+    loaded, _ = loading.load_model(str(tmp_path / "adapter"))
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
-        plain = loading.load(str(folder))[0](ids).logits
+        plain = loading.load_model(str(folder))[0](ids).logits
         assert torch.equal(loaded(ids).logits, model(ids).logits)
         assert not torch.allclose(loaded(ids).logits, plain)
 
@@ -149,10 +151,10 @@ def test_code_that_comes_with_a_model_never_runs(folder, kind, monkeypatch):
     tokens = {"auto_map": {"AutoTokenizer": ["theirs.Tokens", "theirs.Tokens"]}}
     path.write_text(json.dumps(json.loads(path.read_text()) | tokens))
     if kind == "llama":
-        assert type(loading.load(str(folder))[0]).__name__ == "LlamaForCausalLM"
+        assert type(loading.load_model(str(folder))[0]).__name__ == "LlamaForCausalLM"
     else:
         with pytest.raises(UserError, match="cannot be loaded"):
-            loading.load(str(folder))
+            loading.load_model(str(folder))
     assert not ran.exists()
 
 
@@ -160,16 +162,16 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
     """Guards a traceback of forty lines for a wrong name or a missing network."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="'org/no-model' cannot be loaded: .*connect") as error:
-        loading.load("org/no-model")
+        loading.load_model("org/no-model")
     assert "\n" not in str(error.value)
 
 
 def test_the_type_to_compute_in():
     """Guards half precision on a CPU, and full precision on a GPU that nobody asked for."""
-    assert loading.compute_dtype("auto", "cpu") == torch.float32
-    assert loading.compute_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
-    assert loading.compute_dtype("bfloat16", "cpu") == torch.bfloat16
-    assert loading.compute_dtype("float32", "cuda") == torch.float32
+    assert weights.named_dtype("auto", "cpu") == torch.float32
+    assert weights.named_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
+    assert weights.named_dtype("bfloat16", "cpu") == torch.bfloat16
+    assert weights.named_dtype("float32", "cuda") == torch.float32
 
 
 def test_attention_is_chosen_by_what_there_is(monkeypatch):
@@ -190,8 +192,10 @@ def test_attention_is_chosen_by_what_there_is(monkeypatch):
 
 def test_attention_of_a_loaded_model_is_the_chosen_one(folder):
     """Guards a choice that is logged and not made."""
-    assert loading.load(str(folder))[0].config._attn_implementation == "sdpa"
-    assert loading.load(str(folder), attention="eager")[0].config._attn_implementation == "eager"
+    assert loading.load_model(str(folder))[0].config._attn_implementation == "sdpa"
+    assert (
+        loading.load_model(str(folder), attention="eager")[0].config._attn_implementation == "eager"
+    )
 
 
 def test_a_pickle_is_never_opened(folder):
@@ -206,10 +210,10 @@ def test_a_pickle_is_never_opened(folder):
     for name in ("pytorch_model.bin", "adapter_model.bin", "model.pt"):
         (folder / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(UserError, match="model.safetensors"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
     (folder / "other.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="cannot be loaded"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
     assert not ran.exists()
 
 
@@ -219,14 +223,14 @@ def test_weights_are_never_made_up(folder):
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="lack .*layers.1.mlp.down_proj"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
 
 
 def test_another_models_tokenizer_is_refused(folder):
     """Guards ids without a row in the embedding, which fail in the first forward that has one."""
     make_tokenizer(("<a>",)).save_pretrained(folder)
     with pytest.raises(UserError, match="has 102 embeddings, 103 tokens"):
-        loading.load(str(folder))
+        loading.load_model(str(folder))
 
 
 def test_a_prompt_without_a_question_is_refused(folder):

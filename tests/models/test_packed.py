@@ -8,7 +8,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from minizs import ppo, sft
 from minizs.logprobs import Scorer, score
-from minizs.models import loading
+from minizs.models import weights
 from minizs.models.batches import attention, pad
 
 LENGTHS = (11, 1, 7, 4)  # one has nothing to score
@@ -164,7 +164,7 @@ def test_checkpointed_layers_give_the_same_gradients(packed):
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     expected = outputs_and_gradients(scorer, batch)
     assert len(calls) == 1
-    loading.checkpoint_layers(model)
+    weights.checkpoint_layers(model)
     actual = outputs_and_gradients(scorer, batch)
     assert len(calls) == 3  # once more forward, once again in backward
     for a, b in zip(expected[0] + expected[1], actual[0] + actual[1], strict=True):
@@ -175,7 +175,7 @@ def test_checkpointed_layers_give_the_same_gradients(packed):
 @pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn")
 def test_flash_attention_packed_equals_padded_sdpa():
     """Guards the real kernel: the same numbers to bfloat16's rounding, no neighbour in sight."""
-    model = loading.cast_weights(make_model(num_attention_heads=4, head_dim=32), torch.bfloat16)
+    model = weights.cast_weights(make_model(num_attention_heads=4, head_dim=32), torch.bfloat16)
     model, batch = model.cuda(), [t.cuda() for t in make_batch()]
     gradients = []
     for kind, packed in (("sdpa", False), ("flash_attention_2", True)):

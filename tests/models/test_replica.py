@@ -5,7 +5,7 @@ import torch
 from conftest import EOS, make_model
 
 from minizs.generate import generate
-from minizs.models.loading import make_writer
+from minizs.models.weights import make_writer
 
 
 def spoil(model) -> None:

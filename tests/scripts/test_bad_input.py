@@ -189,7 +189,7 @@ MODELS = {
 def wrong(tmp_path_factory):
     """The folder of all these, a right model and right data; scripts run in one below."""
     root, tokenizer = tmp_path_factory.mktemp("wrong"), tiny.make_tokenizer()
-    loading.save(
+    loading.save_model(
         tiny.make_model(tokenizer, hidden=32, layers=2, seed=0),
         tokenizer,
         root / "base",

@@ -133,7 +133,7 @@ def test_a_judge_that_dies_leaves_what_it_has_judged(work, monkeypatch):
 def test_a_local_model_judges(work, capsys):
     """A local model's words are the labels, the same as `transformers` generates."""
     ask_for_many()
-    model, tokenizer = loading.load("../base")
+    model, tokenizer = loading.load_model("../base")
     rng, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=0.01)
     words = {"Fota": "useful", "Holo": "noisy", "Mirka": "January"}
     for _ in range(60):
@@ -152,7 +152,7 @@ def test_a_local_model_judges(work, capsys):
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
-    loading.save(model.eval(), tokenizer, Path("judge"))
+    loading.save_model(model.eval(), tokenizer, Path("judge"))
     simulator(*COLLECT, "--judge", "judge", "--output", "out")
     rows, said = rows_in("out"), []
     for row in rows:

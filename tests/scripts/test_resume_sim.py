@@ -40,7 +40,7 @@ def test_a_killed_run_leaves_no_simulator(work, collected, monkeypatch):
     def killed(*arguments, **texts):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loading, "save", killed)
+    monkeypatch.setattr(loading, "save_model", killed)
     with pytest.raises(KeyboardInterrupt):
         simulator("--data", COLLECTED)
     assert not (work / "runs" / "simulator").exists()
@@ -85,12 +85,12 @@ def test_nothing_trained_is_lost(work, collected, monkeypatch):
         patch.setattr(supervised, "train", blocked)
         with pytest.raises(OSError, match="out.partial"):
             simulator("--data", COLLECTED, "--output", "out")
-    loading.load("out.partial")
+    loading.load_model("out.partial")
     assert [p.name for p in (work / "out").iterdir()] == ["notes.txt"]
     monkeypatch.setattr(quality, "measure_quality", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         simulator()
-    loading.load("runs/simulator")
+    loading.load_model("runs/simulator")
 
 
 @pytest.fixture

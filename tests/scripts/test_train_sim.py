@@ -140,7 +140,7 @@ def test_a_simulator_in_bfloat16(work, collected):
         "--output",
         "out",
     )
-    model, tokenizer = loading.load("out", dtype="auto")
+    model, tokenizer = loading.load_model("out", dtype="auto")
     assert model.dtype == torch.bfloat16 and not tokenizer.chat_template
 
 
@@ -151,7 +151,7 @@ def test_two_processes_do_what_one_does(work, collected):
     simulator(*flags, "one")
     text = two_processes("train_sim.py", *SIM, *flags, "two")
     assert text.count("The simulator is in two") == 1
-    one, two = (loading.load(name)[0].parameters() for name in ("one", "two"))
+    one, two = (loading.load_model(name)[0].parameters() for name in ("one", "two"))
     gaps = torch.cat([(a - b).abs().flatten() for a, b in zip(one, two, strict=True)])
     # Rounding turns round the few first steps of Adam whose gradient is next to nothing.
     assert (gaps > 1e-4).float().mean() < 0.01

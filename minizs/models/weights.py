@@ -1,0 +1,54 @@
+"""The weights of a model: their number format, a copy to generate with, memory in backward."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def named_dtype(setting: str, device: torch.device | str) -> torch.dtype:
+    """The number format that a setting means: "auto" is bfloat16 on CUDA and float32 elsewhere, and
+    the other names are torch's own."""
+    if setting == "auto":
+        setting = "bfloat16" if torch.device(device).type == "cuda" else "float32"
+    return getattr(torch, setting)
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """`model.to(dtype)` for the weights alone. Buffers keep their format, since rotary frequencies
+    in bfloat16 would misplace far tokens."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Save memory: from now on the forward keeps each layer's input alone, and the backward
+    computes the rest again. `transformers` does this in train mode only. So the layers themselves
+    are put into that mode, but not what is in them: no dropout starts."""
+    model.activation_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def make_writer(
+    model: nn.Module, dtype: torch.dtype, device: torch.device | str, sharded: bool = False
+) -> Callable[[], nn.Module]:
+    """A function that gives the model to generate with; `model` is not prepared yet.
+
+    That is `model` itself where it is whole and in the format that is computed in. Otherwise it is
+    a copy, which each call brings up to date."""
+    if not sharded and dtype == model.dtype:
+        return lambda: model
+    replica = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False).to(device)
+
+    @torch.no_grad()
+    def updated_copy() -> nn.Module:
+        for copied, weight in zip(replica.parameters(), model.parameters(), strict=True):
+            copied.copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
+        return replica
+
+    return updated_copy

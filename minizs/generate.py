@@ -10,7 +10,7 @@ that have stopped leave: the live ones are swapped to the front, and the batch i
 Left out: beam search, top-k and top-p, paged memory, compiled graphs."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -53,6 +53,7 @@ def decoding(model: nn.Module) -> Iterator[None]:
 
 class Decoder:
     """Rows, one a prompt, that grow turn by turn. `eos_id`: None is the model's own, `()` is none.
+    `ends_turn` says of a turn's text whether it ends at a stop string; without it every one does.
     `positions` counts tokens fed. Raises ValueError for what it, or the model, would get wrong."""
 
     def __init__(
@@ -66,11 +67,13 @@ class Decoder:
         eos_id: Ints | None = None,
         tokenizer=None,
         stop: Sequence[str] = (),
+        ends_turn: Callable[[str], bool] | None = None,
     ):
         check_supported(model)
         self.model, self.limit, self.vocab_size = model, row_limit(model), vocab_size
         self.temperature, self.seed, self.positions = temperature, seed, 0
-        self.stop = StopStrings((stop,) if isinstance(stop, str) else tuple(stop), tokenizer)
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        self.stop = StopStrings(stop, tokenizer, ends_turn)
         for source in (model.generation_config, model.config):
             eos_id = getattr(source, "eos_token_id", None) if eos_id is None else eos_id
         self.eos = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())

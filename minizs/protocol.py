@@ -1,93 +1,230 @@
-"""The language of policy and engine (paper 3.6, Table 1): tags, prompt, actions, documents."""
+"""The language in which the policy and the search engine talk: tags, prompt, actions, documents.
+
+The policy writes `<think>…</think>`, then `<search>…</search>` or `<answer>…</answer>`; documents
+come back in an `<information>` block (paper section 3.6 and Table 1). All text that is not the
+policy's own passes through `neutralize` first, so that it can be read but does nothing.
+"""
 
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-STOP = ("</search>", "</answer>")  # a turn ends at the first of these
 PROMPT = Path(__file__).with_name("prompts").joinpath("search.txt").read_text(encoding="utf-8")
 INVALID_ACTION = "\n\nThat action is not valid. Let me try again.\n\n"
 CLOSING = "\n</information>\n\n"
-_ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
-_TAG = r"<[\s/\\]*(?:think|search|information|answer)|<\s*\|[^>]{0,80}\|\s*>"
+
+# ---- Actions ------------------------------------------------------------------------------------
+
+STOP = ("</search>", "</answer>")  # a turn ends at the first of these that is outside a thought
+THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
+CLOSING_TAG = re.compile(r"</(search|answer)>")
 
 
 @dataclass(frozen=True)
 class Action:
+    """What a turn of the policy does."""
+
     kind: str  # "search", "answer" or "invalid"
-    content: str = ""
+    content: str = ""  # the query or the answer
 
 
 def parse_action(text: str) -> Action:
-    """What one policy turn asks for: the first closed pair of its text; a blank query is invalid.
-    Its text alone is given: no prompt or document can search or answer (upstream defect D3)."""
-    match = _ACTION.search(text)
-    kind, content = (match[1], match[2].strip()) if match else ("invalid", "")
-    return Action("invalid") if kind == "search" and not content else Action(kind, content)
+    """The action of one turn, read from the policy's own words alone.
+
+    Tags inside `<think>…</think>` do nothing, and a thought without an end goes on to the end of
+    the turn. Outside, the first `</search>` or `</answer>` decides: its content begins behind the
+    last opening tag of its kind before it. Without such a tag, or with a blank query, the action is
+    invalid. Text behind the deciding tag changes nothing.
+    """
+    spoken = THOUGHT.sub(" ", text)
+    closing = CLOSING_TAG.search(spoken)
+    if closing is None:
+        return Action("invalid")
+    kind = closing[1]
+    _, opening, content = spoken[: closing.start()].rpartition(f"<{kind}>")
+    content = content.strip()
+    if not opening or (kind == "search" and not content):
+        return Action("invalid")
+    return Action(kind, content)
 
 
-def neutralize(text: str, tokenizer=None) -> str:
-    """Data made harmless: whatever begins like one of our tags, `<|...|>` or a special token of the
-    tokenizer, in any case and spacing, gets "(" for its first character; a lone surrogate is "?". A
-    text whose tag hides in wide letters or behind accents and hidden characters (a tokenizer's
-    normalizer may see it) comes back without these; all other text stays as it is."""
-    marks = _marks(tokenizer)
-    text = marks.sub("(", text.encode("utf-8", "replace").decode())
-    bare = "".join(
-        c
-        for c in unicodedata.normalize("NFKD", text)
-        if c.isspace() or unicodedata.category(c)[0] not in "MC"
-    )
-    return marks.sub("(", bare) if marks.search(bare) else text
+def completes_action(text: str) -> bool:
+    """Whether a turn that reads so far has to end: a closing tag stands outside every thought.
+    It agrees with `parse_action`, which reads nothing behind that tag."""
+    return CLOSING_TAG.search(THOUGHT.sub(" ", text)) is not None
 
 
-@cache
-def _marks(tokenizer) -> re.Pattern:
-    """Matches a mark's first character, which is replaced. A special token of one ("?") is none."""
-    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    special = [re.findall(r"\w+|\S", token.content) for token in added if token.special]
-    spaced = [r"\s*".join(map(re.escape, parts)) for parts in special if len("".join(parts)) > 1]
-    return re.compile(f"(?={'|'.join([_TAG, *spaced])}).", re.IGNORECASE | re.DOTALL)
+def turn_text(tokenizer, ids: list[int]) -> str:
+    """The words of a turn. Special tokens stay in it, since a model's own tag may be one."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+# ---- Prompts and replies as ids -----------------------------------------------------------------
 
 
 def build_prompt(question: str, template: str = PROMPT, tokenizer=None) -> str:
-    """The text that a policy starts from; a missing question mark is added."""
+    """The text that a policy starts from. A question without its question mark gets one."""
     question = neutralize(question, tokenizer).strip().removesuffix("?") + "?"
     return template.replace("{question}", question)
 
 
-@cache
-def vocabulary_size(tokenizer) -> int:
-    """One more than the largest id the tokenizer knows: `len` is less where ids have holes."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
 def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids that a model starts from: of its chat template, if any, up to the reply's opening."""
+    """The ids that a model starts from. With a chat template a text is one message of the user, and
+    the ids end where the reply begins.
+
+    Some templates open the reply's thought themselves. That `<think>` is left out here, so that the
+    model writes it: a turn can then be read from its own words alone.
+    """
     if not tokenizer.chat_template:
         return tokenizer(texts)["input_ids"]
     chats = [[{"role": "user", "content": text}] for text in texts]
-    return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=False)
+    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    prompts = [re.sub(r"<think>\s*\Z", "", prompt) for prompt in prompts]
+    return tokenizer(prompts, add_special_tokens=False)["input_ids"]
 
 
 def reply_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    """The ids of texts that join a context: no opening token, no special token for a text's own."""
+    """The ids of texts that join a context: without an opening token, and without a special token
+    where the text spells one out."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def number_documents(documents: list[str]) -> str:
-    """`Doc 1: ...` on a line each: the form in which a simulator writes and a policy reads."""
-    return "\n".join(f"Doc {i}: {text}" for i, text in enumerate(documents, 1))
+@cache
+def vocabulary_size(tokenizer) -> int:
+    """One more than the largest id the tokenizer knows. Its `len` is less where ids have holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+# ---- Documents ----------------------------------------------------------------------------------
+
+# "Doc 1:", "**Document 1**:", "### Doc 1", "- Doc #1." and the like at the beginning of a line;
+# "Doc 1:" in the middle of a line as well.
+DOCUMENT_MARK = re.compile(
+    r"""^[ \t]*(?:[#>•*+-]+[ \t]+)?         # a heading, a quotation or a list
+    (?P<markup>\*\*\*|\*\*|__|[*_`])?       # bold, italics or code opens
+    \[?(?:document|doc)[ \t]*(?:\#|no\.?)?[ \t]*[\[(]?\d+[\])]*
+    (?P<closed>(?P=markup))?                # it closes again, here or behind the colon
+    [ \t]*(?:[:：.)–—-]+|(?<=\])|(?=[ \t]*(?:\(|$))|(?(closed)|(?!)))
+    (?P<closed_later>(?P=markup))?
+    |(?-i:Doc)[ ]\d+[:：]""",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
+BRACKET_MARK = re.compile(r"^[ \t]*(?:\[\d+\]|\(\d+\))[ \t]*[:：.-]?", re.MULTILINE)
+LIST_MARK = re.compile(r"^[ \t]*\d+[.)：:][ \t]", re.MULTILINE)
+RULE = re.compile(r"^[ \t]*(?:[-*_=][ \t]*){3,}$", re.MULTILINE)  # a line between two documents
+
+
+def number_documents(documents: Sequence[str]) -> str:
+    """`Doc 1: …` on a line each: the form in which a simulator writes and a policy reads."""
+    return "\n".join(f"Doc {number}: {text}" for number, text in enumerate(documents, 1))
 
 
 def split_documents(text: str, limit: int) -> list[str]:
-    """Undo `number_documents` on a simulator's text: at most `limit` documents, none empty."""
-    parts = [" ".join(part.split()) for part in re.split(r"Doc \d+:", text)[1:]]
-    return [part for part in parts if part][:limit]
+    """Undo `number_documents`: at most `limit` documents, none of them empty.
+
+    Language models number documents in many ways, so Markdown and the forms of `DOCUMENT_MARK` are
+    read too. A text without the word "Doc" may number them `[1]` or, failing that, `1.`.
+    """
+    text = RULE.sub("", text)
+    marks = list(DOCUMENT_MARK.finditer(text))
+    if not marks:
+        marks = list(BRACKET_MARK.finditer(text)) or list(LIST_MARK.finditer(text))
+    if not marks:
+        return []
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    documents = []
+    for mark, end in zip(marks, ends, strict=True):
+        document = _without_open_markup(mark, text[mark.end() : end])
+        document = " ".join(document.split())
+        if document:
+            documents.append(document)
+    return documents[:limit]
+
+
+def _without_open_markup(mark: re.Match, document: str) -> str:
+    """Where `**Doc 1: Title** text` opens bold type in its mark, remove what closes it later."""
+    groups = mark.groupdict()
+    markup = groups.get("markup")
+    if markup and not groups["closed"] and not groups["closed_later"]:
+        return document.replace(markup, "", 1)
+    return document
 
 
 def wrap_documents(numbered: str) -> str:
     """The whole block that is appended to the policy's context after a search."""
     return f"\n\n<information>\n{numbered}{CLOSING}"
+
+
+# ---- Text that is not the policy's own ----------------------------------------------------------
+
+TAG = r"<[\s/\\]*(?:think|search|information|answer)|<\s*\|[^>]{0,80}\|\s*>"
+PLAIN_ASCII = re.compile(r"[\t\n\v\f\r\x1c-\x1f\x20-\x7e]*")
+
+
+def neutralize(text: str, tokenizer=None) -> str:
+    """The text, changed so that nothing in it acts as a tag or as a special token.
+
+    What begins like one of our tags, like `<|…|>` or like a special token of the tokenizer gets "("
+    for its first character, in upper or lower case and with spaces inside. A lone surrogate becomes
+    "?". A tokenizer may see through wide letters, accents and hidden characters: a text that hides
+    a tag behind these loses them. All other text stays as it is.
+    """
+    marks = _marks(tokenizer)
+    text = marks.sub("(", text.encode("utf-8", "replace").decode())
+    if PLAIN_ASCII.fullmatch(text):
+        return text  # nothing can hide in it
+    bare = unicodedata.normalize("NFKD", text).translate(_BARE)
+    return marks.sub("(", bare) if marks.search(bare) else text
+
+
+class _BareCharacters(dict):
+    """For `str.translate`: removes accents and what is invisible, and keeps the rest. A character
+    is looked up in Unicode's tables when it is first met."""
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        visible = character.isspace() or unicodedata.category(character)[0] not in "MC"
+        self[code] = code if visible else None
+        return self[code]
+
+
+_BARE = _BareCharacters()
+
+
+@cache
+def _marks(tokenizer) -> re.Pattern:
+    """Matches the first character of whatever could act. A special token of one character ("?") is
+    ordinary text and no mark."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    spellings = []
+    for token in added:
+        parts = re.findall(r"\w+|\S", token.content)
+        if token.special and len("".join(parts)) > 1:
+            spellings.append(_spelling(parts))
+    alternatives = [TAG, _any_of(spellings)] if spellings else [TAG]
+    return re.compile(f"(?={'|'.join(alternatives)}).", re.IGNORECASE | re.DOTALL)
+
+
+def _spelling(parts: list[str]) -> list[str]:
+    """A special token as a sequence of patterns: its characters, with spaces between parts."""
+    atoms: list[str] = []
+    for part in parts:
+        atoms += [r"\s*"] if atoms else []
+        atoms += [re.escape(character) for character in part]
+    return atoms
+
+
+def _any_of(sequences: Iterable[list[str]]) -> str:
+    """A pattern that matches any of these sequences of patterns. Common beginnings are tried once:
+    with a thousand special tokens the search would take milliseconds a document otherwise."""
+    branches: dict[str, list[list[str]]] = {}
+    for first, *rest in sequences:
+        branches.setdefault(first, []).append(rest)
+    patterns = []
+    for first, rests in branches.items():
+        whole = [] in rests  # one ends here, and what would follow in others does not matter
+        patterns.append(first if whole else first + _any_of(rests))
+    return patterns[0] if len(patterns) == 1 else f"(?:{'|'.join(patterns)})"

@@ -153,6 +153,7 @@ def start_decoder(policy: Policy, rows: Sequence[Row]) -> Decoder:
         vocab_size=protocol.vocabulary_size(policy.tokenizer),
         tokenizer=policy.tokenizer,
         stop=protocol.STOP,
+        ends_turn=protocol.completes_action,
     )
 
 
@@ -169,8 +170,7 @@ def read_turn(policy: Policy, row: Row, generated: Generated, is_last: bool) -> 
     """Add what was written to the trajectory, and see whether it answers or has to end."""
     trajectory, limits = row.trajectory, policy.limits
     trajectory.append(generated.ids, generated.logprobs)
-    # Special tokens stay in the text: a model's own tag may be one.
-    text = policy.tokenizer.decode(generated.ids, skip_special_tokens=False)
+    text = protocol.turn_text(policy.tokenizer, generated.ids)
     action = protocol.parse_action(text)
     trajectory.turns.append(Turn(text, action.kind, action.content))
     if action.kind == "answer":

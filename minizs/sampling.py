@@ -2,6 +2,7 @@
 
 Left out: top-k and top-p. The distribution that is sampled must be the one that is scored."""
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -36,10 +37,16 @@ class StopStrings:
     last one can hold what follows (`>\\n`): the turn's tail is decoded, where the token's own text
     (looked up once) holds the last character of a tag."""
 
-    def __init__(self, stop: tuple[str, ...], tokenizer) -> None:
+    def __init__(
+        self,
+        stop: tuple[str, ...],
+        tokenizer,
+        ends_turn: Callable[[str], bool] | None = None,
+    ) -> None:
         if stop and (tokenizer is None or not all(stop)):
             raise ValueError("stop strings need a tokenizer and must not be empty")
         self.stop, self.tokenizer = stop, tokenizer
+        self.ends_turn = ends_turn  # asked about the whole turn where a stop string is complete
         # A token is at least a byte of the tag. (One more, as decoding may trim a leading space.)
         self.reach = 1 + max((len(s.encode()) for s in stop), default=0)
         # U+FFFD: the token ends within a character, possibly a tag's last one.
@@ -47,7 +54,8 @@ class StopStrings:
         self.may_end: dict[int, bool] = {}  # by token, once seen
 
     def complete(self, ids: list[int]) -> bool:
-        """`ids` is the turn so far; no tag was complete before its last token."""
+        """Whether the turn ends here; `ids` are its tokens so far. With `ends_turn`, a stop string
+        ends it only if that agrees: a tag inside a thought, say, may be one that does nothing."""
         if not self.stop:
             return False
         decode = partial(
@@ -56,4 +64,6 @@ class StopStrings:
         if ids[-1] not in self.may_end:
             self.may_end[ids[-1]] = not self.last.isdisjoint(decode(ids[-1:]))
         tail = decode(ids[-self.reach :]) if self.may_end[ids[-1]] else ""
-        return any(s in tail for s in self.stop)
+        if not any(s in tail for s in self.stop):
+            return False
+        return self.ends_turn is None or self.ends_turn(decode(ids))

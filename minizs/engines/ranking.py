@@ -7,14 +7,18 @@ engine can be as noisy as a simulated one."""
 
 from collections.abc import Callable
 
+from minizs.reward import JUDGEMENTS, normalize_answer
 from minizs.trajectory import SearchRequest
 
 Judge = Callable[[str, SearchRequest], bool]  # does this document hold what this request needs?
 
 
 def holds_answer(document: str, request: SearchRequest) -> bool:
-    """The judge for any data set: a document that contains a gold answer is what was needed."""
-    return any(answer.lower() in document.lower() for answer in request.answers)
+    """The judge for any data set: whether a gold answer stands in the document as whole words, both
+    normalised as in the reward. Yes and no are judgements, which no document holds."""
+    text = f" {normalize_answer(document)} "
+    golds = {normalize_answer(answer) for answer in request.answers} - JUDGEMENTS - {""}
+    return any(f" {gold} " in text for gold in golds)
 
 
 class Engine:

@@ -1,9 +1,22 @@
 """The texts that policy and search engine exchange."""
 
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
+from conftest import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minizs import protocol
-from minizs.protocol import Action, parse_action
+from minizs.models import loading
+from minizs.protocol import Action, completes_action, neutralize, parse_action, split_documents
+from minizs.sampling import StopStrings
+
+repeatable = settings(max_examples=1000, derandomize=True, deadline=None, database=None)
+
+# ---- Actions ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -21,20 +34,104 @@ from minizs.protocol import Action, parse_action
     ],
 )
 def test_actions(text, kind, content):
-    """Guards blank queries, unclosed and mixed tags, and contents of several lines."""
+    """An action is a pair of tags, each in its exact spelling, with something in it to search."""
     assert parse_action(text) == Action(kind, content)
 
 
-def test_the_first_closed_pair_decides():
-    """Guards D13: a search was preferred even to an answer that came before it."""
+def test_the_first_closing_tag_decides():
+    """A search is not preferred to an answer that comes before it, nor the other way round."""
     answer, search = "<answer>a</answer>", "<search>b</search>"
     assert parse_action(answer + search) == Action("answer", "a")
     assert parse_action(search + answer) == Action("search", "b")
-    assert parse_action("<answer> or " + search) == Action("search", "b")
+    assert parse_action("</search>" + answer) == Action("invalid")
 
 
-def test_prompt():
-    """Guards a question that is lost, changed, or read as a pattern."""
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I use <answer> tags.</think> <answer>Shakespeare</answer>",
+        "<answer> or rather <answer>Shakespeare</answer>",
+        "<search> or rather <answer>Shakespeare</answer>",
+    ],
+)
+def test_the_last_opening_tag_begins_the_action(text):
+    """Who mentions a tag and then uses it means the second one."""
+    assert parse_action(text) == Action("answer", "Shakespeare")
+
+
+@pytest.mark.parametrize(
+    "text, action",
+    [
+        ("<think>so <answer>x</answer></think> <answer>y</answer>", Action("answer", "y")),
+        ("<think>so <answer></think> y</answer>", Action("invalid")),
+        ("<think>so <answer>x</answer>", Action("invalid")),  # a thought without an end
+        ("<think>a</think><think><search>q</search></think>", Action("invalid")),
+        ("<answer>New<think>or not?</think>York</answer>", Action("answer", "New York")),
+        ("</ans<think></think>wer>", Action("invalid")),
+    ],
+)
+def test_nothing_in_a_thought_acts(text, action):
+    """Tags between <think> and </think> are words about tags."""
+    assert parse_action(text) == action
+
+
+FOLDER = Path(protocol.__file__).with_name("prompts")
+
+
+@pytest.mark.parametrize("name", ["search", "direct", "cot", "rag"])
+def test_to_quote_a_prompt_is_no_action(name):
+    """Whatever stretch of the shipped prompts a policy repeats: it searches and answers nothing."""
+    text = (FOLDER / f"{name}.txt").read_text()
+    places = [i for i, letter in enumerate(text) if letter in "<. "] + [len(text)]
+    for start in places:
+        for end in places:
+            assert parse_action(text[start:end]).kind == "invalid"
+
+
+PIECES = [
+    "<think>",
+    "</think>",
+    "<search>",
+    "</search>",
+    "<answer>",
+    "</answer>",
+    "a",
+    " ",
+    "<",
+    ">",
+]
+TURNS = st.lists(st.sampled_from(PIECES), max_size=12).map("".join)
+
+
+@repeatable
+@given(TURNS, TURNS)
+def test_what_follows_the_end_of_a_turn_changes_nothing(turn, more):
+    """Once a turn is complete, its action is settled. Before that it has none."""
+    if completes_action(turn):
+        assert parse_action(turn + more) == parse_action(turn)
+    else:
+        assert parse_action(turn) == Action("invalid")
+
+
+@repeatable
+@given(TURNS, st.sampled_from([(), ("</search>", "</answer>\n"), ("</think></answer>", "er>")]))
+def test_generation_stops_where_an_action_is_complete(turn, extra):
+    """The stop condition and the parser agree, whatever tokens the tags are made of."""
+    tokenizer = make_tokenizer(extra)
+    ids = tokenizer.encode(turn, add_special_tokens=False)
+    stop = StopStrings(protocol.STOP, tokenizer, completes_action)
+    for length in range(1, len(ids) + 1):
+        text = protocol.turn_text(tokenizer, ids[:length])
+        assert stop.complete(ids[:length]) == completes_action(text)
+        if completes_action(text):
+            break
+
+
+# ---- Prompts ------------------------------------------------------------------------------------
+
+
+def test_a_prompt_holds_the_question():
+    """The question stands in it as it is, with one question mark, and is no template itself."""
     text = protocol.build_prompt("  who wrote {question} ")
     assert text.endswith("Question: who wrote {question}?\n")
     assert protocol.build_prompt("who?", "Q: {question} A:") == "Q: who? A:"
@@ -42,19 +139,132 @@ def test_prompt():
         assert f"<{tag}>" in protocol.PROMPT
 
 
+def test_a_thought_is_opened_by_the_model():
+    """A chat template that opens the reply's thought leaves that to the model here: whoever reads
+    the turn can tell where the thought begins. A thought that the template closes stays."""
+    tokenizer = make_tokenizer()
+    template = "{% for m in messages %}{{ m['content'] }}|{% endfor %}"
+    for ending, expected in (("<think>\n", ""), ("<think>\n\n</think>\n\n",) * 2):
+        tokenizer.chat_template = template + ending.replace("\n", "{{ '\n' }}")
+        [ids] = protocol.prompt_ids(tokenizer, ["hello"])
+        assert tokenizer.decode(ids) == "hello|" + expected
+
+
+# ---- Documents ----------------------------------------------------------------------------------
+
+
 def test_documents_come_back_as_they_were_written():
-    """Guards a simulator whose documents are lost, joined, or more than asked for."""
+    """`split_documents` undoes `number_documents`, up to the number of documents asked for."""
     documents = ["one", "two words", "3"]
     text = protocol.number_documents(documents)
     assert text == "Doc 1: one\nDoc 2: two words\nDoc 3: 3"
-    assert protocol.split_documents(text, 9) == documents
-    assert protocol.split_documents(text, 2) == documents[:2]
-    assert protocol.split_documents("chat Doc 1:  a\n b Doc 2: \n\nDoc 10: c", 9) == ["a b", "c"]
-    assert protocol.split_documents("no documents", 9) == []
+    assert split_documents(text, 9) == documents
+    assert split_documents(text, 2) == documents[:2]
+    assert split_documents("chat Doc 1:  a\n b Doc 2: \n\nDoc 10: c", 9) == ["a b", "c"]
     assert protocol.number_documents([]) == ""
 
 
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "Doc {}:",
+        "**Doc {}**:",
+        "**Doc {}:**",
+        "***Doc {}***",
+        "**Doc {}**",
+        "__Doc {}__ -",
+        "`Doc {}`:",
+        "### Doc {}\n",
+        "# Document {}:",
+        "Document {}:",
+        "Doc {}：",
+        "Doc {}.",
+        "Doc {} –",
+        "DOC {}:",
+        "Doc #{}:",
+        "[Doc {}]",
+        "Document [{}]:",
+        "- Doc {}:",
+        "* **Document {}**:",
+        "> Doc {}:",
+        "[{}]",
+        "({})",
+        "{}.",
+        "{})",
+    ],
+)
+@pytest.mark.parametrize("between", ["\n", "\n\n---\n\n"])
+def test_documents_are_read_in_markdown_and_otherwise(mark, between):
+    """The marks that language models set are recognised, and nothing of them is left."""
+    documents = ["Rome is *big*, since 753 BC.", "It is far [2]: 1,000 miles."]
+    marked = [f"{mark.format(i)} {text}" for i, text in enumerate(documents, 1)]
+    assert split_documents(f"Here you are:\n\n{between.join(marked)}\n", 5) == documents
+
+
+def test_a_title_beside_the_mark_belongs_to_the_document():
+    """Bold type that opens in the mark and closes behind the title leaves no stars."""
+    assert split_documents("**Doc 1: Rome** It is big", 3) == ["Rome It is big"]
+    assert split_documents("Doc 1(Title: Rome) It is big", 3) == ["(Title: Rome) It is big"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "no documents", "see doc 3 for more", "Documentary 1. It", "in 1999. Then"]
+)
+def test_what_only_resembles_a_mark_is_none(text):
+    """Words that begin alike, and numbers within a sentence, begin no document."""
+    assert split_documents(text, 9) == []
+
+
 def test_documents_are_wrapped():
-    """Guards an observation that opens without closing."""
+    """The block opens and closes, whatever is in it."""
     block = protocol.wrap_documents("Doc 1: a")
     assert block == "\n\n<information>\nDoc 1: a\n</information>\n\n"
+
+
+# ---- Neutral text (tests/scripts/test_hostile.py has what it must withstand) ---------------------
+
+
+def with_special_tokens(*texts: str):
+    """A stand-in for a tokenizer of which only the special tokens matter."""
+
+    class Tokens(SimpleNamespace):
+        __hash__ = object.__hash__
+
+    tokens = [SimpleNamespace(content=text, special=True) for text in texts]
+    return Tokens(added_tokens_decoder=dict(enumerate(tokens)))
+
+
+def test_each_of_many_special_tokens_is_found():
+    """Tokens with common beginnings, and tokens that begin others, each lose their force."""
+    names = [f"[control_{i}]" for i in range(300)] + ["<unk", "<unk>", "<unknown>", "[INST]"]
+    tokenizer = with_special_tokens(*names)
+    for name in names:
+        assert neutralize(f"a {name} b", tokenizer) == f"a ({name[1:]} b"
+        assert neutralize(name.upper(), tokenizer) == "(" + name.upper()[1:]
+    assert neutralize("[control_300] [control_] <un>", tokenizer) == "[control_300] [control_] <un>"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"[control_{i}]" for i in range(1000)] + [f"<SPECIAL_{i}>" for i in range(1000)],
+        [f"<unused{i}>" for i in range(6000)],
+        [f"madeupword{i:04d}" for i in range(1000)],
+    ],
+)
+def test_neutralising_is_fast_for_any_vocabulary(names):
+    """A document of a hundred words takes less than 0.3 ms, the best of twenty times."""
+    tokenizer = with_special_tokens(*names)
+    text = "the river [1] flows through a <b>city</b> in Europe — naïve, 日本 [control_ made " * 8
+    neutralize(text, tokenizer)  # the first call compiles
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        assert neutralize(text, tokenizer) == text
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.3e-3
+
+
+def test_the_tiny_worlds_prompt_is_its_own():
+    """The tiny base model was made with its own wording, which lies in its folder."""
+    assert loading.load_prompt("tiny") != protocol.PROMPT

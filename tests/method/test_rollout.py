@@ -33,11 +33,11 @@ def to_ids(text) -> list[int]:
 class ScriptedDecoder:
     """In place of `Decoder`: in its k-th turn row i writes `scripts[i][k]`, as far as it is let."""
 
-    def __init__(self, scripts, made, _model, prompts, *, tokenizer, stop, **_) -> None:
+    def __init__(self, scripts, made, _model, prompts, *, tokenizer, stop, ends_turn, **_):
         made.append(self)
         self.scripts = [iter(script) for script in scripts]
         self.contexts = [list(prompt) for prompt in prompts]
-        self.stop = StopStrings(stop, tokenizer)
+        self.stop = StopStrings(stop, tokenizer, ends_turn)
 
     def turn(self, rows, budgets, keys) -> list[Generated]:
         results = []
@@ -73,12 +73,21 @@ class RecordingEngine:
         return [request for call in self.calls for request in call]
 
 
-def play(*scripts, engine=None, tokenizer=TOKENIZER, golds=None, limits=DEFAULT, seed=0, **options):
+def play(
+    *scripts,
+    engine=None,
+    tokenizer=TOKENIZER,
+    template=protocol.PROMPT,
+    golds=None,
+    limits=DEFAULT,
+    seed=0,
+    **options,
+):
     """Roll out one row a script, whose gold answer is "gold 0" (1, ...): (rows, engine)."""
     engine, made = engine or RecordingEngine("a document"), []
     golds = golds or [f"gold {i}" for i in range(len(scripts))]
     examples = [Example(f"question {i}?", (gold,)) for i, gold in enumerate(golds)]
-    policy = Policy(None, tokenizer, limits=limits, seed=seed)
+    policy = Policy(None, tokenizer, template, limits, seed=seed)
     with mock.patch("minizs.rollout.Decoder", partial(ScriptedDecoder, scripts, made)):
         rows = rollout(policy, examples, engine, **options)
     for row in rows:
@@ -197,11 +206,20 @@ def test_documents_cannot_answer():
         assert (rows[0].answer, rows[0].reward) == (None, 0.0)
 
 
-def test_the_prompts_example_is_no_answer():
-    """Guards D3: without an answer the prompt's own "Beijing" was scored, and right for Beijing."""
-    assert "<answer> Beijing </answer>" in protocol.PROMPT
-    rows, _ = play([["<eos>"]], golds=["Beijing"], limits=Limits(turns=1))
+def test_an_example_in_the_prompt_is_no_answer():
+    """Only the policy's own turns can answer, even where the prompt shows the right answer."""
+    template = "{question} Write for example <answer> Beijing </answer>."
+    rows, _ = play([["<eos>"]], golds=["Beijing"], limits=Limits(turns=1), template=template)
+    assert "<answer> Beijing </answer>" in TOKENIZER.decode(rows[0].ids)
     assert (rows[0].answer, rows[0].reward) == (None, 0.0)
+
+
+def test_tags_in_a_thought_do_not_end_the_turn():
+    """A turn goes on behind a tag that does nothing, and ends at the first one that acts."""
+    script = "<think>then <answer>x</answer>.</think> <answer>gold 0</answer><search>never</search>"
+    [row], engine = play([script])
+    assert row.turns[0].text == script.removesuffix("<search>never</search>")
+    assert (row.answer, row.reward, engine.calls) == ("gold 0", 1.0, [])
 
 
 def test_an_unclosed_answer_is_none():

@@ -50,7 +50,7 @@ def test_what_the_model_is_shown(method, monkeypatch):
     """Guards documents that are missing or another question's, and an engine asked too often."""
     rows, prompts, settings, asked = answer(method, "<answer>Rome</answer>", monkeypatch)
     assert "Question: who is it?\n" in prompts[0] and "Question: where?\n" in prompts[1]
-    assert all("<answer> Beijing </answer>" in text and "{" not in text for text in prompts)
+    assert all("begins with <answer>" in text and "{" not in text for text in prompts)
     assert all(("step by step" in text) == (method == "cot") for text in prompts)
     assert not any("<search>" in text for text in prompts)
     assert ("\nDoc 1: Rome is big\nDoc 2: it is far\nQuestion" in prompts[0]) == (method == "rag")

@@ -96,3 +96,23 @@ def test_an_engine_can_draw_random_numbers():
     assert together == [engine.search([request])[0] for request in requests]
     assert len({tuple(reply) for reply in together}) > 4
     assert together != Shuffled(3, len(DOCUMENTS), seed=2).search(requests)
+
+
+@pytest.mark.parametrize(
+    "answers, document, useful",
+    [
+        (("Rome",), "It is in ROME.", True),
+        (("no",), "The north is cold; no, it is not.", False),  # a judgement is in no document
+        (("yes", "Rome"), "yes, it is Rome", True),
+        (("art",), "a party", False),  # whole words only
+        (("The Beatles",), "by Beatles, a band", True),
+        (("O’Brien",), "O'Brien wrote it", True),
+        (("北京",), "它在北京市。", True),
+        (("A",), "a cat", False),
+        (("...",), "...", False),
+        ((), "Rome", False),
+    ],
+)
+def test_a_gold_answer_is_found_as_whole_words(answers, document, useful):
+    """A document is useful if it holds a gold answer as the reward would read it."""
+    assert holds_answer(document, SearchRequest("q", answers=answers)) == useful

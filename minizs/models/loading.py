@@ -33,22 +33,30 @@ def resolve(name: str) -> str:
 
 
 def check_model(name: str, context: int = 0) -> None:
-    """Raise UserError for a folder without a model, a tokenizer (`transformers` would make one up)
-    or positions for this many tokens. A hub name is looked up when it is loaded."""
+    """Raise UserError for a folder without a model, without a tokenizer (`transformers` would make
+    one up), or without positions for a `context`. A hub name is looked up when it is loaded."""
     path = Path(resolve(name))
     if not path.exists():
         is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
         return require(not is_path, f"There is no model folder {name!r}; check the path.")
-    with readable(name):
-        lora = (path / "adapter_config.json").is_file()
-        config = {} if lora else json.loads((path / "config.json").read_text(encoding="utf-8"))
-        limit = config.get("max_position_embeddings", context)
-        require(
-            context <= limit,
-            f"--max_context {context}, or a prompt and "
-            f"reply of a simulator, exceeds {name}'s {limit} positions.",
-        )
+    limit = positions(name)
+    require(
+        limit is None or context <= limit,
+        f"--max_context {context} is more than the {limit} positions of {name}.",
+    )
     require(any(path.glob("tokenizer*.json")), f"{name!r} holds no tokenizer; save one there.")
+
+
+def positions(name: str) -> int | None:
+    """How many tokens a model can read, if its folder is here and says so. Raises UserError for a
+    folder that holds no model."""
+    path = Path(resolve(name))
+    if not path.exists() or (path / "adapter_config.json").is_file():
+        return None
+    with readable(name):
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        limit = config.get("max_position_embeddings")
+        return None if limit is None else int(limit)
 
 
 @contextmanager

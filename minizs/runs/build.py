@@ -1,4 +1,8 @@
-"""What the scripts share: loading, which engine a setting means, the default simulator, tests."""
+"""What the settings mean: the objects that they name, made for a script.
+
+Everything here takes settings and gives something that the scripts use: a policy, an engine, the
+test on held-out questions, Accelerate.
+"""
 
 import os
 import subprocess
@@ -18,18 +22,38 @@ from minizs.engines.http import HttpSearch
 from minizs.engines.ranking import NoDocuments
 from minizs.engines.served import ServedModel, ServedSearch
 from minizs.engines.web import SERPER, WebSearch
-from minizs.models import loading, weights
+from minizs.models import loading, lora, weights
 from minizs.protocol import build_prompt, prompt_ids
 from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import data, run_folder
 from minizs.runs.evaluation import answer_all, summary
-from minizs.runs.settings import URL, SearchConfig
+from minizs.runs.settings import (
+    URL,
+    EngineSettings,
+    LimitSettings,
+    ModelSettings,
+    PolicyConfig,
+    SearchConfig,
+    ServiceSettings,
+)
 from minizs.trajectory import Example, SearchRequest
 from minizs.world.facts import embedded
 
+ROOT = Path(__file__).parent.parent.parent
+# Variables that tell a process that it is one of several.
+DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-def load(config: SearchConfig, name: str, device: torch.device, dtype: torch.dtype | None = None):
-    """(model, tokenizer) of a policy; `dtype` is the weights', if not what is computed in."""
+
+# ---- The policy ----------------------------------------------------------------------------------
+
+
+def compute_dtype(config: ModelSettings) -> torch.dtype:
+    """What generation and forward passes compute in."""
+    return weights.named_dtype(config.dtype, loading.device())
+
+
+def load(config: ModelSettings, name: str, device: torch.device, dtype: torch.dtype | None = None):
+    """(model, tokenizer) of a policy. The weights are of `dtype`, or of the compute dtype."""
     computed = compute_dtype(config)
     attention = loading.choose_attention(config.attention, loading.device(), computed)
     return loading.load_model(
@@ -41,15 +65,34 @@ def load(config: SearchConfig, name: str, device: torch.device, dtype: torch.dty
     )
 
 
-def compute_dtype(config: SearchConfig) -> torch.dtype:
-    """What generation and forward passes compute in."""
-    return weights.named_dtype(config.dtype, loading.device())
+def load_trainable(config: PolicyConfig, accelerator):
+    """(model, tokenizer) of the policy that is trained, on the CPU, with its LoRA if it has one.
+
+    What the optimiser changes is float32: in bfloat16 small steps would be rounded away.
+    """
+    dtype = compute_dtype(config)
+    weights_dtype = dtype if config.lora_rank else torch.float32
+    model, tokenizer = load(config, config.policy, torch.device("cpu"), weights_dtype)
+    accelerator.print(f"Attention by {model.config._attn_implementation}, computed in {dtype}.")
+    if config.lora_rank:
+        lora.add_lora(model, config.lora_rank, config.seed)
+    return model, tokenizer
 
 
-def limits(config: SearchConfig) -> Limits:
+def limits(config: LimitSettings) -> Limits:
     return Limits(
-        config.max_turns, config.max_turn_tokens, config.max_document_tokens, config.max_context
+        turns=config.max_turns,
+        turn_tokens=config.max_turn_tokens,
+        document_tokens=config.max_document_tokens,
+        context=config.max_context,
     )
+
+
+def make_policy(
+    config: SearchConfig, model, tokenizer, template: str, temperature: float
+) -> Policy:
+    """The policy with the limits and the seed of the settings."""
+    return Policy(model, tokenizer, template, limits(config), temperature, config.seed)
 
 
 def check_lengths(config: SearchConfig, policies: list[str], examples: list[Example]) -> None:
@@ -57,9 +100,149 @@ def check_lengths(config: SearchConfig, policies: list[str], examples: list[Exam
     for name in policies:
         tokenizer = loading.load_tokenizer(name, config.chat_template)
         template = loading.load_prompt(name)
-        texts = [build_prompt(e.question, template, tokenizer) for e in examples]
-        longest, limit = max(map(len, prompt_ids(tokenizer, texts))), config.max_context
-        require(longest < limit, f"--max_context {limit} is too small: a prompt has {longest}.")
+        texts = [build_prompt(example.question, template, tokenizer) for example in examples]
+        longest = longest_prompt(tokenizer, texts)
+        require(
+            longest < config.max_context,
+            f"--max_context {config.max_context} is too small: a prompt has {longest} tokens.",
+        )
+
+
+def longest_prompt(tokenizer, texts: Sequence[str]) -> int:
+    """The tokens of the longest of these prompts; 0 where there is none."""
+    if not texts:
+        return 0
+    return max(len(ids) for ids in prompt_ids(tokenizer, texts))
+
+
+# ---- The engine ----------------------------------------------------------------------------------
+
+
+def build_engine(config: SearchConfig, role: str, accelerator, examples: Sequence[Example] = ()):
+    """The engine that `--engine` names. Raises UserError.
+
+    In the tiny world a `role`, "train", "dev" or "test", has documents of its own. A simulator
+    that runs here has to have room for the `examples`, whose golds stand in its prompts.
+    """
+    match config.engine:
+        case "none":
+            return NoDocuments()
+        case "bm25":
+            return build_bm25(config, role)
+        case "http":
+            return build_http(config)
+        case "web":
+            return build_web(config)
+        case "simulator":
+            return build_simulator(config, accelerator, examples)
+    raise ValueError(f"no engine is made for --engine {config.engine}")
+
+
+def build_bm25(config: EngineSettings, role: str) -> BM25:
+    """BM25 over `--corpus`, or over the tiny world's documents of this role."""
+    if config.corpus:
+        return BM25.of_corpus(config.corpus, config.top_k)
+    world = embedded(role)
+    return BM25(world.documents, config.top_k, world.judge)
+
+
+def build_http(config: SearchConfig) -> HttpSearch | Cached:
+    """A retriever's server. Without a cache, which may hold all replies, it has to be there."""
+    client = build_client(config, config.engine_url)
+    engine = HttpSearch(client, config.top_k, wiki=config.engine_api == "zerosearch")
+    if config.cache:
+        return Cached(engine, config.cache, config.engine_url)
+    client.reach()
+    return engine
+
+
+def build_web(config: SearchConfig) -> WebSearch | Cached:
+    key = api_key("SERPER_API_KEY")
+    require(bool(key), "Set SERPER_API_KEY, the key of serper.dev, for --engine web.")
+    engine = WebSearch(build_client(config, SERPER, {"X-API-KEY": key}), config.top_k)
+    return Cached(engine, config.cache, SERPER) if config.cache else engine
+
+
+def build_client(
+    config: ServiceSettings, urls: str, headers: dict[str, str] | None = None
+) -> Client:
+    return Client(urls, config.timeout, config.retries, headers, on_error=config.on_search_error)
+
+
+def api_key(variable: str) -> str:
+    """A service's key, "" if there is none. UserError for letters that no header takes."""
+    key = os.environ.get(variable, "").strip()
+    require(key.isascii() and key.isprintable(), f"The key in {variable} is none; set it anew.")
+    return key
+
+
+# ---- The simulator -------------------------------------------------------------------------------
+
+
+def build_simulator(config: SearchConfig, accelerator, examples: Sequence[Example] = ()):
+    """The model that plays the search engine, on a server or here. Raises UserError.
+
+    It writes no more than may be shown to the policy: `--max_document_tokens`.
+    """
+    if config.simulator.startswith(URL):
+        return build_served_simulator(config)
+    return build_local_simulator(config, accelerator, examples)
+
+
+def build_served_simulator(config: SearchConfig) -> ServedSearch:
+    template = simulator.load_template(config.simulator_template or "tuned")
+    key = api_key("SIMULATOR_API_KEY")  # for a server that asks for one
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    client = build_client(config, config.simulator, headers)
+    client.reach()
+    model = ServedModel(
+        client,
+        config.simulator_model,
+        config.simulator_api,
+        temperature=config.simulator_temperature,
+        max_new_tokens=config.max_document_tokens,
+    )
+    return ServedSearch(model, template, config.top_k, config.seed)
+
+
+def build_local_simulator(
+    config: SearchConfig, accelerator, examples: Sequence[Example]
+) -> simulator.SimulatedSearch:
+    check_room(config.simulator or "tiny", config.max_document_tokens)
+    with accelerator.main_process_first():  # which makes the default one where there is none
+        folder = loading.resolve(config.simulator or str(make_default_simulator()))
+    device = config.simulator_device or accelerator.device
+    with loading.readable(folder):  # on a device that may not be there
+        model, tokenizer = loading.load_model(
+            folder, device, weights.named_dtype(config.dtype, device)
+        )
+    template = simulator.load_template(config.simulator_template or folder)
+    requests = [SearchRequest("", example.question, example.answers) for example in examples]
+    texts = [simulator.prompt(template, request, config.top_k, tokenizer) for request in requests]
+    query_tokens = config.max_turn_tokens
+    prompt_tokens = longest_prompt(tokenizer, texts) + query_tokens
+    check_room(folder, prompt_tokens + config.max_document_tokens)
+    return simulator.SimulatedSearch(
+        model,
+        tokenizer,
+        template,
+        config.top_k,
+        config.seed,
+        config.simulator_temperature,
+        config.max_document_tokens,
+    )
+
+
+def check_room(name: str, tokens: int) -> None:
+    """Raise UserError for a simulator without positions for so many tokens."""
+    loading.check_model(name)
+    limit = loading.positions(name)
+    require(
+        limit is None or tokens <= limit,
+        f"The simulator's prompt and reply can take {tokens} tokens, and {name} has {limit} "
+        "positions; lower --max_document_tokens or --max_turn_tokens, or leave out questions with "
+        "very many gold answers.",
+    )
 
 
 def make_default_simulator() -> Path:
@@ -70,105 +253,68 @@ def make_default_simulator() -> Path:
     return folder
 
 
+# ---- Scripts and processes -----------------------------------------------------------------------
+
+
 def run_stage(script: str) -> None:
     """Run a script to its end, as one process, whatever this one is part of."""
     print(f"{script} makes what is not there yet.", flush=True)
-    distributed = "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
-    environment = {k: v for k, v in os.environ.items() if k not in distributed}
-    command = [sys.executable, str(Path(__file__).parent.parent.parent / script)]
-    status = subprocess.run(command, env=environment).returncode
+    environment = {name: os.environ[name] for name in os.environ if name not in DISTRIBUTED}
+    status = subprocess.run([sys.executable, str(ROOT / script)], env=environment).returncode
     require(status == 0, f"{script}, which this needs, has failed; see the message above.")
 
 
-def build_engine(config: SearchConfig, role: str, accelerator, examples: Sequence[Example] = ()):
-    """The engine that the settings name. In the tiny world a role is train, dev or test."""
-    if config.engine == "none":
-        return NoDocuments()
-    if config.engine == "bm25":
-        return bm25(config, role)
-    if config.engine == "simulator":
-        return simulated(config, accelerator, examples)
-    if config.engine == "web":
-        key = api_key("SERPER_API_KEY")
-        require(bool(key), "Set SERPER_API_KEY, the key of serper.dev, for --engine web.")
-        url = SERPER
-        engine = WebSearch(client(config, url, {"X-API-KEY": key}), config.top_k)
-    else:
-        url, wiki = config.engine_url, config.engine_api == "zerosearch"
-        engine = HttpSearch(client(config, url), config.top_k, wiki=wiki)
-        if not config.cache:  # which may hold all replies
-            engine.client.reach()
-    return Cached(engine, config.cache, url) if config.cache else engine
-
-
-def bm25(config: SearchConfig, role: str) -> BM25:
-    """BM25 over `--corpus`, or over the tiny world's documents of this role."""
-    if config.corpus:
-        return BM25.of_corpus(config.corpus, config.top_k)
-    world = embedded(role)
-    return BM25(world.documents, config.top_k, world.judge)
-
-
-def api_key(variable: str) -> str:
-    """A service's key, "" if there is none. UserError for letters that no header takes."""
-    key = os.environ.get(variable, "").strip()
-    require(key.isascii() and key.isprintable(), f"The key in {variable} is none; set it anew.")
-    return key
-
-
-def client(config: SearchConfig, urls: str, headers: dict[str, str] | None = None) -> Client:
-    return Client(urls, config.timeout, config.retries, headers, on_error=config.on_search_error)
-
-
-def simulated(config: SearchConfig, accelerator, examples: Sequence[Example] = ()):
-    """A server's, or a model here, with room for these. It writes no more than may be shown."""
-    writes = (config.top_k, config.seed, config.simulator_temperature, config.max_document_tokens)
-    if config.simulator.startswith(URL):
-        template = simulator.load_template(config.simulator_template or "tuned")
-        key = api_key("SIMULATOR_API_KEY")  # for a server that asks for one
-        asked = client(config, config.simulator, {"Authorization": f"Bearer {key}"} if key else {})
-        asked.reach()
-        served = ServedModel(
-            asked,
-            config.simulator_model,
-            config.simulator_api,
-            temperature=config.simulator_temperature,
-            max_new_tokens=config.max_document_tokens,
-        )
-        return ServedSearch(served, template, config.top_k, config.seed)
-    loading.check_model(config.simulator or "tiny", config.max_document_tokens)
-    with accelerator.main_process_first():  # which makes the default one where there is none
-        folder = loading.resolve(config.simulator or str(make_default_simulator()))
-    place = config.simulator_device or accelerator.device
-    with loading.readable(folder):  # on a device that may not be there
-        model, tokenizer = loading.load_model(
-            folder, place, weights.named_dtype(config.dtype, place)
-        )
-    template = simulator.load_template(config.simulator_template or folder)
-    asked = (SearchRequest("", example.question, example.answers) for example in examples)
-    texts = [simulator.prompt(template, request, config.top_k, tokenizer) for request in asked]
-    longest = max(map(len, prompt_ids(tokenizer, texts or [""])))
-    loading.check_model(folder, longest + config.max_turn_tokens + config.max_document_tokens)
-    return simulator.SimulatedSearch(model, tokenizer, template, *writes)
-
-
 def agreed_folder(accelerator, config: SearchConfig) -> Path:
-    """The output folder, the same one on every process; a new run's is made."""
+    """The output folder, the same one on every process. That of a new run is made."""
     from accelerate.utils import broadcast_object_list
 
-    made = accelerator.is_main_process and not config.output and run_folder.new_folder()
-    return Path(broadcast_object_list([made or config.output])[0])
+    folder = config.output
+    if accelerator.is_main_process and not folder:
+        folder = run_folder.new_folder()
+    return Path(broadcast_object_list([folder])[0])
+
+
+def make_accelerator(config: ModelSettings):
+    """Accelerate, computing in the type of the settings. Raises UserError for what it cannot do."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    half = compute_dtype(config) == torch.bfloat16
+    # With efficient loading all processes but one load nothing, and tied weights come untied.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # a sharded one is read by pickle
+    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second gradients
+    try:
+        accelerator = Accelerator(
+            mixed_precision="bf16" if half else "no", kwargs_handlers=[buckets]
+        )
+    except (ImportError, ValueError) as error:
+        raise UserError(f"Accelerate cannot start, mend its settings: {brief(error)}") from error
+    sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
+    require(accelerator.is_fsdp2 or not sharded, "To shard a model use FSDP2, as configs/ does.")
+    if sharded and half:
+        # Otherwise log-probabilities, and sums over the processes, would be rounded to bfloat16.
+        plugin = accelerator.state.fsdp_plugin
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
+    return accelerator
+
+
+# ---- The test while training ---------------------------------------------------------------------
 
 
 def held_out(config, accelerator, writer, tokenizer, template: str) -> Callable[[], dict] | None:
-    """A function that tests the model, `writer()`, on held-out questions, greedily with BM25; or
-    None without a corpus: the simulator, which sees the golds, would be no test."""
+    """A function that tests the model, `writer()`, on held-out questions, greedily with BM25.
+
+    It is None where `--eval_every` is 0, or where there are no held-out questions or no corpus: a
+    test with the simulator, which sees the gold answers, would be none.
+    """
     if not config.eval_every:
         return None
     examples = data.spread(data.load_examples(config.data, "dev"), config.eval_questions)
-    if not examples or config.data != "world" and not config.corpus:
+    if not examples or (config.data != "world" and not config.corpus):
         return accelerator.print("No evaluation while it trains: it takes questions and --corpus.")
-    engine = bm25(config, "dev")
+    engine = build_bm25(config, "dev")
 
     def evaluate() -> dict[str, float]:
         policy = make_policy(config, writer(), tokenizer, template, temperature=0.0)
@@ -177,33 +323,3 @@ def held_out(config, accelerator, writer, tokenizer, template: str) -> Callable[
         return summary(rows) if rows else {}
 
     return evaluate
-
-
-def make_policy(
-    config: SearchConfig, model, tokenizer, template: str, temperature: float
-) -> Policy:
-    """The policy with the limits and the seed of the settings."""
-    return Policy(model, tokenizer, template, limits(config), temperature, config.seed)
-
-
-def make_accelerator(config: SearchConfig):
-    """Accelerate, computing in the settings' type. Raises UserError for what it cannot shard."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    precision = "bf16" if compute_dtype(config) == torch.bfloat16 else "no"
-    # Else a model with tied weights would come untied, and all but one process load nothing.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    os.environ["FSDP_STATE_DICT_TYPE"] = "FULL_STATE_DICT"  # to read sharded ones runs a pickle
-    buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)  # no second gradients
-    try:
-        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[buckets])
-    except (ImportError, ValueError) as error:
-        raise UserError(f"Accelerate cannot start, mend its settings: {brief(error)}") from error
-    sharded = accelerator.distributed_type in ("FSDP", "DEEPSPEED")
-    require(accelerator.is_fsdp2 or not sharded, "To shard a model use FSDP2, as configs/ does.")
-    if sharded and precision == "bf16":  # else log-probabilities and sums would be rounded
-        plugin = accelerator.state.fsdp_plugin
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
-        )
-    return accelerator

@@ -143,7 +143,7 @@ def build_judge(config: SimConfig, accelerator, examples):
         max_document_tokens=8,
         on_search_error="stop",
     )
-    return build.simulated(settings, accelerator, examples)
+    return build.build_simulator(settings, accelerator, examples)
 
 
 # Fine-tuning

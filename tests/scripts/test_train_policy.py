@@ -132,7 +132,7 @@ def test_the_shipped_model_can_be_named_as_simulator(work):
     """Guards the wording of `tiny`, which lies in its folder and not in one of that name."""
     config = train_policy.PolicyConfig(simulator="tiny")
     accelerator = build.make_accelerator(config)
-    assert build.simulated(config, accelerator).template == base.SIMULATOR_PROMPT
+    assert build.build_simulator(config, accelerator).template == base.SIMULATOR_PROMPT
 
 
 def test_the_seed_decides_everything(work):
@@ -267,7 +267,7 @@ def test_the_simulators_wording_may_be_ones_own(work, monkeypatch):
     assert texts and all("Query" in text and "Answer" not in text for text in texts)
     assert all(text.endswith("useful documents :") for text in texts)
     config = train_policy.PolicyConfig(simulator="../base", simulator_template="untuned")
-    template = build.simulated(config, build.make_accelerator(config)).template
+    template = build.build_simulator(config, build.make_accelerator(config)).template
     assert template == simulator.load_template("untuned") != base.SIMULATOR_PROMPT
 
 

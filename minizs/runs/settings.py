@@ -245,6 +245,38 @@ class TrainingSettings:
 
 
 @dataclass
+class WarmStartSettings:
+    """The warm start: supervised learning from demonstrations before the first step."""
+
+    warm_start: str = option(
+        "",
+        "Where the demonstrations come from. 'scripted': a script asks the training engine, which "
+        "needs no model. 'own': the policy's own right answers. Otherwise a file that evaluate.py "
+        "or train_policy.py left (evaluation.jsonl, trajectories.jsonl), of another model perhaps. "
+        "By default there is no warm start.",
+        metavar="SOURCE",
+    )
+    warm_start_steps: int = option(100, "The number of supervised steps.", min=1)
+    warm_start_tokens: int = option(
+        2000, "The positions in a supervised step, over all processes and with padding.", min=1
+    )
+    warm_start_lr: float = option(1e-4, "The peak learning rate of the supervised steps.", above=0)
+    warm_start_questions: int = option(
+        1000, "The number of training questions that 'scripted' and 'own' try to answer.", min=1
+    )
+    warm_start_reward: float = option(
+        1.0, "Demonstrations whose answer has a lower F1 are left out.", min=0, max=1
+    )
+    warm_start_held_out: float = option(
+        0.1,
+        "The share of the demonstrations' questions that is not learned from: loss, valid actions "
+        "and F1 on these are printed before and after.",
+        min=0,
+        max=0.9,
+    )
+
+
+@dataclass
 class CurriculumSettings:
     """The curriculum: how noisy the simulator is."""
 
@@ -411,6 +443,7 @@ class LoggingSettings:
 @dataclass
 class PolicyConfig(
     TrainingSettings,
+    WarmStartSettings,
     CurriculumSettings,
     AlgorithmSettings,
     CriticSettings,

@@ -1,0 +1,264 @@
+"""A warm start: the policy imitates demonstrations before it learns from rewards.
+
+A small or a plain base model may never write a tag by itself; then all rewards are 0, and there is
+nothing to reinforce. Some dozens of supervised steps teach it the form. The result is a model
+folder, `RUN/warm_start/policy`: reinforcement learning starts from that one as from any other, and
+its KL is to that one.
+
+    RUN/warm_start/demonstrations.jsonl    what is imitated, with its tokens
+    RUN/warm_start/metrics.jsonl           the loss of each step
+    RUN/warm_start/checkpoints/            while it trains
+    RUN/warm_start/report.json             on held-out demonstrations, before and after
+    RUN/warm_start/policy/                 the result; written last
+
+Each of them is made once: a run that was stopped or killed goes on after the last whole one.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from minizs import sft
+from minizs.models import loading, lora
+from minizs.rollout import Policy, rollout
+from minizs.runs import build, checkpoint, run_folder, supervised
+from minizs.runs.advice import command
+from minizs.runs.demonstrations import read_demonstrations, select, split_held_out
+from minizs.runs.evaluation import answer_all, from_row, summary
+from minizs.runs.plain_searcher import search_plainly
+from minizs.runs.settings import PolicyConfig
+from minizs.trajectory import Example, Trajectory
+
+SCRIPTED, OWN = "scripted", "own"  # sources that are no file
+PLAYED = 50  # held-out questions that the policy answers before and after, at most
+
+
+def warm_start(
+    config: PolicyConfig,
+    accelerator,
+    engine,
+    examples: Sequence[Example],
+    folder: Path,
+) -> Path:
+    """Make `folder`/policy, if it is not there: the policy of the settings after supervised steps.
+
+    `engine` is the training engine, and `examples` are the questions that "scripted" and "own"
+    answer with it. Raises UserError for demonstrations that cannot be used, and SystemExit, with
+    the command that goes on, after a signal. Afterwards Accelerate has nothing prepared.
+    """
+    result = folder / "policy"
+    if (result / "prompt.txt").is_file():
+        return result
+    folder.mkdir(parents=True, exist_ok=True)
+    student = build_student(config)
+    demonstrations = load_demonstrations(config, accelerator, student, engine, examples, folder)
+    train, held_out = split_held_out(demonstrations, config.warm_start_held_out)
+    writer = prepare_student(config, accelerator, student)
+
+    found = checkpoint.find("latest", folder)
+    done = supervised.start_or_resume(accelerator, folder, config, found)
+    report = read_report(folder) if found else {}
+    if held_out and not report:
+        report["before"] = measure(accelerator, student, writer, engine, held_out, config)
+        write_report(accelerator, folder, report)
+    supervised.train(
+        make_schedule(config),
+        accelerator,
+        student.module,
+        student.optimizer,
+        [tokens_of(trajectory) for trajectory in train],
+        folder,
+        done,
+        command("train_policy.py", "--output", folder.parent, "--resume"),
+    )
+    if held_out:
+        report["after"] = measure(accelerator, student, writer, engine, held_out, config)
+        write_report(accelerator, folder, report)
+        if accelerator.is_main_process:
+            print(describe(report, len(train), len(held_out)))
+    save_student(config, accelerator, student, writer, folder)
+    accelerator.free_memory()  # what it has prepared is no part of the training that follows
+    return result
+
+
+@dataclass
+class Student:
+    """The policy that imitates. `module` and `optimizer` are there once Accelerate prepared them"""
+
+    policy: Policy
+    dtype: torch.dtype  # what is computed in
+    module: Any = None
+    optimizer: Any = None
+
+
+def build_student(config: PolicyConfig) -> Student:
+    """The policy of the settings on the CPU, with a LoRA if it is trained with one."""
+    dtype = build.compute_dtype(config)
+    weights = dtype if config.lora_rank else torch.float32  # what the optimiser changes: float32
+    model, tokenizer = build.load(config, config.policy, torch.device("cpu"), weights)
+    if config.lora_rank:
+        lora.add_lora(model, config.lora_rank, config.seed)
+    template = loading.load_prompt(config.policy)
+    return Student(build.make_policy(config, model, tokenizer, template, 0.0), dtype)
+
+
+def prepare_student(config: PolicyConfig, accelerator, student: Student) -> Callable[[], Any]:
+    """Prepare model and optimiser. Returns a function that gives the model to generate with."""
+    model = student.policy.model
+    if config.gradient_checkpointing:
+        loading.checkpoint_layers(model)
+    writer = loading.make_writer(model, student.dtype, accelerator.device, accelerator.is_fsdp2)
+    packed = model.config._attn_implementation == "flash_attention_2"
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learned, config.warm_start_lr, weight_decay=0.0)
+    student.module, student.optimizer = accelerator.prepare(
+        sft.Supervised(model, packed=packed), optimizer
+    )
+    return writer
+
+
+def make_schedule(config: PolicyConfig) -> supervised.Schedule:
+    return supervised.Schedule(
+        steps=config.warm_start_steps,
+        batch_tokens=config.warm_start_tokens,
+        lr=config.warm_start_lr,
+        warmup=config.warmup,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        save_every=config.save_every,
+        keep=config.keep,
+    )
+
+
+# Demonstrations
+
+
+def load_demonstrations(
+    config: PolicyConfig,
+    accelerator,
+    student: Student,
+    engine,
+    examples: Sequence[Example],
+    folder: Path,
+) -> list[Trajectory]:
+    """The demonstrations of the source that the settings name, with their tokens. They are written
+    to `folder`/demonstrations.jsonl once, and read from there ever after."""
+    path = folder / "demonstrations.jsonl"
+    if not path.is_file():
+        trajectories = make_demonstrations(config, accelerator, student, engine, examples, folder)
+        if accelerator.is_main_process:
+            chosen = select(trajectories, student.policy, config.warm_start_reward)
+            partial_path = path.with_suffix(".partial")
+            run_folder.write_lines(partial_path, [asdict(row) for row in chosen], "w")
+            partial_path.replace(path)
+    accelerator.wait_for_everyone()
+    return [from_row(row) for row in run_folder.read_lines(path)]
+
+
+def make_demonstrations(
+    config: PolicyConfig,
+    accelerator,
+    student: Student,
+    engine,
+    examples: Sequence[Example],
+    folder: Path,
+) -> list[Trajectory] | None:
+    """Trajectories of the source, good and bad ones; None but on the main process. With an engine
+    they are played by all processes, and what was played before a kill is not played again."""
+    if config.warm_start not in (SCRIPTED, OWN):
+        return read_demonstrations(Path(config.warm_start))
+    questions = list(examples[: config.warm_start_questions])
+    if config.warm_start == SCRIPTED:
+        play = partial(search_plainly, max_searches=config.max_turns - 1, seed=config.seed)
+    else:
+        model = student.policy.model.to(accelerator.device)
+        policy = replace(student.policy, model=model, temperature=config.temperature)
+        play = partial(rollout, policy)
+        questions = questions * config.group_size  # several tries at each
+    play = partial(play, engine=engine, noise=mean_noise(config))
+    return answer_all(play, questions, accelerator, kept=folder / "played")
+
+
+def mean_noise(config: PolicyConfig) -> float:
+    """The share of noisy replies that the policy will meet: the mean of the curriculum's ends."""
+    if config.engine == "simulator":
+        return (config.noise_start + config.noise_end) / 2
+    return config.engine_noise
+
+
+def tokens_of(trajectory: Trajectory) -> sft.Tokens:
+    return trajectory.ids, trajectory.loss_mask
+
+
+# What it has brought
+
+
+def measure(
+    accelerator,
+    student: Student,
+    writer: Callable[[], Any],
+    engine,
+    held_out: Sequence[Trajectory],
+    config: PolicyConfig,
+) -> dict[str, float]:
+    """On held-out demonstrations: the loss of a token, and the share of valid actions and the F1 of
+    the policy's own greedy answers to up to `PLAYED` of their questions."""
+    texts = [tokens_of(trajectory) for trajectory in held_out]
+    figures = {"loss": sft.mean_loss(accelerator, student.module, texts, config.warm_start_tokens)}
+    policy = replace(student.policy, model=writer())
+    questions = list(dict.fromkeys(trajectory.example for trajectory in held_out))[:PLAYED]
+    rows = answer_all(partial(rollout, policy, engine=engine), questions, accelerator)
+    if rows is not None:
+        turns = [turn for row in rows for turn in row.turns]
+        figures["valid_rate"] = fmean(turn.action != "invalid" for turn in turns)
+        played = summary(rows)
+        for name in ("f1", "f1_stderr", "searches_per_question", "n"):
+            figures[name] = played[name]
+    return figures
+
+
+def describe(report: dict[str, dict], learned: int, held_out: int) -> str:
+    """What the warm start has brought, in words."""
+    before, after = report["before"], report["after"]
+    return (
+        f"The warm start has learned from {learned} demonstrations. On {held_out} held-out ones "
+        f"the loss went from {before['loss']:.3f} to {after['loss']:.3f}; of its actions "
+        f"{before['valid_rate']:.0%} were valid before and {after['valid_rate']:.0%} are now; "
+        f"F1 went from {before['f1']:.1%} to {after['f1']:.1%} (n = {after['n']})."
+    )
+
+
+def read_report(folder: Path) -> dict[str, dict]:
+    path = folder / "report.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write_report(accelerator, folder: Path, report: dict[str, dict]) -> None:
+    if accelerator.is_main_process:
+        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def save_student(
+    config: PolicyConfig,
+    accelerator,
+    student: Student,
+    writer: Callable[[], Any],
+    folder: Path,
+) -> None:
+    """Write `folder`/policy, a whole model: a LoRA is merged into it."""
+    model = writer()
+    if accelerator.is_main_process:
+        tokenizer = student.policy.tokenizer
+        if config.lora_rank:
+            lora.save_lora(model, folder / "adapter")
+            base, _ = build.load(config, config.policy, torch.device("cpu"), student.dtype)
+            model = lora.merge_lora(base, folder / "adapter")
+        loading.save(model, tokenizer, folder / "policy", prompt=student.policy.template)
+        run_folder.remove(folder / "checkpoints")
+    accelerator.wait_for_everyone()

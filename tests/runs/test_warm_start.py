@@ -1,0 +1,168 @@
+"""The warm start: sources of demonstrations, supervised steps, what is measured, and resuming."""
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scripts import POLICY, weights
+
+from minizs import UserError, sft
+from minizs.models import loading
+from minizs.runs import build, data
+from minizs.runs.demonstrations import split_held_out
+from minizs.runs.evaluation import from_row
+from minizs.runs.flags import parse
+from minizs.runs.run_folder import read_lines
+from minizs.runs.settings import PolicyConfig
+from minizs.runs.warm_start import mean_noise, warm_start
+
+FLAGS = """--warm_start_steps 6 --warm_start_tokens 400 --warm_start_lr 0.01 --save_every 2
+    --warm_start_held_out 0.3 --max_turn_tokens 40 --top_k 1 --engine_noise 0.2""".split()
+
+
+def run(folder: str, *flags: str):
+    """A warm start in this folder, as train_policy.py makes it. Returns the result's path."""
+    config = parse(PolicyConfig, [*POLICY, *FLAGS, *flags])
+    accelerator = build.make_accelerator(config)
+    examples = data.load_examples(config.data, "train")
+    engine = build.build_engine(config, "train", accelerator, examples)
+    result = warm_start(config, accelerator, engine, examples, Path(folder))
+    assert not accelerator._models and not accelerator._optimizers
+    return result
+
+
+def demonstrations(folder: str) -> list[dict]:
+    return read_lines(Path(folder, "demonstrations.jsonl"))
+
+
+def report(folder: str) -> dict:
+    return json.loads(Path(folder, "report.json").read_text())
+
+
+def test_scripted_demonstrations_are_learned(work, capsys):
+    """No model is needed for them; the loss on held-out ones falls, valid actions and F1 are
+    measured before and after, and the result is a model folder with the policy's prompt."""
+    result = run("warm", "--warm_start", "scripted", "--warm_start_steps", "40")
+    assert result == Path("warm/policy")
+    model, tokenizer = loading.load(str(result))
+    assert loading.load_prompt(str(result)) == loading.load_prompt("../base")
+    assert weights(result) != weights(work.parent / "base")
+    before, after = report("warm")["before"], report("warm")["after"]
+    assert after["loss"] < 0.6 * before["loss"]
+    assert 0 <= before["valid_rate"] <= after["valid_rate"] <= 1
+    assert 0 <= before["f1"] <= 1 and 0 <= after["f1"] <= 1
+    assert [row["step"] for row in read_lines(Path("warm/metrics.jsonl"))] == [*range(1, 41)]
+    for row in demonstrations("warm"):
+        assert row["reward"] == 1 and row["turns"][0]["action"] == "search"
+        assert len(row["ids"]) == len(row["loss_mask"]) and any(row["loss_mask"])
+    out = capsys.readouterr().out
+    assert "demonstrations are taken" in out and "were valid before" in out
+
+
+def test_the_loss_is_that_of_the_held_out_demonstrations(work):
+    """The loss before is that of the base model, per token of its own, on questions that are not
+    learned from."""
+    result = run("warm", "--warm_start", "scripted")
+    rows = demonstrations("warm")
+    learned, held_out = split_held_out([from_row(row) for row in rows], 0.3)
+    assert learned and held_out
+    for name, figures in (("../base", report("warm")["before"]), (result, report("warm")["after"])):
+        model, _ = loading.load(str(name))
+        loss, count = sft.nll(model, *sft.collate([(row.ids, row.loss_mask) for row in held_out]))
+        assert figures["loss"] == pytest.approx((loss / count).item(), rel=1e-4)
+
+
+def test_a_file_of_another_model_is_learned(work):
+    """Demonstrations of a file replace those of a script, whatever wrote it."""
+    run("scripted", "--warm_start", "scripted")
+    rows = [row | {"ids": [1], "loss_mask": [1]} for row in demonstrations("scripted")]
+    Path("theirs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run("warm", "--warm_start", "theirs.jsonl")
+    assert demonstrations("warm") == [
+        row | {"example": row["example"] | {"source": row["example"]["source"]}}
+        for row in demonstrations("scripted")
+    ]
+    assert weights(Path("warm/policy")) == weights(Path("scripted/policy"))
+
+
+def test_own_right_answers_are_learned(work):
+    """They come from the policy's own rollouts, several tries at each question, and have reward 1
+    and a search."""
+    run("warm", "--warm_start", "own", "--group_size", "8")
+    rows = demonstrations("warm")
+    assert rows and len({row["example"]["question"] for row in rows}) < len(rows)
+    for row in rows:
+        assert row["reward"] == 1 and row["turns"][0]["action"] == "search"
+
+
+def test_bad_files_are_refused_before_anything_is_trained(work):
+    """A file that holds no demonstration is one sentence, and no model is there."""
+    with pytest.raises(UserError, match="nowhere.jsonl.*--warm_start"):
+        run("warm", "--warm_start", "nowhere.jsonl")
+    with pytest.raises(UserError, match="Row 1 of ../questions.jsonl is no demonstration"):
+        run("warm", "--warm_start", "../questions.jsonl")
+    assert not Path("warm/policy").exists()
+
+
+def test_limits_without_room_are_named(work):
+    """Where no demonstration fits, the sentence names the limits."""
+    with pytest.raises(UserError, match="nothing to imitate.*exceed --max_turns"):
+        run("warm", "--warm_start", "scripted", "--max_turn_tokens", "5")
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGTERM])
+def test_it_goes_on_where_it_was_stopped(work, monkeypatch, number):
+    """A kill or a signal in the middle of the steps costs nothing but the steps since the last
+    checkpoint: the weights are those of an unbroken warm start, and what is whole is not made
+    again."""
+    run("whole", "--warm_start", "scripted")
+    collate = sft.collate
+    calls = iter(range(10**6))
+
+    def patched(*arguments):
+        if next(calls) == 6:
+            if number is None:
+                raise MemoryError
+            signal.raise_signal(number)
+        return collate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "collate", patched)
+        with pytest.raises(MemoryError if number is None else SystemExit) as stop:
+            run("warm", "--warm_start", "scripted")
+    if number is not None:
+        assert "Go on with: " in str(stop.value) and "--output . --resume" in str(stop.value)
+    assert list(Path("warm/checkpoints").glob("step-*")) and not Path("warm/policy").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr("minizs.runs.warm_start.search_plainly", lambda *_, **__: pytest.fail())
+        result = run("warm", "--warm_start", "scripted")
+    assert weights(result) == weights(Path("whole/policy"))
+    assert read_lines(Path("warm/metrics.jsonl")) == read_lines(Path("whole/metrics.jsonl"))
+    assert report("warm") == report("whole")
+    before = weights(result)
+    run("warm", "--warm_start", "scripted")  # which has nothing left to do
+    assert weights(result) == before
+
+
+def test_a_lora_is_merged(work):
+    """With a LoRA the result is a whole model all the same, from which a new LoRA can start."""
+    result = run("warm", "--warm_start", "scripted", "--lora_rank", "4")
+    assert weights(result) != weights(work.parent / "base")
+    assert (result / "config.json").is_file() and not (result / "adapter_config.json").exists()
+
+
+def test_nothing_is_held_out_where_none_is_wanted(work, capsys):
+    """Then all demonstrations are learned from, and nothing is measured."""
+    run("warm", "--warm_start", "scripted", "--warm_start_held_out", "0")
+    assert not Path("warm/report.json").exists()
+    assert "were valid" not in capsys.readouterr().out
+
+
+def test_the_share_of_noise_is_that_of_the_run():
+    """Demonstrations meet the noise that training will bring: the mean of the curriculum, or that
+    of a real engine."""
+    config = PolicyConfig(noise_start=0.1, noise_end=0.5, engine_noise=0.2)
+    assert mean_noise(replace(config, engine="simulator")) == pytest.approx(0.3)
+    assert mean_noise(replace(config, engine="bm25")) == pytest.approx(0.2)

@@ -443,7 +443,6 @@ class LoggingSettings:
 @dataclass
 class PolicyConfig(
     TrainingSettings,
-    WarmStartSettings,
     CurriculumSettings,
     AlgorithmSettings,
     CriticSettings,

@@ -196,12 +196,12 @@ def fine_tune(
         run_folder.check_unchanged(folder, config, may_change(config))
     done = supervised.start_or_resume(accelerator, folder, config, found)
     go_on = command("train_sim.py", "--output", config.output, "--resume")
-    schedule = make_schedule(config)
+    schedule = fine_tuning_schedule(config)
     supervised.train(schedule, accelerator, model, optimizer, texts, folder, done, go_on)
     return writer().eval()
 
 
-def make_schedule(config: SimConfig) -> supervised.Schedule:
+def fine_tuning_schedule(config: SimConfig) -> supervised.Schedule:
     return supervised.Schedule(
         steps=config.steps,
         batch_tokens=config.batch_tokens,

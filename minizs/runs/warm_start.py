@@ -63,12 +63,12 @@ def warm_start(
 
     found = checkpoint.find("latest", folder)
     done = supervised.start_or_resume(accelerator, folder, config, found)
-    report = read_report(folder) if found else {}
+    report = load_report(folder) if found else {}
     if held_out and not report:
         report["before"] = measure(accelerator, student, writer, engine, held_out, config)
-        write_report(accelerator, folder, report)
+        save_report(accelerator, folder, report)
     supervised.train(
-        make_schedule(config),
+        warm_start_schedule(config),
         accelerator,
         student.module,
         student.optimizer,
@@ -79,7 +79,7 @@ def warm_start(
     )
     if held_out:
         report["after"] = measure(accelerator, student, writer, engine, held_out, config)
-        write_report(accelerator, folder, report)
+        save_report(accelerator, folder, report)
         if accelerator.is_main_process:
             print(describe(report, len(train), len(held_out)))
     save_student(config, accelerator, student, writer, folder)
@@ -123,7 +123,7 @@ def prepare_student(config: PolicyConfig, accelerator, student: Student) -> Call
     return writer
 
 
-def make_schedule(config: PolicyConfig) -> supervised.Schedule:
+def warm_start_schedule(config: PolicyConfig) -> supervised.Schedule:
     return supervised.Schedule(
         steps=config.warm_start_steps,
         batch_tokens=config.warm_start_tokens,
@@ -234,12 +234,12 @@ def describe(report: dict[str, dict], learned: int, held_out: int) -> str:
     )
 
 
-def read_report(folder: Path) -> dict[str, dict]:
+def load_report(folder: Path) -> dict[str, dict]:
     path = folder / "report.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def write_report(accelerator, folder: Path, report: dict[str, dict]) -> None:
+def save_report(accelerator, folder: Path, report: dict[str, dict]) -> None:
     if accelerator.is_main_process:
         (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ScriptedHead, make_model, make_tokenizer
 
 from minizs import UserError
-from minizs.engines.ranking import BM25
+from minizs.engines.bm25 import BM25
 from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import demonstrations
 from minizs.runs.plain_searcher import search_plainly

@@ -2,7 +2,8 @@
 
 import pytest
 
-from minizs.engines.ranking import BM25, NoDocuments
+from minizs.engines.bm25 import BM25
+from minizs.engines.ranking import NoDocuments
 from minizs.protocol import parse_action
 from minizs.runs import plain_searcher
 from minizs.runs.plain_searcher import search_plainly

@@ -2,7 +2,7 @@
 
 import json
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,16 +15,21 @@ from minizs.runs.demonstrations import split_held_out
 from minizs.runs.evaluation import from_row
 from minizs.runs.flags import parse
 from minizs.runs.run_folder import read_lines
-from minizs.runs.settings import PolicyConfig
+from minizs.runs.settings import PolicyConfig, WarmStartSettings
 from minizs.runs.warm_start import mean_noise, warm_start
 
 FLAGS = """--warm_start_steps 6 --warm_start_tokens 400 --warm_start_lr 0.01 --save_every 2
     --warm_start_held_out 0.3 --max_turn_tokens 40 --top_k 1 --engine_noise 0.2""".split()
 
 
+@dataclass
+class WarmConfig(PolicyConfig, WarmStartSettings):
+    """Both groups."""
+
+
 def run(folder: str, *flags: str):
     """A warm start in this folder, as train_policy.py makes it. Returns the result's path."""
-    config = parse(PolicyConfig, [*POLICY, *FLAGS, *flags])
+    config = parse(WarmConfig, [*POLICY, *FLAGS, *flags])
     accelerator = build.make_accelerator(config)
     examples = data.load_examples(config.data, "train")
     engine = build.build_engine(config, "train", accelerator, examples)
@@ -163,6 +168,6 @@ def test_nothing_is_held_out_where_none_is_wanted(work, capsys):
 def test_the_share_of_noise_is_that_of_the_run():
     """Demonstrations meet the noise that training will bring: the mean of the curriculum, or that
     of a real engine."""
-    config = PolicyConfig(noise_start=0.1, noise_end=0.5, engine_noise=0.2)
+    config = WarmConfig(noise_start=0.1, noise_end=0.5, engine_noise=0.2)
     assert mean_noise(replace(config, engine="simulator")) == pytest.approx(0.3)
     assert mean_noise(replace(config, engine="bm25")) == pytest.approx(0.2)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from minizs import sft
-from minizs.models import loading, lora
+from minizs.models import loading, lora, weights
 from minizs.rollout import Policy, rollout
 from minizs.runs import build, checkpoint, run_folder, supervised
 from minizs.runs.advice import command
@@ -100,8 +100,8 @@ class Student:
 def build_student(config: PolicyConfig) -> Student:
     """The policy of the settings on the CPU, with a LoRA if it is trained with one."""
     dtype = build.compute_dtype(config)
-    weights = dtype if config.lora_rank else torch.float32  # what the optimiser changes: float32
-    model, tokenizer = build.load(config, config.policy, torch.device("cpu"), weights)
+    trained_dtype = dtype if config.lora_rank else torch.float32  # the optimiser changes it
+    model, tokenizer = build.load(config, config.policy, torch.device("cpu"), trained_dtype)
     if config.lora_rank:
         lora.add_lora(model, config.lora_rank, config.seed)
     template = loading.load_prompt(config.policy)
@@ -112,8 +112,8 @@ def prepare_student(config: PolicyConfig, accelerator, student: Student) -> Call
     """Prepare model and optimiser. Returns a function that gives the model to generate with."""
     model = student.policy.model
     if config.gradient_checkpointing:
-        loading.checkpoint_layers(model)
-    writer = loading.make_writer(model, student.dtype, accelerator.device, accelerator.is_fsdp2)
+        weights.checkpoint_layers(model)
+    writer = weights.make_writer(model, student.dtype, accelerator.device, accelerator.is_fsdp2)
     packed = model.config._attn_implementation == "flash_attention_2"
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learned, config.warm_start_lr, weight_decay=0.0)
@@ -259,6 +259,6 @@ def save_student(
             lora.save_lora(model, folder / "adapter")
             base, _ = build.load(config, config.policy, torch.device("cpu"), student.dtype)
             model = lora.merge_lora(base, folder / "adapter")
-        loading.save(model, tokenizer, folder / "policy", prompt=student.policy.template)
+        loading.save_model(model, tokenizer, folder / "policy", prompt=student.policy.template)
         run_folder.remove(folder / "checkpoints")
     accelerator.wait_for_everyone()

@@ -51,7 +51,7 @@ def test_scripted_demonstrations_are_learned(work, capsys):
     measured before and after, and the result is a model folder with the policy's prompt."""
     result = run("warm", "--warm_start", "scripted", "--warm_start_steps", "40")
     assert result == Path("warm/policy")
-    model, tokenizer = loading.load(str(result))
+    model, tokenizer = loading.load_model(str(result))
     assert loading.load_prompt(str(result)) == loading.load_prompt("../base")
     assert weights(result) != weights(work.parent / "base")
     before, after = report("warm")["before"], report("warm")["after"]
@@ -74,7 +74,7 @@ def test_the_loss_is_that_of_the_held_out_demonstrations(work):
     learned, held_out = split_held_out([from_row(row) for row in rows], 0.3)
     assert learned and held_out
     for name, figures in (("../base", report("warm")["before"]), (result, report("warm")["after"])):
-        model, _ = loading.load(str(name))
+        model, _ = loading.load_model(str(name))
         loss, count = sft.nll(model, *sft.collate([(row.ids, row.loss_mask) for row in held_out]))
         assert figures["loss"] == pytest.approx((loss / count).item(), rel=1e-4)
 

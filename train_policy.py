@@ -42,7 +42,7 @@ def train(
     from minizs.engines.client import ServiceError
     from minizs.reward import f1_score
     from minizs.rollout import rollout
-    from minizs.runs import build, checkpoint, data, metrics, report
+    from minizs.runs import build, checkpoint, data, metrics, page
     from minizs.runs.alarms import alarms
 
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -58,7 +58,7 @@ def train(
 
     def save_run(step: int) -> None:
         if rank == 0:
-            report.write(folder)
+            page.write_page(folder)
         checkpoint.save(accelerator, folder, step, config.keep)
 
     for step in steps:
@@ -162,7 +162,7 @@ def main(argv: list[str]) -> None:
     from minizs.models import loading, lora
     from minizs.models.weights import make_writer
     from minizs.protocol import vocabulary_size
-    from minizs.runs import build, checkpoint, data, metrics, report
+    from minizs.runs import build, checkpoint, data, metrics, page
 
     accelerator = build.make_accelerator(config)
     require(
@@ -225,7 +225,7 @@ def main(argv: list[str]) -> None:
             loading.save_model(final, tokenizer, folder / "adapter")
             base, _ = build.load(config, config.policy, torch.device("cpu"), dtype)
             final = lora.merge_lora(base, folder / "adapter")
-        report.write(folder)
+        page.write_page(folder)
         lines = run_folder.read_lines(folder / "metrics.jsonl")
         spent = metrics.cost(lines, config.search_price, config.gpu_price)
         (folder / "cost.json").write_text(json.dumps(spent, indent=1) + "\n", encoding="utf-8")

@@ -116,10 +116,10 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=HERE / "docs", help="Where they go.")
     config = parser.parse_args()
     import evaluate
-    from minizs.runs import report
+    from minizs.runs import page
 
     config.docs.mkdir(exist_ok=True)
-    report.write(config.run)
+    page.write_page(config.run)
     html = (config.run / "report.html").read_text(encoding="utf-8")
     screenshot(html, config.docs / "report.png", 1280, 750)
     screenshot(html, config.docs / "report-phone.png", 390, 1500, dark=True)

@@ -83,6 +83,11 @@ def split_spec(spec: str) -> list[str]:
     return names
 
 
+def looks_like_a_file(name: str) -> bool:
+    """Whether a name in a spec is that of a file, by its ending: it need not be there."""
+    return bool(files.file_format(Path(name)))
+
+
 def check_spec(spec: str) -> list[str]:
     """The parts of a spec: files, hub names (`org/name:config`) and the paper's sets, of which
     "paper" means all; or ["world"]. Raises UserError. The hub is not asked yet."""
@@ -100,11 +105,11 @@ def check_spec(spec: str) -> list[str]:
 
 
 def _can_be_read(part: str) -> bool:
-    path = Path(part)
-    if files.file_format(path):
-        return path.is_file()
+    is_file = Path(part).is_file()
+    if looks_like_a_file(part):
+        return is_file
     is_hub_name = part in PAPER or HUB_NAME.fullmatch(part) is not None
-    return is_hub_name and not path.is_file()
+    return is_hub_name and not is_file
 
 
 def load_examples(spec: str, role: str, say: Callable[[str], None] = print) -> list[Example]:

@@ -1,61 +1,33 @@
-"""Stage 3 as functions: questions in, EM, substring match and F1 with their standard errors out.
+"""Questions in, scores out: F1, exact match and substring match, with their standard errors.
 
-Every row counts, also one without an answer; EM is equality, not containment (defect D4)."""
+Every question counts, also one without an answer. Exact match is equality, not containment, which
+the paper's code calls by that name.
+"""
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean, stdev
 
-from minizs.protocol import build_prompt, neutralize, number_documents, reply_ids
 from minizs.reward import exact_match, f1_score, substring_match
-from minizs.rollout import Limits, Policy, rollout
 from minizs.runs.metrics import searched_again
 from minizs.runs.run_folder import read_lines
-from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
+from minizs.trajectory import Example, Trajectory, Turn
 
 METRICS = {"f1": f1_score, "em": exact_match, "sub_em": substring_match}
+LONGEST_NAME = 24  # characters of a policy's name in a table
+# Which setting a trajectory ran into, by the reason that it gives in `truncated`.
+LIMITS = {
+    "turns": "max_turns",
+    "turn_tokens": "max_turn_tokens",
+    "context": "max_context",
+}
 
 
-def baseline(
-    method: str,
-    policy: Policy,
-    examples: Sequence[Example],
-    engine,
-    *,
-    keys: Sequence[tuple[int, ...]] | None = None,
-    on_turn: Callable[[Turn], None] = lambda turn: None,
-) -> list[Trajectory]:
-    """Paper section 4.2, a turn for each example: "direct", "cot" (chain of thought), or "rag", on
-    what one search for the question finds. The wording is in `prompts/`."""
-    tokenizer, limits = policy.tokenizer, policy.limits
-    wording = (Path(__file__).parent.parent / "prompts" / f"{method}.txt").read_text(
-        encoding="utf-8"
-    )
-    found: list[list[str] | None] = [None for _ in examples]
-    if method == "rag":
-        asked = [neutralize(example.question, tokenizer) for example in examples]
-        requests = [SearchRequest(q, q, e.answers) for q, e in zip(asked, examples, strict=True)]
-        found = [[neutralize(text, tokenizer) for text in some] for some in engine.search(requests)]
-    texts = [number_documents(some or []) for some in found]
-    cut = [
-        tokenizer.decode(ids[: limits.document_tokens])
-        if len(ids) > limits.document_tokens
-        else text
-        for ids, text in zip(reply_ids(tokenizer, texts), texts, strict=True)
-    ]
-    shown = [wording.replace("{documents}", text) for text in cut]
-    prompts = [build_prompt(e.question, w, tokenizer) for e, w in zip(examples, shown, strict=True)]
-    one_turn = Limits(turns=1, turn_tokens=limits.turn_tokens, context=math.inf)
-    policy = replace(policy, limits=one_turn)
-    rows = rollout(policy, examples, engine, keys=keys, prompts=prompts, on_turn=on_turn)
-    for row, documents in zip(rows, found, strict=True):
-        row.turns[0].documents = documents
-        if method == "rag":
-            on_turn(row.turns[0])
-    return rows
+# ---- Answers -------------------------------------------------------------------------------------
 
 
 def answer_all(
@@ -63,75 +35,163 @@ def answer_all(
     examples: Sequence[Example],
     accelerator,
     batch: int = 250,
-    kept: Path | None = None,
+    log: Path | None = None,
 ) -> list[Trajectory] | None:
-    """`answer(examples, keys=...)` for all, in order, over all processes: None but on the main one.
-    A key is an index: neither batch nor processes change an answer. With `kept`, what is done lies
-    in files `kept.RANK`, tokens left out: called again after an interruption, it goes on there."""
+    """The scored trajectories of all examples, in order; None on all processes but the main one.
+
+    `answer(examples, keys=...)` gives trajectories. A key is the example's index, so that neither
+    the size of a batch nor the number of processes changes an answer. With `log`, each process
+    writes what it has to the file `log.RANK`, without tokens: called again after an interruption,
+    with any number of processes, this goes on where it was.
+    """
     from accelerate.utils import gather_object
     from tqdm import tqdm
 
-    rank, world, mine = accelerator.process_index, accelerator.num_processes, {}
-    files = kept.parent.glob(f"{kept.name}.*") if kept else []
-    done = {row.pop("index"): from_row(row) for file in files for row in read_lines(file)}
+    rank = accelerator.process_index
+    answered = read_log(log) if log else {}
     accelerator.wait_for_everyone()  # all have read before one writes
-    todo = [i for i in range(len(examples)) if i not in done][rank::world]
-    for start in tqdm(range(0, len(todo), batch), disable=not kept or rank > 0, leave=False):
-        some = todo[start : start + batch]
-        rows = answer([examples[i] for i in some], keys=[(i,) for i in some])
-        for row in rows:
-            row.reward = f1_score(row.answer, row.example.answers)
-        rows = [replace(row, ids=[], loss_mask=[], logprobs=[]) for row in rows]
-        mine |= zip(some, rows, strict=True)
-        if kept:
-            kept.parent.mkdir(exist_ok=True)
-            with open(f"{kept}.{rank}", "a", encoding="utf-8") as file:
-                file.writelines(map(as_line, some, rows))
-    done |= dict(gather_object([*mine.items()]))
-    return [done[i] for i in range(len(examples))] if rank == 0 else None
+    open_indices = [index for index in range(len(examples)) if index not in answered]
+    share = open_indices[rank :: accelerator.num_processes]
+    newly_answered: dict[int, Trajectory] = {}
+    for start in tqdm(range(0, len(share), batch), disable=not log or rank > 0, leave=False):
+        indices = share[start : start + batch]
+        trajectories = answer(
+            [examples[index] for index in indices], keys=[(index,) for index in indices]
+        )
+        scored = dict(zip(indices, map(score_answer, trajectories), strict=True))
+        newly_answered.update(scored)
+        if log:
+            append_to_log(Path(f"{log}.{rank}"), scored)
+    answered.update(gather_object(list(newly_answered.items())))
+    return [answered[index] for index in range(len(examples))] if rank == 0 else None
 
 
-def as_line(index: int, trajectory: Trajectory) -> str:
+def score_answer(trajectory: Trajectory) -> Trajectory:
+    """The trajectory with its reward and without its tokens, which a test has no use for."""
+    reward = f1_score(trajectory.answer, trajectory.example.answers)
+    return replace(trajectory, reward=reward, ids=[], loss_mask=[], logprobs=[])
+
+
+def append_to_log(path: Path, trajectories: dict[int, Trajectory]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        for index, trajectory in trajectories.items():
+            file.write(to_line(index, trajectory))
+
+
+def read_log(log: Path) -> dict[int, Trajectory]:
+    """What all processes of earlier runs have answered, by the index of the question."""
+    trajectories = {}
+    for path in sorted(log.parent.glob(f"{log.name}.*")):
+        for row in read_lines(path):
+            index = row.pop("index")
+            trajectories[index] = from_row(row)
+    return trajectories
+
+
+def to_line(index: int, trajectory: Trajectory) -> str:
     return json.dumps({"index": index} | asdict(trajectory)) + "\n"
 
 
 def from_row(row: dict) -> Trajectory:
-    """Undo `as_line`, read and without its index."""
-    example = row["example"] | {"answers": tuple(row["example"]["answers"])}
+    """Undo `to_line`: from its line, parsed and without its index."""
+    example = Example(**row["example"] | {"answers": tuple(row["example"]["answers"])})
     turns = [Turn(**turn) for turn in row["turns"]]
-    return Trajectory(**row | {"example": Example(**example), "turns": turns})
+    return Trajectory(**row | {"example": example, "turns": turns})
+
+
+# ---- Figures -------------------------------------------------------------------------------------
 
 
 def summary(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Means with their standard errors over these questions (sample deviation over root n)."""
-    n = len(trajectories)
-    out: dict[str, float] = {"n": n}
+    """Means over these questions. A standard error is the sample deviation over the root of n."""
+    count = len(trajectories)
+    figures: dict[str, float] = {"n": count}
     for name, metric in METRICS.items():
         scores = [metric(t.answer, t.example.answers) for t in trajectories]
-        error = stdev(scores) / math.sqrt(n) if n > 1 else 0.0
-        out |= {name: fmean(scores), f"{name}_stderr": error}
-    out["searches_per_question"] = fmean(t.searches for t in trajectories)
-    out["truncated"] = fmean(bool(t.truncated) for t in trajectories)
-    again = {label: searched_again(trajectories, label == "noisy") for label in ("noisy", "useful")}
-    return out | {f"again_after_{label}": a / n for label, (a, n) in again.items() if n}
+        figures[name] = fmean(scores)
+        figures[f"{name}_stderr"] = stdev(scores) / math.sqrt(count) if count > 1 else 0.0
+    figures["searches_per_question"] = fmean(t.searches for t in trajectories)
+    figures["truncated"] = fmean(bool(t.truncated) for t in trajectories)
+    for label in ("noisy", "useful"):
+        searches, replies = searched_again(trajectories, noisy=label == "noisy")
+        if replies:
+            figures[f"again_after_{label}"] = searches / replies
+    return figures
 
 
 def table(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
-    """`summary` of each data set, of "overall" (all pooled), and the sets' mean, "average"."""
-    sources = sorted({t.example.source for t in trajectories})
-    out = {s: summary([t for t in trajectories if t.example.source == s]) for s in sources}
-    average = {m: fmean(out[s][m] for s in sources) for m in (*METRICS, "searches_per_question")}
+    """The `summary` of each data set, of all questions pooled ("overall"), and the data sets'
+    unweighted mean ("average"), which is the figure that the paper gives."""
+    by_source: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        by_source.setdefault(trajectory.example.source, []).append(trajectory)
+    rows = {source: summary(by_source[source]) for source in sorted(by_source)}
+    average: dict[str, float] = {"n": len(trajectories)}
+    for name in (*METRICS, "searches_per_question"):
+        average[name] = fmean(row[name] for row in rows.values())
     for name in (f"{metric}_stderr" for metric in METRICS):  # of a mean of independent means
-        average[name] = math.hypot(*(out[s][name] for s in sources)) / len(sources)
-    return out | {"overall": summary(trajectories), "average": {"n": len(trajectories)} | average}
+        average[name] = math.hypot(*(row[name] for row in rows.values())) / len(rows)
+    return rows | {"overall": summary(trajectories), "average": average}
 
 
-def show(tables: dict[str, dict]) -> str:
-    """The tables of several policies as Markdown, in per cent, with standard errors."""
+def markdown(tables: dict[str, dict]) -> str:
+    """The tables of several policies as one in Markdown, in per cent, with standard errors."""
     lines = ["| | data | n | F1 | EM | contains | searches |", "|---|---|--:|--:|--:|--:|--:|"]
-    for policy, table in tables.items():
-        for name, row in table.items():
-            cells = [policy[-24:], name, str(row["n"])]
-            cells += [f"{100 * row[m]:.1f} ± {100 * row[f'{m}_stderr']:.1f}" for m in METRICS]
-            lines.append(f"| {' | '.join(cells)} | {row['searches_per_question']:.2f} |")
+    for policy, rows in tables.items():
+        for source, row in rows.items():
+            cells = [short(policy), source, str(row["n"])]
+            for metric in METRICS:
+                cells.append(f"{100 * row[metric]:.1f} ± {100 * row[f'{metric}_stderr']:.1f}")
+            cells.append(f"{row['searches_per_question']:.2f}")
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def short(name: str) -> str:
+    """The end of a long name, with a sign that its beginning is missing."""
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+
+
+# ---- What makes figures worthless ----------------------------------------------------------------
+
+
+def warnings(trajectories: Sequence[Trajectory], config) -> list[str]:
+    """A sentence for each reason why these figures say little about what the policy knows.
+
+    `config` has the limits, the method and the engine of the test.
+    """
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    replies = [turn.documents for turn in turns if turn.documents is not None]
+    sentences = limit_warnings(trajectories, config)
+    if all(turn.action == "invalid" for turn in turns):
+        sentences.append(
+            "not one turn was a valid action, a search or an answer: look at the answers' file, "
+            "and check --chat_template and the model's prompt.txt"
+        )
+    elif config.method == "search" and not replies:
+        sentences.append(
+            "not one search was carried out: the figures are about what the model knows by heart"
+        )
+    if replies and not any(replies) and config.engine != "none":
+        sentences.append(
+            f"all {len(replies):,} replies of the engine were empty: check --corpus, or the server"
+        )
+    return sentences
+
+
+def limit_warnings(trajectories: Sequence[Trajectory], config) -> list[str]:
+    """A sentence about the limit that ended most trajectories, if limits ended most of them."""
+    reasons = Counter(t.truncated for t in trajectories if t.truncated)
+    share = reasons.total() / len(trajectories)
+    if share <= 0.5:
+        return []
+    [(reason, _)] = reasons.most_common(1)
+    if reason == "turns" and config.method != "search":
+        return [f"{share:.0%} of the answers are none: the one turn of --method had no answer"]
+    setting = LIMITS[reason]
+    most = "all" if len(reasons) == 1 else "most"
+    return [
+        f"{share:.0%} of the questions have no answer since a limit was reached, {most} of them at "
+        f"--{setting} {getattr(config, setting)}: raise it"
+    ]

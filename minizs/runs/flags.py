@@ -98,6 +98,16 @@ def _settings(kind: type, parsed: argparse.Namespace) -> Any:
     return kind(**values)
 
 
+def given(kind: type, argv: list[str]) -> set[str]:
+    """The names of the settings to which the flags, or the file of `--config`, give a value."""
+    parser = make_parser(kind)
+    parser.set_defaults(**{field.name: None for field in dataclasses.fields(kind)})
+    path = parser.parse_known_args(argv)[0].config
+    flags = read_yaml(path) if path else []
+    values = vars(parser.parse_args([*flags, *argv]))
+    return {name for name, value in values.items() if value is not None and name != "config"}
+
+
 def make_parser(kind: type) -> argparse.ArgumentParser:
     """A parser with one flag for each field, under one heading for each class that `kind` is of."""
     parser = _Parser(

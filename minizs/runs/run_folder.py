@@ -9,6 +9,7 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,15 +134,12 @@ def newest_run() -> Path | None:
     return done and done.parent.parent
 
 
-def started_from(policy: Path) -> str:
-    """The model that this policy of a run was trained from; "none" if it is no run's."""
-    import yaml
-
-    own = (policy.parent / "metrics.jsonl").is_file()
-    if not own:
-        return "none"
-    text = (policy.parent / "config.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)["policy"]
+def describe(folder: Path) -> str:
+    """A run in words: where it is, how many steps it has, and when it ended."""
+    rows = read_lines(folder / "metrics.jsonl")
+    steps = f"{rows[-1]['step']:,} steps" if rows else "no steps"
+    ended = datetime.fromtimestamp((folder / DONE).stat().st_mtime)
+    return f"the newest run, {folder}: {steps}, ended on {ended:%Y-%m-%d at %H:%M}."
 
 
 TRAINED_WITH = "trained_with.yaml"  # beside the weights of a policy

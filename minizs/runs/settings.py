@@ -16,6 +16,7 @@ from minizs.runs.flags import option
 
 REAL_ENGINES = ("bm25", "http", "web")
 ENGINES = ("simulator", *REAL_ENGINES, "none")
+BASELINES = ("direct", "cot", "rag")  # ways to answer without searching, see baselines.py
 URL = ("http://", "https://")  # how the name of a server begins, not that of a folder
 
 
@@ -553,6 +554,59 @@ class SimConfig(CollectSettings, FineTuningSettings, SearchConfig):
         "With --collect and --data: the engine that answers the searches.",
         REAL_ENGINES,
     )
+
+
+# ---- What testing the policy needs as well -------------------------------------------------------
+
+
+@dataclass
+class EvalConfig(SearchConfig):
+    """Stage 3: test a policy with a real search engine, or ask it one question.
+
+    Without any flag it tests the newest run's policy in the tiny world, beside the model that its
+    training began with.
+    """
+
+    ask: str | None = option(
+        None, "Answer this one question and show the whole trajectory.", metavar="QUESTION"
+    )
+    policy: str = option(
+        "",
+        "The policy to test: a folder or a hub name. By default that of the newest run, which is "
+        "trained if there is none.",
+        metavar="MODEL",
+    )
+    before: str = option(
+        "auto",
+        "The model to compare with: 'auto' is the one that the policy was trained from, 'none' is "
+        "no other.",
+        metavar="MODEL",
+    )
+    method: str = option(
+        "search",
+        "How the policy answers: it searches, answers at once, thinks first, or reads the "
+        "documents of one search for the question.",
+        ("search", *BASELINES),
+    )
+    engine: str = option(
+        "bm25",
+        "What answers the searches: a real engine, the simulator, which has seen the gold answers, "
+        "or nothing.",
+        ENGINES,
+    )
+    questions: int = option(
+        1000, "The number of questions, spread evenly over the data sets. 0 takes all.", min=0
+    )
+    output: str = option(
+        "",
+        "A .json file for the figures. By default evaluation.json beside the policy's folder, or "
+        "evaluation-2.json and so on.",
+        metavar="FILE",
+    )
+    temperature: float = option(
+        0.0, "The temperature at which the policy samples. 0 is greedy.", min=0
+    )
+    batch: int = option(250, "The number of questions that a process answers together.", min=1)
 
 
 # ---- What concerns more than one setting ---------------------------------------------------------

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 from scripts import policy
-from test_report import CHROMIUM
+from test_page import CHROMIUM
 
 from benchmarks import pictures
 

@@ -1,14 +1,12 @@
 """What a policy is compared with: one generation, with or without what one search found."""
 
-from pathlib import Path
-
 import pytest
 from conftest import ScriptedHead, make_model, make_tokenizer
 
-import evaluate
 from minizs.generate import Decoder
 from minizs.rollout import Limits, Policy
-from minizs.runs import evaluation
+from minizs.runs import baselines
+from minizs.runs.settings import BASELINES
 from minizs.trajectory import Example
 
 TOKENIZER = make_tokenizer()
@@ -40,14 +38,14 @@ def answer(method: str, says: str, monkeypatch, **options):
         patch.setattr("minizs.rollout.Decoder", Spy)
         policy = Policy(model, TOKENIZER, limits=Limits(turn_tokens=len(says)), temperature=0.0)
         keys = [(4,), (7,)]
-        rows = evaluation.baseline(method, policy, EXAMPLES, engine, keys=keys, **options)
+        rows = baselines.answer_at_once(method, policy, EXAMPLES, engine, keys=keys, **options)
     [(prompts, settings)] = seen
     return rows, prompts, settings, engine.asked
 
 
-@pytest.mark.parametrize("method", evaluate.METHODS[1:])
+@pytest.mark.parametrize("method", BASELINES)
 def test_what_the_model_is_shown(method, monkeypatch):
-    """Guards documents that are missing or another question's, and an engine asked too often."""
+    """The question in the wording of the method, with its own documents for rag, and one search."""
     rows, prompts, settings, asked = answer(method, "<answer>Rome</answer>", monkeypatch)
     assert "Question: who is it?\n" in prompts[0] and "Question: where?\n" in prompts[1]
     assert all("begins with <answer>" in text and "{" not in text for text in prompts)
@@ -73,22 +71,22 @@ def test_what_the_model_is_shown(method, monkeypatch):
     [("hm", "turn_tokens"), ("<answer>Rome", "turn_tokens"), ("<search>a</search>", "turns")],
 )
 def test_without_an_answer_there_is_none(says, ending, monkeypatch):
-    """Guards half an answer that counts, and a search that is carried out."""
+    """A turn without an answer scores nothing, and a search in it is not carried out."""
     rows, _, _, asked = answer("direct", says, monkeypatch)
     assert [(row.answer, row.truncated) for row in rows] == [(None, ending)] * 2
     assert not asked and rows[0].turns[0].text == says
 
 
 def test_each_turn_is_shown(monkeypatch):
-    """Guards --ask that works with --method search alone."""
+    """The turn is shown when it is written and, for rag, again with the documents."""
     shown = []
     rows, *_ = answer("rag", "<answer>Rome</answer>", monkeypatch, on_turn=shown.append)
     assert shown == [row.turns[0] for row in rows] * 2  # when it is written; with its documents
 
 
 def test_every_method_has_a_wording():
-    """Guards a method that can be named and not be had."""
-    folder = Path(evaluation.__file__).parent.parent / "prompts"
-    for method in evaluate.METHODS[1:]:
+    """Every method that can be chosen has a prompt, and a place in it for what it shows."""
+    folder = baselines.PROMPTS
+    for method in BASELINES:
         text = (folder / f"{method}.txt").read_text()
         assert ("{documents}" in text) == (method == "rag") and "{question}" in text

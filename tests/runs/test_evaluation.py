@@ -1,13 +1,25 @@
-"""Every question is answered once, by however many processes, however often interrupted."""
+"""Every question is answered and scored once, by however many processes, however often interrupted;
+the figures, and the sentences about figures that mean little."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from scripts import on_each
 
-from minizs.runs.evaluation import answer_all, as_line, from_row, show, summary, table
+from minizs.runs.evaluation import (
+    answer_all,
+    from_row,
+    markdown,
+    score_answer,
+    summary,
+    table,
+    to_line,
+    warnings,
+)
 from minizs.trajectory import Example, Trajectory, Turn
 
 EXAMPLES = [Example(f"q{i}?", (f"{i}", "x"), "ab"[i % 2]) for i in range(11)]
@@ -36,26 +48,29 @@ class Answers:
         return [trajectory(e, key) for e, key in zip(examples, keys, strict=True)]
 
 
-def kept(row: Trajectory) -> Trajectory:
-    """A trajectory without its tokens."""
-    return replace(row, ids=[], loss_mask=[], logprobs=[])
-
-
-EXPECTED = [kept(trajectory(e, (i,))) for i, e in enumerate(EXAMPLES)]
+EXPECTED = [score_answer(trajectory(e, (i,))) for i, e in enumerate(EXAMPLES)]
 EVERY = [(i,) for i in range(len(EXAMPLES))]
 
 
+def test_a_score_is_f1_and_tokens_are_dropped():
+    """The reward of a test is F1 with the best gold; its trajectories hold text, not tokens."""
+    row = score_answer(replace(trajectory(EXAMPLES[3], (3,)), answer="the x y"))
+    assert row.reward == pytest.approx(2 / 3)
+    assert (row.ids, row.loss_mask, row.logprobs) == ([], [], [])
+    assert row.turns == trajectory(EXAMPLES[3], (3,)).turns
+
+
 def test_a_row_comes_back_from_its_line():
-    """Guards an answer, a document or a gold answer that is lost on the way through a file."""
+    """Nothing of a trajectory is lost on the way through a file."""
     for i, row in enumerate(EXPECTED):
-        line = json.loads(as_line(i, row))
+        line = json.loads(to_line(i, row))
         assert line.pop("index") == i and from_row(line) == row
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 20])
 @pytest.mark.parametrize("logged", [True, False])
 def test_every_row_exactly_once_and_in_order(tmp_path, monkeypatch, processes, logged):
-    """Guards rows that are padded, dropped or repeated, and random numbers that hang on a share."""
+    """The main process has all rows, in order; the key of a question is its index, whoever asks."""
     answers, path = Answers(), tmp_path / "kept" / "name" if logged else None
     main, *others = on_each(
         processes, lambda a: answer_all(answers, EXAMPLES, a, 2, path), monkeypatch
@@ -71,7 +86,7 @@ def test_every_row_exactly_once_and_in_order(tmp_path, monkeypatch, processes, l
 
 @pytest.mark.parametrize("first, then", [(1, 1), (2, 3), (3, 1)])
 def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, first, then):
-    """Guards an engine that is paid twice, a half-written line, and answers that got lost."""
+    """Nothing is asked twice, a half-written line is passed over, and another log is left alone."""
     folder = tmp_path / "out[1]"  # not a pattern
 
     def run(processes, answers, name="name"):
@@ -94,7 +109,7 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, first, then)
 
 
 def test_interrupted_again_and_again(tmp_path, monkeypatch):
-    """Guards a second interruption that loses what was there after the first."""
+    """A second interruption loses nothing of what was there after the first."""
     asked, path = [], tmp_path / "kept"
 
     def run(answers):
@@ -111,7 +126,7 @@ def test_interrupted_again_and_again(tmp_path, monkeypatch):
 
 
 def test_figures_by_hand():
-    """Guards unanswered questions that do not count, and searches that were not executed."""
+    """A question without an answer counts 0, and so does a search that was not carried out."""
     example = Example("q?", ("red house",))
     rows = [Trajectory(example, answer=answer) for answer in ("red", "a red house", None)]
     rows[0].turns = [Turn("", "search", "q", ["d"], True), Turn("", "answer", "red")]
@@ -129,9 +144,10 @@ def test_figures_by_hand():
 
 
 def test_markdown():
-    """Guards a table that no Markdown reader shows, and a policy or a data set left out."""
-    tables = {"before": table(EXPECTED), "runs/policy-1/policy": table(EXPECTED[:4])}
-    lines = show(tables).splitlines()
+    """A row for each policy and data set. A long name is cut on the left, with a sign."""
+    name = "somewhere/runs/policy-1/policy"
+    tables = {"before": table(EXPECTED), name: table(EXPECTED[:4])}
+    lines = markdown(tables).splitlines()
     assert len(lines) == 2 + 2 * 4 and all(line.count("|") == 8 for line in lines)
     assert set(lines[1]) == set("|-:")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
@@ -141,6 +157,58 @@ def test_markdown():
         ["before", "overall", "11"],
         ["before", "average", "11"],
     ]
-    assert cells[4][0] == "runs/policy-1/policy" and cells[6][2] == "4"
+    assert cells[4][0].startswith("…") and name.endswith(cells[4][0][1:]) and cells[6][2] == "4"
     assert all(" ± " in cell for row in cells for cell in row[3:6])
     assert cells[2][6] == "1.00"
+
+
+SETTINGS = SimpleNamespace(
+    method="search", engine="bm25", max_turns=3, max_turn_tokens=40, max_context=448
+)
+
+
+def ended(*reasons: str) -> list[Trajectory]:
+    """Trajectories that searched once and then ended for these reasons, "" being an answer."""
+    rows = [score_answer(trajectory(EXAMPLES[0], (0,))) for _ in reasons]
+    return [replace(row, truncated=reason) for row, reason in zip(rows, reasons, strict=True)]
+
+
+def test_sound_figures_have_no_warning():
+    """Where at most half of the answers ended at a limit there is nothing to say."""
+    assert warnings(ended("", "turns"), SETTINGS) == []
+
+
+@pytest.mark.parametrize(
+    "reasons, sentence",
+    [
+        (("turns", "turns", ""), "67% of the questions .* all of them at --max_turns 3: raise it"),
+        (("turn_tokens",) * 3 + ("turns",), "100% .* most of them at --max_turn_tokens 40: raise"),
+        (("context",), "100% .* --max_context 448: raise it"),
+    ],
+)
+def test_most_answers_ended_at_a_limit(reasons, sentence):
+    """The share, the limit and its value, and what to do."""
+    [warning] = warnings(ended(*reasons), SETTINGS)
+    assert re.match(sentence, warning)
+
+
+def test_no_valid_action_no_search_and_empty_replies():
+    """Each of them is one sentence, for all questions together and only if it holds for all."""
+    example = EXAMPLES[0]
+    invalid = Trajectory(example, turns=[Turn("hm", "invalid", "")])
+    silent = Trajectory(example, turns=[Turn("<answer>x</answer>", "answer", "x")], answer="x")
+    empty = Trajectory(example, turns=[Turn("", "search", "q", []), *silent.turns], answer="x")
+    [warning] = warnings([invalid, invalid], SETTINGS)
+    assert "not one turn was a valid action" in warning
+    [warning] = warnings([invalid, silent], SETTINGS)
+    assert "not one search was carried out" in warning
+    [warning] = warnings([silent, empty], SETTINGS)
+    assert "all 1 replies of the engine were empty" in warning
+    assert warnings([silent, empty], replace_setting(engine="none")) == []
+    assert warnings([silent], replace_setting(method="direct")) == []
+    [warning] = warnings(ended("turns"), replace_setting(method="cot"))
+    assert "raise" not in warning  # a second turn is not to be had
+
+
+def replace_setting(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**vars(SETTINGS) | changes)

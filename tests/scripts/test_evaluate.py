@@ -3,18 +3,23 @@
 import json
 import math
 import os
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
-from scripts import EVAL, FILE, evaluation, everything, policy, refused, status, two_processes
+from accelerate import Accelerator
+from scripts import EVAL, FILE, ROOT, evaluation, everything, policy, refused, status, two_processes
 
 import evaluate
 from minizs import UserError, rollout
-from minizs.runs import build, run_folder
-from minizs.runs import evaluation as functions
-from minizs.trajectory import Turn
+from minizs.runs import build, data, outputs, run_folder, stage3, terminal
+from minizs.runs.settings import EvalConfig, PolicyConfig
+from minizs.trajectory import Example, Turn
 
 KEYS = """f1 em sub_em f1_stderr em_stderr sub_em_stderr n searches_per_question""".split()
 
@@ -25,7 +30,7 @@ def figures(path="out.json") -> dict:
 
 
 def test_the_file_holds_every_data_set_and_their_means(work):
-    """Guards figures without errors, sets pooled where they should be averaged, lost questions."""
+    """Figures and errors for each data set, for all questions pooled, and the data sets' mean."""
     evaluation("--policy", "../base", "--questions", "31", "--output", "out.json")
     out = figures()
     for name in ("one_hop", "two_hop", "overall", "average"):
@@ -40,7 +45,7 @@ def test_the_file_holds_every_data_set_and_their_means(work):
 
 
 def test_it_is_greedy(work, monkeypatch):
-    """Guards a test that samples (defect D5), the held-out one of training too."""
+    """A test samples nothing, and neither does the held-out one of training."""
     seen = []
 
     class Decoder(rollout.Decoder):
@@ -56,10 +61,10 @@ def test_it_is_greedy(work, monkeypatch):
 
 
 def test_standard_errors_by_hand(work, monkeypatch):
-    """Guards a population deviation, or one over root n too few."""
+    """The sample deviation over the root of n; of the average, the root of the summed squares."""
     rows = []
-    table = functions.table
-    monkeypatch.setattr(functions, "table", lambda all: (rows.extend(all), table(all))[1])
+    table = stage3.table
+    monkeypatch.setattr(stage3, "table", lambda all: (rows.extend(all), table(all))[1])
     evaluation("--policy", "../base", *FILE, "--output", "out.json", "--temperature", "1")
     em = [float(row.answer == row.example.answers[0]) for row in rows]
     mean, n = sum(em) / len(em), len(em)
@@ -75,10 +80,10 @@ def test_standard_errors_by_hand(work, monkeypatch):
 
 @pytest.mark.parametrize("engine", ["none", "simulator", "bm25"])
 def test_every_engine_answers(work, engine, capsys, monkeypatch):
-    """Guards an engine that is named and not used, and a simulator passed off as a test."""
+    """The named engine answers the searches; of a simulator it is said that it knows the golds."""
     rows = []
-    table = functions.table
-    monkeypatch.setattr(functions, "table", lambda all: (rows.extend(all), table(all))[1])
+    table = stage3.table
+    monkeypatch.setattr(stage3, "table", lambda all: (rows.extend(all), table(all))[1])
     evaluation(
         "--policy",
         "../base",
@@ -103,7 +108,7 @@ def test_every_engine_answers(work, engine, capsys, monkeypatch):
 
 
 def test_noise_takes_the_answers_out(work, monkeypatch):
-    """Guards --engine_noise that reaches no engine."""
+    """With --engine_noise 1 no reply holds a gold answer."""
     seen = []
     build_engine = build.build_engine
 
@@ -133,7 +138,7 @@ def test_noise_takes_the_answers_out(work, monkeypatch):
 
 
 def test_a_runs_policy_stands_beside_what_it_began_as(work, capsys):
-    """Guards a gain that nothing is compared with, a stale run, and figures that get lost."""
+    """By default the newest run's policy and its base; each test has files of its own."""
     policy("--seed", "1")
     policy("--seed", "2", "--output", "runs/mine")
     shutil.copytree(work / "runs" / "policy-1", work / "runs" / "policy-7")
@@ -154,7 +159,7 @@ def test_a_runs_policy_stands_beside_what_it_began_as(work, capsys):
 
 
 def test_markdown_and_every_answer_lie_beside_the_figures(work, capsys):
-    """Guards a table that only the terminal shows, and figures that nobody can look into."""
+    """The table lies in OUT.md, every answer in OUT.jsonl and OUT.before.jsonl."""
     evaluation("--policy", "../base", *FILE, "--before", "tiny", "--output", "out.json")
     names = ["out.before.jsonl", "out.json", "out.jsonl", "out.md"]
     assert sorted(everything(work)) == names
@@ -173,8 +178,9 @@ ANSWERED = ["--policy", "mine", "--before", "../base", *FILE, "--temperature", "
 
 @pytest.fixture
 def asked(work, monkeypatch) -> list:
-    """Every question that is put to a model, here of a copy of `base` in `mine`."""
-    seen, stopped, play = [], [], rollout.rollout
+    """The keys of all questions that are put to a model, here a copy of `base` in `mine`. At the
+    18th the user presses Ctrl-C, once."""
+    seen, stopped, play = [], [], stage3.rollout
 
     def spied(policy, examples, **named):
         if len(seen) == 17 and not stopped:
@@ -184,12 +190,12 @@ def asked(work, monkeypatch) -> list:
         return play(policy, examples, **named)
 
     shutil.copytree("../base", "mine")
-    monkeypatch.setattr(rollout, "rollout", spied)
+    monkeypatch.setattr(stage3, "rollout", spied)
     return seen
 
 
 def test_a_killed_evaluation_goes_on(work, asked):
-    """Guards an engine that is paid twice, and figures that hang on an interruption."""
+    """The same command asks only what has no answer yet, and gives the figures of a whole test."""
     with pytest.raises(KeyboardInterrupt):
         evaluation(*ANSWERED, "--output", "out.json")  # amid the second of two models
     assert not Path("out.json").exists()
@@ -205,7 +211,7 @@ def test_a_killed_evaluation_goes_on(work, asked):
 
 @pytest.mark.parametrize("other", ["--seed 1", "--max_turns 2", "--engine_noise 1", "again", ""])
 def test_answers_of_another_test_are_not_taken(work, asked, other):
-    """Guards figures that are put together from two settings, or from two trainings' policies."""
+    """Answers of other settings, or of weights that were saved anew, are not taken."""
     with pytest.raises(KeyboardInterrupt):
         evaluation(*ANSWERED, "--output", "out.json")
     flags = other.split()
@@ -218,7 +224,7 @@ def test_answers_of_another_test_are_not_taken(work, asked, other):
 
 @pytest.mark.parametrize("method", ["direct", "cot", "rag"])
 def test_baselines(work, method, capsys, monkeypatch):
-    """Guards a baseline that searches by itself, asks the engine often, or writes over others."""
+    """Only rag searches, once for all questions; --ask shows a baseline as well."""
     shutil.copytree("../base", "mine")
     searched, build_engine = [], build.build_engine
 
@@ -242,7 +248,7 @@ def test_baselines(work, method, capsys, monkeypatch):
 
 
 def test_two_processes_find_what_one_finds(work):
-    """Guards rows that are lost, counted twice or answered otherwise by a second process."""
+    """Two processes write the same figures and answers as one."""
     flags = ["--policy", "../base", *FILE, "--temperature", "1", "--batch", "3"]
     text = two_processes("evaluate.py", *EVAL, *flags, "--output", "two.json")
     evaluation(*flags, "--output", "one.json")
@@ -253,11 +259,11 @@ def test_two_processes_find_what_one_finds(work):
 
 
 def test_no_file_beside_the_figures_is_lost(work):
-    """Guards the questions themselves, `nq.jsonl` beside `nq.json`, and a table of that name."""
+    """Nothing beside OUT.json is lost: neither the questions, `nq.jsonl`, nor a table."""
     for name, more, words in (
         ("nq.jsonl", [], "nq.jsonl exists"),
         ("nq.md", [], "nq.md exists"),
-        ("nq.jsonl", ["--overwrite"], "is read"),
+        ("nq.jsonl", ["--overwrite"], "would overwrite nq.jsonl, which is read"),
     ):
         shutil.copy("../questions.jsonl", name)
         with pytest.raises(UserError, match=words):
@@ -275,19 +281,8 @@ def test_no_file_beside_the_figures_is_lost(work):
         Path(name).unlink()
 
 
-def test_where_figures_go_and_what_a_run_is(work):
-    """Guards a folder that is not there (a hub name's), and any config.yaml taken for a run's."""
-    assert evaluate.default_output("org/name") == Path("evaluation.json")
-    for text in ("policy: here", "policy: [1]", "model: x", "- x", "a: b: c", ""):
-        (work / "config.yaml").write_text(text)
-        assert run_folder.started_from(work / "policy") == "none"
-    (work / "config.yaml").write_text("policy: here")
-    (work / "metrics.jsonl").touch()
-    assert run_folder.started_from(work / "policy") == "here"
-
-
 def test_without_a_run_one_is_made(work, monkeypatch):
-    """Guards a first command that fails; stage 2 made before the arguments are looked at."""
+    """The first run is made at need, and only once the arguments are sound."""
     made = []
 
     def run_stage(*command):
@@ -307,7 +302,7 @@ def test_without_a_run_one_is_made(work, monkeypatch):
 
 
 def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
-    """Guards answers that are lost to the other policy's broken weights."""
+    """Both policies are loaded before anything expensive is made for them."""
     monkeypatch.setattr(build, "make_default_simulator", lambda: 1 / 0)
     refused(
         evaluation,
@@ -318,7 +313,7 @@ def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
 
 
 def test_questions_are_spread_over_the_sources(work):
-    """Guards a benchmark of the first data set alone, where a file holds one after the other."""
+    """--questions takes the data sets in turn, also where a file holds one after the other."""
     rows = [{"question": f"q{i}?", "answer": "x", "data_source": "abbbc"[i]} for i in range(5)]
     (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation("--policy", "../base", "--data", "q.jsonl", "--engine", "none", "--questions", "4")
@@ -327,7 +322,7 @@ def test_questions_are_spread_over_the_sources(work):
 
 
 def test_a_question_is_answered_as_it_unfolds(work, capsys, monkeypatch):
-    """Guards --ask that shows the end alone, or not what was thought, or writes a file."""
+    """--ask shows every turn and its documents, and writes nothing."""
     flags = ["--policy", "../base", *FILE, "--temperature", "1"]
     for seed in range(20):  # until the policy happens to search and answer
         evaluation(*flags, "--ask", "when was Fota Jourer born?", "--seed", str(seed))
@@ -342,7 +337,7 @@ def test_a_question_is_answered_as_it_unfolds(work, capsys, monkeypatch):
 
 
 def test_ask_needs_nothing_but_the_repository(work, capsys, monkeypatch):
-    """Guards a question that starts a training, and documents of one's own that need --data."""
+    """--ask trains nothing, and takes --corpus without --data."""
     monkeypatch.setattr(build, "run_stage", None)
     evaluate.main(["--ask", "where was Holo Trelmow born?", "--threads", "1"])
     lines = capsys.readouterr().out.splitlines()
@@ -371,13 +366,13 @@ TURNS = [
 
 def unfold(turn: Turn) -> None:
     """As a rollout shows it: as it is written, and again when documents are there."""
-    evaluate.show_turn(replace(turn, documents=None))
+    terminal.show_turn(replace(turn, documents=None))
     if turn.documents is not None:
-        evaluate.show_turn(turn)
+        terminal.show_turn(turn)
 
 
 def test_every_kind_of_turn_is_shown(capsys):
-    """Guards thoughts, empty replies and invalid turns that nobody sees."""
+    """Thoughts, searches, answers, empty replies and invalid turns can all be seen."""
     for turn in TURNS:
         unfold(turn)
     assert capsys.readouterr().out.splitlines() == [
@@ -393,7 +388,7 @@ def test_every_kind_of_turn_is_shown(capsys):
 
 
 def test_a_terminal_gets_colours_unless_they_are_not_wished(capsys, monkeypatch):
-    """Guards escapes in a file, or where NO_COLOR is set; a colour that never ends."""
+    """Every colour ends; none is written into a file, or where NO_COLOR is set."""
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     for plain in ("", "1"):
         monkeypatch.setenv("NO_COLOR", plain)
@@ -406,23 +401,24 @@ def test_a_terminal_gets_colours_unless_they_are_not_wished(capsys, monkeypatch)
 
 @pytest.mark.parametrize("text", ["\033[2J\033[1;1H", "\x9b31m", "a\rb", "\u202e", "\ud800"])
 def test_documents_do_not_drive_the_terminal(capsys, text):
-    """Guards a document that clears the screen, or writes over what stands there."""
+    """What would clear the screen, or write over what stands there, is shown as a mark."""
     unfold(Turn(f"<think>{text}</think>", "search", text, [text, "naïve 日本 😀"]))
     out = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in out) and "    naïve 日本 😀\n" in out
 
 
 def test_a_test_of_a_runs_policy_joins_its_page(work):
-    """Guards a page that never shows what training changed, and failed searches nobody sees."""
+    """The page of a run shows its test; the figures count the searches that failed."""
     policy("--output", "run")
     evaluation("--policy", "run/policy", *FILE)
     html = Path("run/report.html").read_text()
     assert html.count("Before training") == 9 and "before and after 9</label>" in html
+    assert re.search("<pre>.*^policy: ../base$", html, re.DOTALL | re.MULTILINE)  # the settings
     assert figures("run/evaluation.json")["overall"]["search_errors"] == 0
 
 
 def test_failed_searches_are_counted(work, monkeypatch):
-    """Guards a dead engine that looks like one without documents, and counts of another model."""
+    """Each policy's table has the searches that failed while it was tested."""
 
     class Dead:
         failed = 0
@@ -439,7 +435,7 @@ def test_failed_searches_are_counted(work, monkeypatch):
 
 
 def test_the_simulator_is_made_when_it_is_needed(work, monkeypatch):
-    """Guards a first run that asks for something that the user has never heard of."""
+    """The default simulator is made where it is needed, and only there."""
     asked = []
 
     def made():
@@ -450,6 +446,152 @@ def test_the_simulator_is_made_when_it_is_needed(work, monkeypatch):
     evaluation("--policy", "../base", *FILE, "--engine", "simulator", "--output", "out.json")
     evaluation("--policy", "../base", *FILE, "--output", "two.json")
     assert asked == [1]
+
+
+# ---- A policy remembers its training -------------------------------------------------------------
+
+
+def remembering_policy(work: Path, **settings) -> Path:
+    """A run whose policy says what it was trained with."""
+    shutil.copytree("../base", "run/policy")
+    config = PolicyConfig(policy="../base", max_turns=3, max_turn_tokens=16, max_context=160)
+    run_folder.remember_training(Path("run/policy"), replace(config, **settings))
+    return Path("run/policy")
+
+
+def test_flags_that_are_silent_are_those_of_the_training(work, capsys):
+    """Limits and the like are the policy's; what a flag says wins; what is taken is said."""
+    remembering_policy(work, top_k=2)
+    flags = ["--policy", "run/policy", "--questions", "2", "--threads", "1", "--before", "none"]
+    evaluate.main([*flags, "--max_turns", "2"])
+    settings = figures("run/evaluation.json")["settings"]
+    assert (settings["max_turns"], settings["top_k"], settings["max_context"]) == (2, 2, 160)
+    said = capsys.readouterr().out.splitlines()[0]
+    taken = "--top_k 2, --max_turn_tokens 16, --max_context 160"
+    assert said == f"As in its training, where no flag says otherwise: {taken}."
+    Path("own.yaml").write_text("max_context: 150")
+    evaluate.main([*flags, "--config", "own.yaml"])
+    assert figures("run/evaluation-2.json")["settings"]["max_context"] == 150
+
+
+def test_own_data_is_tested_on_what_was_held_out(work, capsys):
+    """Without --data: the tenth that training left out, with its corpus, and that is said."""
+    rows = [{"question": f"when was Fota {i} born?", "answer": "January"} for i in range(60)]
+    Path("q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    remembering_policy(work, data="q.jsonl", corpus="../corpus.txt")
+    flags = ["--policy", "run/policy", "--threads", "1"]
+    evaluate.main(flags)
+    out = figures("run/evaluation.json")
+    held_out = sum(data.is_held_out(Example(row["question"], ())) for row in rows)
+    assert out["overall"]["n"] == held_out and 0 < held_out < 30
+    assert out["settings"]["corpus"] == "../corpus.txt" and out["before"] is not None
+    text = capsys.readouterr().out
+    assert "--data q.jsonl, --corpus ../corpus.txt" in text
+    assert "on the tenth of these questions that it was not trained on" in text
+    evaluate.main([*flags, "--data", "q.jsonl"])  # all of them, where that is asked for
+    assert figures("run/evaluation-2.json")["overall"]["n"] == 60
+    evaluate.main([*flags, "--data", "world", "--questions", "4"])
+    world = figures("run/evaluation-3.json")
+    assert world["settings"]["corpus"] == "" and world["one_hop"]["n"] == 2
+    evaluate.main([*flags, "--ask", "when was Fota Jourer born?", "--method", "rag"])
+    assert "    Fota Jourer was born on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings, flags, words",
+    [
+        ({"data": "gone.jsonl", "corpus": "../corpus.txt"}, "", "gone.jsonl, which is not here"),
+        ({"data": "../questions.jsonl", "corpus": "gone.txt"}, "", "gone.txt, which is not here"),
+        ({"data": "../questions.jsonl"}, "", "needs --corpus"),
+        ({"data": "../questions.jsonl"}, "--ask who?", "without a corpus: give --corpus"),
+        ({"data": "few.jsonl", "corpus": "../corpus.txt"}, "", "none of its questions was held"),
+    ],
+)
+def test_what_a_training_had_and_a_test_lacks(work, settings, flags, words):
+    """One sentence says what is missing and which flag gives it, instead of another test."""
+    Path("few.jsonl").write_text('{"question": "who is it?", "answer": "x"}')
+    remembering_policy(work, **settings)
+    refused(evaluation, f"--policy run/policy {flags}", words, work)
+
+
+def test_a_base_that_is_gone(work, capsys):
+    """A run that was moved is tested alone, and that is said."""
+    remembering_policy(work, policy="../moved/base")
+    evaluation("--policy", "run/policy", "--questions", "2")
+    assert "tested alone. There is no model folder '../moved/base'" in capsys.readouterr().out
+    assert figures("run/evaluation.json")["before"] is None
+
+
+def test_the_first_line_says_which_run_is_tested(work, capsys):
+    """Without --policy: which run, how many steps it has, and when it ended."""
+    policy("--output", "runs/policy-1")
+    when = datetime.fromtimestamp(Path("runs/policy-1", run_folder.DONE).stat().st_mtime)
+    capsys.readouterr()
+    evaluation("--questions", "2", "--data", "world")
+    first = capsys.readouterr().out.splitlines()[0]
+    expected = f"the newest run, runs/policy-1: 2 steps, ended on {when:%Y-%m-%d at %H:%M}."
+    assert first == f"The policy is that of {expected}"
+
+
+# ---- Figures that mean little, and names that are claimed ----------------------------------------
+
+
+def test_a_useless_test_says_why(work, capsys):
+    """Under the table, in OUT.md and in OUT.json: the share, the limit and what to raise."""
+    flags = ["--policy", "../base", "--questions", "4", "--output", "out.json"]
+    evaluation(*flags, "--max_turn_tokens", "2")
+    sentence = (
+        "../base: 100% of the questions have no answer since a limit was reached, all of them at "
+        "--max_turn_tokens 2: raise it."
+    )
+    assert sentence in capsys.readouterr().out and sentence in Path("out.md").read_text()
+    assert sentence in figures()["warnings"]
+
+
+def test_two_evaluations_at_once_have_two_names(work):
+    """The same command twice at once: two sets of files, with the same figures."""
+    shutil.copytree("../base", "run/policy")
+    command = [sys.executable, str(ROOT / "evaluate.py"), *EVAL, "--policy", "run/policy", *FILE]
+    both = [subprocess.Popen([*command, "--batch", "1"]) for _ in range(2)]
+    assert [process.wait(timeout=200) for process in both] == [0, 0]
+    names = sorted(path.name for path in Path("run").glob("evaluation*"))
+    assert names == [
+        f"evaluation{number}.{suffix}"
+        for number in ("-2", "")
+        for suffix in ("json", "jsonl", "md")
+    ]
+    first, second = figures("run/evaluation.json"), figures("run/evaluation-2.json")
+    assert first.pop("settings") != second.pop("settings") and first == second
+
+
+def test_a_claimed_name_is_refused(work):
+    """Another evaluation's --output cannot be taken while it runs."""
+    config = EvalConfig(policy="../base", output="out.json")
+    with outputs.claimed_output(config, Accelerator(), "00000000"):
+        with pytest.raises(UserError, match="Another evaluation is writing out.json"):
+            evaluation("--policy", "../base", "--questions", "2", "--output", "out.json")
+    evaluation("--policy", "../base", "--questions", "2", "--output", "out.json")
+
+
+def test_default_names_and_interrupted_answers(work):
+    """The first free name, or the one at which the same evaluation was interrupted."""
+    shutil.copytree("../base", "run/policy")
+    config = EvalConfig(policy="run/policy")
+
+    def claim(fingerprint, interrupted=False) -> str:
+        with outputs.claimed_output(config, Accelerator(), fingerprint) as output:
+            (output.answers / f"{fingerprint}.jsonl.0").touch()
+            if interrupted:
+                raise KeyboardInterrupt
+            output.figures.touch()
+        return output.figures.name
+
+    with pytest.raises(KeyboardInterrupt):
+        claim("aaaaaaaa", interrupted=True)
+    assert claim("bbbbbbbb") == "evaluation-2.json"
+    assert claim("aaaaaaaa") == "evaluation.json"
+    assert claim("cccccccc") == "evaluation-3.json"
+    assert not list(Path("run").glob("*.unfinished"))
 
 
 REFUSED = [
@@ -486,13 +628,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("flags, names", REFUSED)
 def test_bad_input_is_refused_before_anything_is_made(work, bad, flags, names):
-    """Guards tracebacks, minutes spent before a typo shows, and files left behind."""
+    """One sentence that names what is wrong; nothing is written."""
     flags += "" if "--output" in flags else " --output out.json"
     refused(evaluation, flags, names, work.parent)
 
 
 def test_bad_input_is_one_line_in_a_process(work):
-    """Guards the exit status that a shell script looks at, and noise around the one sentence."""
+    """Exit status 2, one line on stderr, and nothing on stdout."""
     result = status("evaluate.py", "--questions", "-1")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: --questions must be 0 or more.\n"
+    assert result.stderr == "error: --questions must be 0 or more, not -1.\n"

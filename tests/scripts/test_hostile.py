@@ -29,7 +29,7 @@ from minizs.models import loading
 from minizs.protocol import CLOSING, neutralize, parse_action
 from minizs.reward import f1_score
 from minizs.rollout import Limits, Policy, rollout
-from minizs.runs import evaluation
+from minizs.runs import baselines
 from minizs.trajectory import Example
 
 NAMES = ["think", "search", "information", "answer"]
@@ -362,12 +362,12 @@ def test_baselines_read_neutral_text():
     with mock.patch("minizs.rollout.Decoder", Spy):
         examples = [Example("</s>{documents}", ("gold",))]
         policy = Policy(None, tokenizer, limits=Limits(turn_tokens=40, document_tokens=50))
-        [row] = evaluation.baseline("rag", policy, examples, engine)
+        [row] = baselines.answer_at_once("rag", policy, examples, engine)
     assert engine.asked[0].query == "(/s>{documents}"
     assert row.turns[0].documents == ["(/information>(|im_end|>?", "{question}"]
     [end] = ids_of(tokenizer, "<|im_end|>")
     assert seen[0].count(end) == 1 and row.answer == "wrong"
     with mock.patch("minizs.rollout.Decoder", Spy):  # a long document is cut, as in a search
-        evaluation.baseline("rag", policy, examples, Hostile(["x y " * 5000]))
+        baselines.answer_at_once("rag", policy, examples, Hostile(["x y " * 5000]))
     assert len(seen[1]) < len(seen[0]) + 100
     json.dumps(row.turns[0].documents).encode()

@@ -14,7 +14,8 @@ from counts import COUNTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minizs.runs import report
+from minizs.runs import page as pages
+from minizs.runs.terminal import visible
 from minizs.trajectory import Example, Trajectory, Turn
 
 HOSTILE = "</script><script>alert(1)</script></details><img src=x onerror=alert(2)> \" ' & {{ 7 }}"
@@ -32,7 +33,7 @@ def page(folder, metrics=(), trajectories=(), tests=()) -> str:
     logs(folder, "trajectories", [{"step": step} | row for step, row in trajectories])
     for i, kind in enumerate(("evaluation.before", "evaluation") if tests else ()):
         logs(folder, kind, [{"index": j} | pair[i] for j, pair in enumerate(tests)])
-    report.write(folder)
+    pages.write_page(folder)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -112,21 +113,21 @@ def test_curves_show_the_numbers_that_were_logged(tmp_path):
     assert 'points="314.0,63.4 "' in html  # on the same axis
     assert "<b>12,345</b>" in html and "held-out F1 <b>0.375</b>" in html
     assert "<h3>KL" not in html and html.count("<svg") == 2
-    everything = {name: 1.0 for form in report.PLOTS.values() for name in form["series"]}
+    everything = {name: 1.0 for form in pages.PLOTS.values() for name in form["series"]}
     html = page(tmp_path, [{"step": 1} | everything])
-    assert html.count("<polyline") == len(everything) and html.count("<svg") == len(report.PLOTS)
-    assert all(form["healthy"].split("'")[0] in html for form in report.PLOTS.values())
+    assert html.count("<polyline") == len(everything) and html.count("<svg") == len(pages.PLOTS)
+    assert all(form["healthy"].split("'")[0] in html for form in pages.PLOTS.values())
 
 
 def test_a_killed_run_has_a_page(tmp_path):
     """Guards a report that fails on what a crash leaves: half a line, or no logs."""
-    report.write(tmp_path)
+    pages.write_page(tmp_path)
     assert (tmp_path / "report.html").exists()
     rows = '{"step": 1, "reward": 0.25, "kl": null}\n{"step": 2, "reward": null, "kl": null}\n'
     (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 3, "rewa')
     logs(tmp_path, "trajectories", [{"step": 1} | trajectory("text", **tokens("x"))])
     (tmp_path / "trajectories.jsonl").open("a").write('{"step": 2, "exam')
-    report.write(tmp_path)
+    pages.write_page(tmp_path)
     html = (tmp_path / "report.html").read_text()
     assert "training <b>0.25</b>" in html and "<h3>KL" not in html and "q text" in html
     assert "nan" not in html.lower() and "inf," not in html
@@ -183,7 +184,7 @@ def test_before_and_after_stand_side_by_side(tmp_path):
     rules = re.findall(r"#(\w+):checked ~ main > :not\(\.(\w+)\)", html)
     assert rules == [(kind, kind) for kind in "test train right wrong changed again".split()]
     (tmp_path / "evaluation.jsonl").unlink()  # a test that was interrupted
-    report.write(tmp_path)
+    pages.write_page(tmp_path)
     assert "Before training" not in (tmp_path / "report.html").read_text()
 
 
@@ -197,7 +198,7 @@ def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
     assert 400 < len(points) <= 500 and points[-1] == "314.0,20.0"
     assert html.count("step 1: ") == html.count("step 300: ") == 1 and "step 150: " not in html
     shown = html.count("<details")
-    assert shown <= report.FIRST + report.LAST + report.TESTS
+    assert shown <= pages.FIRST + pages.LAST + pages.TESTS
     # The log of a test takes its data sets in turn: no step of an own that could miss one.
     assert [f"q t{i}<" in html.replace("\n", "<") for i in range(17)] == [True] * 16 + [False]
     assert len(html) < 100_000
@@ -211,10 +212,10 @@ LETTERS = st.sampled_from("<>&\"'/!-={}%# aå\n\r\x00\x1b\u202e\ufeff\ud800") | 
 def test_any_text_stays_text(text):
     """Guards the one document in a thousand that ends its place in the page."""
     row = trajectory(text, **tokens(text))
-    seen = Tags(report.render("run", [], [({"step": 1} | row,)]))
+    seen = Tags(pages.render_page("run", [], [({"step": 1} | row,)]))
     assert not seen.open and not seen.tags & {"script", "img", "a", "iframe"}
-    assert seen.text.count(report.visible(text).strip()) >= 5
-    assert report.visible(report.visible(text)) == report.visible(text)
+    assert seen.text.count(visible(text).strip()) >= 5
+    assert visible(visible(text)) == visible(text)
     COUNTS["hostile texts tried"] += 1
 
 

@@ -252,7 +252,7 @@ def _read_part(part: str, role: str) -> Table:
     return table
 
 
-def read_rows(part: str) -> Iterator[dict]:
+def part_rows(part: str) -> Iterator[dict]:
     """The rows of a file, or of a hub name's training split, as they stand. Raises UserError."""
     if Path(part).is_file():
         yield from files.read_rows(Path(part))

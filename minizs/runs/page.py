@@ -200,7 +200,7 @@ def reply_kind(turn: dict) -> str:
 
 
 def tokens(row: dict) -> Iterator[tuple[str, int, float | None]]:
-    """(text, 1 if trained on, advantage) of each token, or of each turn where no token is logged."""
+    """(text, 1 if trained on, advantage) of each token, or of each turn where none is logged."""
     if "pieces" in row:
         yield from zip(row["pieces"], row["loss_mask"], row["advantages"], strict=True)
         return

@@ -154,7 +154,7 @@ def load_rows(config: SimConfig) -> list[dict]:
     files and hub names in `--data`."""
     if config.data == "world":
         return collect_from_worlds(config.worlds, config.examples, config.seed, config.top_k)
-    return [row for part in data.check_spec(config.data) for row in data.read_rows(part)]
+    return [row for part in data.check_spec(config.data) for row in data.part_rows(part)]
 
 
 def load_base(config: SimConfig) -> Base:

@@ -40,7 +40,6 @@ SHARED_NAMES = {
     "check": "becomes check_settings",
     "check_settings": "What a script refuses before it starts.",
     "collate": "becomes two names",
-    "read_rows": "becomes two names",
     "load": "becomes load_model and others",
 }
 

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import asdict
 from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from counts import COUNTS
@@ -79,7 +80,7 @@ class Tags(HTMLParser):
 
 
 def test_hostile_text_stays_text(tmp_path):
-    """Guards markup that a model wrote, or the web, from running in the reader's browser."""
+    """Markup that a model or the web wrote is shown, not run; what is hidden becomes a mark."""
     run = tmp_path / "<script>run"
     run.mkdir()
     text = HOSTILE + UNSEEN
@@ -96,14 +97,14 @@ def test_hostile_text_stays_text(tmp_path):
 
 
 def test_the_page_loads_nothing(tmp_path):
-    """Guards readability offline, and a reader whose opening of the page nobody is told of."""
+    """The page can be read offline, and nobody is told that it is opened."""
     html = page(tmp_path, [{"step": 1, "reward": 0.5}], [(1, trajectory("text"))])
     assert not re.search(r"https?:|//\w|\b(src|href)\s*=|url\(|@import|<script", html)
     assert "default-src 'none'" in html
 
 
 def test_curves_show_the_numbers_that_were_logged(tmp_path):
-    """Guards a curve that is about something else than the log; what is absent has no curve."""
+    """A curve is drawn from the logged numbers, with 0 in sight; what was not logged has none."""
     rows = [{"step": 1, "reward": 0.125}, {"step": 2, "reward": 0.875, "response_tokens": 12345}]
     rows += [{"step": 3, "reward": 0.625, "held_out_f1": 0.375}]
     html = page(tmp_path, rows)
@@ -120,7 +121,7 @@ def test_curves_show_the_numbers_that_were_logged(tmp_path):
 
 
 def test_a_killed_run_has_a_page(tmp_path):
-    """Guards a report that fails on what a crash leaves: half a line, or no logs."""
+    """Half a line, or no log at all, is what a crash leaves: there is a page nevertheless."""
     pages.write_page(tmp_path)
     assert (tmp_path / "report.html").exists()
     rows = '{"step": 1, "reward": 0.25, "kl": null}\n{"step": 2, "reward": null, "kl": null}\n'
@@ -135,7 +136,7 @@ def test_a_killed_run_has_a_page(tmp_path):
 
 
 def test_every_token_is_coloured_by_what_training_does_with_it(tmp_path):
-    """Guards documents that look trained on, a wrong sign, and a token that is left out."""
+    """Green for an advantage above 0, red below, hatched for what the policy did not write."""
     html = page(tmp_path, [], [(1, trajectory("text", True, **tokens("a")))])
     up = '<span class="up" style="--a:29%" title="advantage +1.00"><i>own </i><i>a</i></span>'
     down = '<span class="down" style="--a:50%" title="advantage -2.00"><i> more</i><i>a</i></span>'
@@ -150,8 +151,8 @@ def test_every_token_is_coloured_by_what_training_does_with_it(tmp_path):
 
 
 def test_without_tokens_it_is_shown_turn_by_turn(tmp_path):
-    """Guards logs of a test, and of older runs: documents as the policy's words, or unread ones as
-    read, and a turn that was invalid without what it was told."""
+    """A test logs no tokens: its turns are shown with what they were answered with, and documents
+    that did not fit are not shown as read."""
     unread, invalid, early = (trajectory(text) for text in ("unread", "invalid", "early"))
     unread["turns"].pop()
     unread["truncated"] = "context"
@@ -170,26 +171,27 @@ def test_without_tokens_it_is_shown_turn_by_turn(tmp_path):
 
 
 def test_before_and_after_stand_side_by_side(tmp_path):
-    """Guards pairs of two questions, another test's answers, and filters that show what they
-    should not."""
+    """Answers to one question before and after training stand side by side; each filter has its
+    count."""
     after = trajectory("a", answer="gold")
     again = trajectory("b", True)
     again["turns"][1]["action"] = "search"
     tests = [(trajectory("a", answer="no"), after), (again, again), (again, trajectory("else"))]
     html = page(tmp_path, [], [(7, trajectory("c", answer=None))], tests)
     classes = re.findall(r'<details class="([^"]*)"', html)
-    assert classes == ["all test right changed", "all test right again", "all train wrong"]
+    assert classes == ["right test changed", "right test again", "wrong train"]
     assert html.index("Before training") < html.index("<b>no</b>") < html.index("After training")
-    assert [html.count(f">{text}</label>") for text in ("all 3", "changed its mind 1", "right 2")]
-    rules = re.findall(r"#(\w+):checked ~ main > :not\(\.(\w+)\)", html)
-    assert rules == [(kind, kind) for kind in "test train right wrong changed again".split()]
+    for text, groups in (("all 3", 3), ("changed its mind 1", 1), ("right 2", 1)):
+        assert html.count(f">{text}</label>") == groups
+    rules = re.findall(r"#(\w+):checked\) main > :not\(\.(\w+)\) ", html)
+    assert rules == [(name, name) for name in "test train right wrong changed again".split()]
     (tmp_path / "evaluation.jsonl").unlink()  # a test that was interrupted
     pages.write_page(tmp_path)
     assert "Before training" not in (tmp_path / "report.html").read_text()
 
 
 def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
-    """Guards a page that no phone opens: it shows both ends of the run, and a part of a test."""
+    """The page of a long run shows both of its ends and a part of a test, and stays small."""
     rows = [(step, trajectory(f"s{step}.", **tokens("a"))) for step in range(1, 301)]
     pairs = [(trajectory(f"t{i}"), trajectory(f"t{i}")) for i in range(99)]
     curve = [{"step": step, "reward": step / 20000} for step in range(1, 20001)]
@@ -204,13 +206,51 @@ def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
     assert len(html) < 100_000
 
 
+def test_filters_combine(tmp_path):
+    """There is a note for each choice of one filter a group that no trajectory fits."""
+    html = page(tmp_path, [], [(1, trajectory("a"))])
+    names = [name for filters in pages.FILTERS.values() for name in filters]
+    rules = re.findall(r"body(\S*) main:not\(:has\(> details(\S*)\)\)::after", html)
+    assert len(rules) == 3**3 == len(set(rules))
+    for chosen, classes in rules:
+        assert re.findall(r"#(\w+)", chosen) == re.findall(r"\.(\w+)", classes)
+        assert set(re.findall(r"\.(\w+)", classes)) <= set(names)
+    assert html.count('type="radio"') == len(names) + 3
+    assert all(html.count(f'name="{group}"') == 3 for group in pages.FILTERS)
+
+
+def test_the_settings_of_the_run(tmp_path):
+    """They are on the page, folded, as text; without them there is no such block."""
+    (tmp_path / "config.yaml").write_text(f"policy: tiny\noutput: '{HOSTILE}'\n")
+    html = page(tmp_path)
+    assert "policy: tiny" in html and "<script>alert" not in html and "alert(1)" in html
+    (tmp_path / "config.yaml").unlink()
+    assert "config.yaml" not in page(tmp_path)
+
+
+def test_two_writers_at_once(tmp_path, monkeypatch):
+    """A training and a test that write the page at the same time do not fail over a shared file."""
+    page(tmp_path)
+    rename = Path.replace
+
+    def interrupted(path, target):
+        monkeypatch.setattr(Path, "replace", rename)
+        pages.write_page(tmp_path)  # the other one, between writing and renaming
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    pages.write_page(tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if ".tmp" in path.name] == []
+    assert (tmp_path / "report.html").stat().st_mode & 0o044  # others can read it
+
+
 LETTERS = st.sampled_from("<>&\"'/!-={}%# aå\n\r\x00\x1b\u202e\ufeff\ud800") | st.characters()
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.text(LETTERS))
 def test_any_text_stays_text(text):
-    """Guards the one document in a thousand that ends its place in the page."""
+    """No text whatever ends its place in the page."""
     row = trajectory(text, **tokens(text))
     seen = Tags(pages.render_page("run", [], [({"step": 1} | row,)]))
     assert not seen.open and not seen.tags & {"script", "img", "a", "iframe"}
@@ -224,7 +264,8 @@ def test_any_text_stays_text(text):
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_shows_it(tmp_path, width, dark):
-    """Guards a page that is wider than a phone, runs what is in it, or is one colour all over."""
+    """Chromium draws it for a phone and for a desktop, in light and dark, and nothing is wider than
+    the window."""
     row = trajectory(HOSTILE + "x" * 500, True, **tokens(HOSTILE + "y" * 500))
     page(tmp_path, [{"step": i, "reward": i / 9} for i in range(1, 9)], [(1, row)], [(row, row)])
     file, picture = tmp_path / "report.html", tmp_path / "page.png"

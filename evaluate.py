@@ -15,7 +15,7 @@ from pathlib import Path
 from minizs import require
 from minizs.runs import data, run_folder
 from minizs.runs.flags import check_values, given, parse, run_script, set_threads
-from minizs.runs.outputs import check_output
+from minizs.runs.outputs import check_figures_path
 from minizs.runs.settings import EvalConfig, check_search
 
 
@@ -108,7 +108,7 @@ def check_settings(config: EvalConfig) -> None:
     )
     require(config.ask is None or bool(config.ask.strip()), "--ask needs a question.")
     if not config.ask:
-        check_output(config)
+        check_figures_path(config)
 
 
 def opening_sentences(config: EvalConfig, remembered: dict, argv: list[str]) -> list[str]:

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import Any
 
 from minizs import require
 from minizs.runs.data import split_spec
@@ -44,7 +43,7 @@ def default_paths(policy: str) -> Iterator[Path]:
         yield folder / ("evaluation.json" if number == 1 else f"evaluation-{number}.json")
 
 
-def check_output(config: EvalConfig) -> None:
+def check_figures_path(config: EvalConfig) -> None:
     """Raise UserError where nothing can be written, or something would be lost."""
     path = Path(config.output) if config.output else next(default_paths(config.policy))
     is_place = path.parent.is_dir() and can_be_made(path.parent) and not path.is_dir()
@@ -92,7 +91,7 @@ def claimed_output(config: EvalConfig, accelerator, fingerprint: str) -> Iterato
         shutil.rmtree(_answers_folder(path))
 
 
-def _claim(config: EvalConfig, fingerprint: str) -> tuple[FileLock, Path]:
+def _claim(config: EvalConfig, fingerprint: str) -> tuple[Any, Path]:
     """A lock, and the path that it gives a right to."""
     if config.output:
         lock = _try_to_lock(Path(config.output))
@@ -123,9 +122,11 @@ def _belongs_to_another(path: Path, fingerprint: str) -> bool:
     return bool(names) and not any(name.startswith(fingerprint) for name in names)
 
 
-def _try_to_lock(path: Path) -> FileLock | None:
+def _try_to_lock(path: Path) -> Any | None:
     """The lock of an output, which the system releases when this process ends, however it ends;
     None where another process has it."""
+    from filelock import FileLock, Timeout
+
     folder = _answers_folder(path)
     folder.mkdir(exist_ok=True)
     lock = FileLock(folder / "lock")

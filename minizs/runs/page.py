@@ -50,7 +50,7 @@ def write_page(folder: Path) -> None:
         name=folder.resolve().name,
         metrics=read_lines(folder / "metrics.jsonl"),
         groups=[*test_pairs(folder), *training_samples(folder)],
-        settings=read_text(folder / "config.yaml"),
+        settings=settings_text(folder / "config.yaml"),
     )
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=folder, suffix=".tmp", delete=False
@@ -61,7 +61,7 @@ def write_page(folder: Path) -> None:
     page.replace(folder / "report.html")
 
 
-def read_text(path: Path) -> str:
+def settings_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 

@@ -39,6 +39,7 @@ SHARED_NAMES = {
     "train": "The loop of a stage; each script has one.",
     "check": "becomes check_settings",
     "check_settings": "What a script refuses before it starts.",
+    "read_settings": "What a script's flags mean, with what is silent filled in.",
     "collate": "becomes two names",
     "load": "becomes load_model and others",
 }

@@ -118,7 +118,7 @@ def check_output(config: SimConfig) -> None:
         f"There is nothing to go on with in {partial}; check --output, or leave --resume out.",
     )
     if config.resume not in ("", "latest"):
-        checkpoint.find(config.resume, partial)
+        checkpoint.find_checkpoint(config.resume, partial)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     import torch
 
     from minizs import sft
-    from minizs.curriculum import noise_probability
+    from minizs.curriculum import draw_questions, noise_probability
     from minizs.models import loading
     from minizs.reward import f1_score
     from minizs.rollout import rollout
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     policy = build.make_policy(config, model, tokenizer, template, config.temperature)
     good = []
     for step in range(1, config.steps + 1):
-        batch = data.batch(examples, step, config.batch_questions, config.seed)
+        batch = draw_questions(step, len(examples), config.batch_questions, config.seed)
         noise = noise_probability(step, config.steps, config.noise_start, config.noise_end)
         rows = rollout(
             policy,

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_policy
 from benchmarks import measure
 from benchmarks.rollout import minizs_side, simulator_folder
+from minizs.curriculum import draw_questions
 from minizs.generate import Decoder
 from minizs.learner import build_learner
 from minizs.models import loading
@@ -149,7 +150,7 @@ def together(sides: list[measure.Side], examples: list[Example], group: int, see
 def processes(policy: str, simulated: str, questions: int, group: int, repeats: int) -> None:
     examples = data.load_examples("world", "train")
     # In training's order: in the file's one process would get all questions of two hops.
-    examples = [examples[i] for i in data.batch(examples, 1, 4 * questions, seed=0)]
+    examples = [examples[i] for i in draw_questions(1, len(examples), 4 * questions, seed=0)]
     sides = [measure.Side(minizs_side, policy, simulated, threads=1) for _ in range(2)]
     points = [(number, n) for n in (questions, 4 * questions) for number in (1, 2)]
     rates: dict[tuple[int, int], list[float]] = {point: [] for point in points}

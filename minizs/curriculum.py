@@ -1,7 +1,23 @@
-"""The curriculum: how often the simulated search engine returns noisy documents at a step.
+"""The curriculum: what a step asks, and how often the simulated engine then returns noise.
 
 Early most documents are useful, and the policy learns the format and that searching pays; later it
 has to reason about what it was given. (The paper's random curriculum is start = end = 0.5.)"""
+
+from minizs.randomness import hash64
+
+
+def draw_questions(step: int, total: int, size: int, seed: int) -> list[int]:
+    """The indices of the questions of a step, counted from 1, among `total` questions.
+
+    They are a function of the seed, so that a resumed run needs no cursor. Every epoch is a fresh
+    permutation of all questions, and a batch can run across its end.
+    """
+    first = (step - 1) * size
+    epochs = range(first // total, (first + size - 1) // total + 1)
+    order: list[int] = []
+    for epoch in epochs:
+        order += sorted(range(total), key=lambda index: hash64(seed, epoch, index))
+    return order[first % total : first % total + size]
 
 
 def noise_probability(

@@ -1,16 +1,20 @@
-"""One optimiser update from a batch of trajectories: score, advantages, loss, step.
+"""One update of the policy from a batch of trajectories: score, advantages, loss, step.
 
-GRPO, PPO and REINFORCE share all of it but the advantage, and where the KL goes:
+The algorithms share all of it but two things:
 
                  advantage                       KL to the reference
     grpo         reward against its group        in the loss (k2 or k3)
     reinforce    reward minus a baseline         in the loss (k2 or k3)
     ppo          GAE with a critic               in the reward (k1)
 
-Micro-batches and processes only split the work: one count of tokens, over all of them, normalises
-the loss, every process does the same number of forward passes, and the loss goes through the module
-that Accelerate prepared, so that gradients are reduced. A step is skipped, by all processes alike,
-when its loss or gradient is not finite: one such step, and all weights would be NaN for good."""
+`Learner` is the update of GRPO and of REINFORCE, and can be read alone. `PPOLearner`, below it,
+adds the critic and changes where advantages and the KL come from.
+
+Micro-batches and processes only split the work. One count of tokens, over all of them, normalises
+the loss. Every process does the same number of forward passes, each through the module that
+Accelerate prepared, so that gradients are reduced. A step whose loss or gradient is not finite is
+skipped, by all processes alike: taken, it would make all weights NaN for good.
+"""
 
 import copy
 import math
@@ -18,7 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -31,217 +35,363 @@ from minizs.models.lora import lora_off
 from minizs.models.weights import cast_weights, checkpoint_layers
 from minizs.trajectory import Trajectory
 
+# The loss of one micro-batch, from its tokens' weights and the normalizer of the whole minibatch.
+LossFunction = Callable[[Batch, Tensor, Tensor], losses.Loss]
+
 
 @dataclass
 class Learner:
-    """What an update needs; modules and optimisers are those that Accelerate prepared."""
+    """The update of GRPO and of REINFORCE.
+
+    Modules and optimisers are those that Accelerate prepared. `settings` has the fields of
+    `runs.settings.PolicyConfig` about the algorithm, the optimiser and the limits of a trajectory.
+    """
+
+    kl_in_loss: ClassVar[bool] = True
 
     accelerator: Accelerator
-    settings: Any  # a PolicyConfig
-    scorer: nn.Module
-    optimizer: Any
-    reference: Callable | None = None  # a frozen scorer; None where no KL is asked for
-    critic: nn.Module | None = None  # for PPO
-    critic_optimizer: Any = None
-    # Of the last update: rows whose loss was not finite, and each row's token advantages, (T,).
+    settings: Any
+    scorer: nn.Module  # log-probabilities and entropies under the policy
+    optimizer: torch.optim.Optimizer
+    reference: Callable | None = None  # the same under the frozen starting model; None without KL
+    # Of the last update: rows whose loss or gradient was not finite, and for each row the
+    # advantages of its tokens, (T,) or longer by padding.
     suspects: set[int] = field(default_factory=set)
-    advantages: dict[int, Tensor] = field(default_factory=dict)
+    token_advantages: dict[int, Tensor] = field(default_factory=dict)
 
     def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
         """Learn from this process's trajectories, the rows of a group adjacent. Returns metrics."""
-        s = self.settings
-        self.suspects, self.advantages = set(), {}
-        batches = self._split(trajectories)
-        parts = [part for batch in batches for part in batch]
+        # A minibatch is what one optimiser step learns from. Its batches are forward passes.
+        minibatches = self._split(trajectories)
+        batches = [batch for minibatch in minibatches for batch in minibatch]
         rewards = torch.tensor([t.reward for t in trajectories], device=self.accelerator.device)
-        # With one update a batch the ratio is 1 by construction and needs no old log-probabilities.
-        if s.minibatches > 1:
-            self._score(self.scorer, parts, "old_logprobs")
+
+        self._score(batches)
+        metrics = self._set_advantages(batches, rewards)
+        self._remember_advantages(batches)
+        self.suspects = set()
+        metrics |= self._learn(minibatches)
+        return metrics
+
+    @torch.no_grad()
+    def _score(self, batches: list[Batch]) -> None:
+        """Note what the policy, before it changes, and the reference say of each token, (B, T)."""
+        # With a single optimiser step the ratio is 1 by construction: it needs no old values.
+        if self.settings.minibatches > 1:
+            for batch in batches:
+                batch.old_logprobs, _ = self.scorer(batch.ids, batch.attention, batch.mask)
         if self.reference is not None:
-            self._score(self.reference, parts, "ref_logprobs")
-        if s.algorithm == "ppo":
-            self._score(self.critic, parts, "values")
-            metrics = {"kl": self._ppo_advantages(parts, rewards)}
-        else:
-            advantages = self._outcome_advantages(rewards)  # (N,)
-            for part in parts:
-                part.advantages = advantages[part.rows][:, None] * part.mask
-            flat = self.accelerator.reduce(grpo.flat_groups(rewards, s.group_size).float(), "mean")
-            metrics = {"kl": 0.0, "flat_groups": flat.mean().item()}
-        for part in parts:
-            for row, values in zip(part.rows, part.advantages.cpu(), strict=True):
-                self.advantages.setdefault(row, values)  # the first: a filler has zeros
+            for batch in batches:
+                batch.ref_logprobs, _ = self.reference(batch.ids, batch.attention, batch.mask)
 
-        policy = self._learn(
-            self.scorer, self.optimizer, batches, self._policy_loss, s.loss_average
-        )
-        critic = {}
-        if s.algorithm == "ppo":
-            critic = self._learn(self.critic, self.critic_optimizer, batches, self._value_loss)
-            critic["critic_grad_norm"] = critic.pop("grad_norm")
-        skipped = math.isnan(policy["grad_norm"] + critic.get("critic_grad_norm", 0.0))
-        return metrics | critic | policy | {"skipped": int(skipped)}
-
-    def tokens(self, row: int, trajectory: Trajectory, tokenizer) -> dict[str, list]:
-        """For the page of a run: each token's text and its advantage in the last update."""
-        ids = trajectory.ids
-        # What a token adds to the one before it: some tokenizers put spaces only between words.
-        before = ["", *tokenizer.batch_decode([[token] for token in ids[:-1]])]
-        both = tokenizer.batch_decode([ids[max(0, i - 1) : i + 1] for i in range(len(ids))])
-        pieces = [b[len(a) :] for a, b in zip(before, both, strict=True)]
-        advantages = self.advantages[row][: len(ids)].tolist()
-        return {"pieces": pieces, "advantages": [round(a, 4) for a in advantages]}
+    def _set_advantages(self, batches: list[Batch], rewards: Tensor) -> dict[str, float]:
+        """All tokens of a trajectory share the advantage of its reward; rewards are (N,)."""
+        advantages = self._outcome_advantages(rewards)  # (N,)
+        for batch in batches:
+            batch.advantages = advantages[batch.rows][:, None] * batch.mask  # (B, T)
+        flat = grpo.flat_groups(rewards, self.settings.group_size).float()  # (N / G,)
+        flat = self.accelerator.reduce(flat, "mean")
+        return {"kl": 0.0, "flat_groups": flat.mean().item()}
 
     def _outcome_advantages(self, rewards: Tensor) -> Tensor:
-        """GRPO's or REINFORCE's advantages of this process's rewards, (N,)."""
+        """The advantages of this process's rewards: (N,) to (N,)."""
         s = self.settings
         if s.algorithm == "reinforce":
             return reinforce.advantages(rewards, s.group_size, s.baseline)
-        # The batch's standard deviation is that of all processes together.
+        # The standard deviation of a batch is that of all processes together.
         everyone = self.accelerator.gather(rewards)
         advantages = grpo.group_advantages(everyone, s.group_size, s.advantage_scale)
         return advantages.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
-    def _ppo_advantages(self, parts: list[Batch], rewards: Tensor) -> float:
-        """Sets advantages (whitened over the whole batch) and returns; gives the mean k1 KL."""
-        s, totals, kl_sum = self.settings, 0.0, 0.0
-        for part in parts:
-            kl = torch.zeros_like(part.sampled_logprobs)
-            if part.ref_logprobs is not None:
-                kl = losses.kl(part.sampled_logprobs, part.ref_logprobs, "k1", part.mask)
-            reward = ppo.token_rewards(rewards[part.rows], kl, part.mask, s.kl_coef)
-            part.advantages, part.returns = ppo.gae(reward, part.values, part.mask, s.gamma, s.lam)
-            totals = totals + ppo.moments(part.advantages, part.mask)
+    def _remember_advantages(self, batches: list[Batch]) -> None:
+        """For the page of the run. They stay on the device until somebody reads them."""
+        self.token_advantages = {}
+        for batch in batches:
+            for row, advantages in zip(batch.rows, batch.advantages, strict=True):
+                # A filler, which repeats a row with advantages of 0, comes after the row itself.
+                self.token_advantages.setdefault(row, advantages)
+
+    def _learn(self, minibatches: list[list[Batch]]) -> dict[str, float]:
+        """Train the policy. Returns metrics, with `skipped` 1 where a step was not finite."""
+        metrics = self._optimize(
+            self.scorer, self.optimizer, minibatches, self._policy_loss, self.settings.loss_average
+        )
+        metrics["skipped"] = int(math.isnan(metrics["grad_norm"]))
+        return metrics
+
+    def _policy_loss(self, batch: Batch, weights: Tensor, normalizer: Tensor) -> losses.Loss:
+        """The surrogate, plus beta times the KL, minus the entropy bonus."""
+        s = self.settings
+        logprobs, entropy = self.scorer(batch.ids, batch.attention, batch.mask)  # (B, T) each
+        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        loss, stats = losses.policy_loss(
+            logprobs,
+            old_logprobs,
+            batch.advantages,
+            batch.mask,
+            s.clip_low,
+            s.clip_high,
+            normalizer,
+            weights,
+        )
+        if self.kl_in_loss and batch.ref_logprobs is not None:
+            kl = losses.kl(logprobs, batch.ref_logprobs, s.kl_kind, batch.mask)  # (B, T)
+            loss = loss + s.kl_coef * losses.average(kl * weights, batch.mask, normalizer)
+            stats["kl"] = losses.average(kl.detach(), batch.mask)
+        if s.entropy_coef:
+            bonus = losses.average(entropy * weights, batch.mask, normalizer)
+            loss = loss - s.entropy_coef * bonus
+        stats["entropy"] = losses.average(entropy.detach(), batch.mask)
+        # Sampler and scorer are the same model. They differ by rounding only, and this stays small.
+        gap = losses.keep(old_logprobs - batch.sampled_logprobs, batch.mask).abs()
+        stats["logprob_gap_max"] = gap.max().detach()
+        return loss, stats
+
+    # ---- the mechanics: micro-batches, processes, steps that are not finite ---------------------
+
+    def _split(self, trajectories: list[Trajectory]) -> list[list[Batch]]:
+        """Minibatches of micro-batches, as many micro-batches on every process.
+
+        A process that has fewer of them adds fillers, whose mask is 0. Otherwise the others would
+        wait for its forward passes for ever.
+        """
+        s, device = self.settings, self.accelerator.device
+        minibatches = []
+        for first in range(s.minibatches):
+            rows = range(first, len(trajectories), s.minibatches)
+            groups = by_budget([len(trajectories[row].ids) for row in rows], s.micro_tokens)
+            batches = [collate(trajectories, [rows[i] for i in group], device) for group in groups]
+            counts = self.accelerator.gather(torch.tensor([len(batches)], device=device))
+            for _ in range(int(counts.max()) - len(batches)):
+                filler = collate(trajectories, [first], device)
+                filler.mask.zero_()
+                batches.append(filler)
+            minibatches.append(batches)
+        return minibatches
+
+    def _optimize(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        minibatches: list[list[Batch]],
+        loss_function: LossFunction,
+        loss_average: str = "token",
+    ) -> dict[str, float]:
+        """Take a step for each minibatch. Returns statistics over all processes and `grad_norm`.
+
+        The norm is that of before clipping, the mean over the steps; NaN where one was skipped.
+        """
+        stats, norms = [], []
+        for minibatch in minibatches:
+            weights, normalizer = self._weigh(minibatch, loss_average)
+            step_stats, values = self._backward(
+                module, minibatch, weights, normalizer, loss_function
+            )
+            norms.append(self._step(module, optimizer, minibatch, values))
+            stats += step_stats
+        metrics = self._merge(stats)
+        metrics["grad_norm"] = sum(norms) / len(norms)
+        return metrics
+
+    def _weigh(self, minibatch: list[Batch], loss_average: str) -> tuple[list[Tensor], Tensor]:
+        """The token weights (B, T) of each batch, and the normalizer over all processes."""
+        longest = self.settings.max_turns * self.settings.max_turn_tokens
+        weights, counts = [], []
+        for batch in minibatch:
+            batch_weights, count = losses.token_weights(batch.mask, loss_average, longest)
+            weights.append(batch_weights)
+            counts.append(count)
+        normalizer = self.accelerator.reduce(sum(counts).float(), "sum").clamp(min=1)
+        return weights, normalizer
+
+    def _backward(
+        self,
+        module: nn.Module,
+        minibatch: list[Batch],
+        weights: list[Tensor],
+        normalizer: Tensor,
+        loss_function: LossFunction,
+    ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
+        """Add up the gradients of all micro-batches. Returns statistics and losses of each.
+
+        Nothing here waits for the device: the next micro-batch is queued while one is computed.
+        """
+        accelerator = self.accelerator
+        stats, values = [], []
+        for batch, batch_weights in zip(minibatch, weights, strict=True):
+            # Gradients are reduced over processes once, with the last micro-batch. Sharded ones
+            # are reduced with each, or every process would have to hold them whole.
+            waits = batch is not minibatch[-1] and not accelerator.is_fsdp2
+            with accelerator.no_sync(module) if waits else nullcontext():
+                loss, batch_stats = loss_function(batch, batch_weights, normalizer)
+                # DDP takes the mean over processes, and the losses are parts of a sum.
+                accelerator.backward(loss * accelerator.num_processes)
+            stats.append(batch_stats)
+            values.append(loss.detach().float())
+        return stats, values
+
+    def _step(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        minibatch: list[Batch],
+        values: list[Tensor],
+    ) -> float:
+        """Clip and take the step, or skip it on all processes alike. Returns the norm, or NaN."""
+        norm = self.accelerator.clip_grad_norm_(module.parameters(), self.settings.max_grad_norm)
+        if hasattr(norm, "full_tensor"):  # of sharded gradients
+            norm = norm.full_tensor()
+        own = torch.stack([sum(values), norm.float()])
+        everyone = self.accelerator.reduce(own, "sum")  # not finite where one process's is not
+        loss, gradient, own_norm = torch.cat([everyone, norm.float()[None]]).tolist()
+        finite = math.isfinite(loss) and math.isfinite(gradient)
+        if finite:
+            optimizer.step()
+        else:
+            self._suspect(minibatch, values, losses_are_finite=math.isfinite(loss))
+        optimizer.zero_grad()
+        return own_norm if finite else math.nan
+
+    def _suspect(
+        self, minibatch: list[Batch], values: list[Tensor], losses_are_finite: bool
+    ) -> None:
+        """Note the rows that may have spoilt a step.
+
+        Those are the rows of the batches whose loss is not finite. Where all losses are finite and
+        the gradient is not, any row may have spoilt it.
+        """
+        for batch, value in zip(minibatch, values, strict=True):
+            if losses_are_finite or not value.isfinite():
+                self.suspects.update(batch.rows)
+
+    def _merge(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
+        """The statistics of all micro-batches of all processes, as numbers."""
+        own = losses.merge_stats(stats)
+        names = list(own)
+        values = torch.stack([own[name].float() for name in names])  # (S,)
+        rows = self.accelerator.gather(values[None])  # (processes, S)
+        everyone = losses.merge_stats([dict(zip(names, row, strict=True)) for row in rows])
+        numbers = torch.stack([everyone[name] for name in names]).tolist()
+        return dict(zip(names, numbers, strict=True))
+
+
+@dataclass
+class PPOLearner(Learner):
+    """The update of PPO: advantages come from a critic, and the KL is part of the reward."""
+
+    kl_in_loss: ClassVar[bool] = False
+
+    critic: nn.Module | None = None
+    critic_optimizer: torch.optim.Optimizer | None = None
+
+    @torch.no_grad()
+    def _score(self, batches: list[Batch]) -> None:
+        """The critic's values, too, are those of before the update."""
+        super()._score(batches)
+        for batch in batches:
+            batch.values = self.critic(batch.ids, batch.attention)
+
+    def _set_advantages(self, batches: list[Batch], rewards: Tensor) -> dict[str, float]:
+        """Advantages, whitened over the whole batch, and returns; rewards are (N,)."""
+        s = self.settings
+        kl_sum = 0.0
+        totals = 0.0  # the moments of all advantages, (3,)
+        for batch in batches:
+            kl = torch.zeros_like(batch.sampled_logprobs)  # (B, T)
+            if batch.ref_logprobs is not None:
+                kl = losses.kl(batch.sampled_logprobs, batch.ref_logprobs, "k1", batch.mask)
+            token_rewards = ppo.token_rewards(rewards[batch.rows], kl, batch.mask, s.kl_coef)
+            batch.advantages, batch.returns = ppo.gae(
+                token_rewards, batch.values, batch.mask, s.gamma, s.lam
+            )
+            totals = totals + ppo.moments(batch.advantages, batch.mask)
             kl_sum = kl_sum + kl.sum()
         totals = self.accelerator.reduce(totals, "sum")
-        for part in parts:
-            part.advantages = ppo.whiten(part.advantages, part.mask, totals)
-        return (self.accelerator.reduce(kl_sum, "sum") / totals[2].clamp(min=1)).item()
+        for batch in batches:
+            batch.advantages = ppo.whiten(batch.advantages, batch.mask, totals)
+        tokens = totals[2].clamp(min=1)
+        return {"kl": (self.accelerator.reduce(kl_sum, "sum") / tokens).item()}
 
-    def _policy_loss(self, part: Batch, weights: Tensor, normalizer: Tensor) -> losses.Loss:
-        s = self.settings
-        logprobs, entropy = self.scorer(part.ids, part.attention, part.mask)
-        old = logprobs.detach() if part.old_logprobs is None else part.old_logprobs
-        loss, stats = losses.policy_loss(
-            logprobs, old, part.advantages, part.mask, s.clip_low, s.clip_high, normalizer, weights
-        )
-        if part.ref_logprobs is not None and s.algorithm != "ppo":
-            kl = losses.kl(logprobs, part.ref_logprobs, s.kl_kind, part.mask)
-            loss = loss + s.kl_coef * losses.average(kl * weights, part.mask, normalizer)
-            stats["kl"] = losses.average(kl.detach(), part.mask)
-        if s.entropy_coef:
-            loss = loss - s.entropy_coef * losses.average(entropy * weights, part.mask, normalizer)
-        stats["entropy"] = losses.average(entropy.detach(), part.mask)
-        # Sampler and scorer are the same model: what they disagree on is rounding, and stays small.
-        gap = losses.keep(old - part.sampled_logprobs, part.mask).abs()
-        return loss, stats | {"logprob_gap_max": gap.max().detach()}
+    def _learn(self, minibatches: list[list[Batch]]) -> dict[str, float]:
+        """Train the policy, then the critic."""
+        metrics = super()._learn(minibatches)
+        critic = self._optimize(self.critic, self.critic_optimizer, minibatches, self._value_loss)
+        norm = critic.pop("grad_norm")
+        metrics |= critic
+        metrics["critic_grad_norm"] = norm
+        metrics["skipped"] = int(metrics["skipped"] or math.isnan(norm))
+        return metrics
 
-    def _value_loss(self, part: Batch, _: Tensor, normalizer: Tensor) -> losses.Loss:
+    def _value_loss(self, batch: Batch, weights: Tensor, normalizer: Tensor) -> losses.Loss:
+        """The critic's loss is a mean over tokens, whatever the weights of the policy's loss."""
         return ppo.value_loss(
-            self.critic(part.ids, part.attention),
-            part.values,
-            part.returns,
-            part.mask,
+            self.critic(batch.ids, batch.attention),
+            batch.values,
+            batch.returns,
+            batch.mask,
             self.settings.value_clip,
             normalizer,
         )
 
-    def _learn(
-        self,
-        module: nn.Module,
-        optimizer,
-        minibatches: list[list[Batch]],
-        loss_of: Callable,
-        average: str = "token",
-    ) -> dict[str, float]:
-        """A step on each minibatch: everyone's statistics, the mean gradient norm (NaN: a skip)."""
-        steps = [self._step(module, optimizer, parts, loss_of, average) for parts in minibatches]
-        merged = losses.merge_stats([part for stats, _ in steps for part in stats])
-        rows = self.accelerator.gather(torch.stack([v.float() for v in merged.values()])[None])
-        everyone = losses.merge_stats([dict(zip(merged, row, strict=True)) for row in rows])
-        norm = sum(norm for _, norm in steps) / len(steps)
-        return {name: value.item() for name, value in everyone.items()} | {"grad_norm": norm}
-
-    def _step(
-        self, module: nn.Module, optimizer, parts: list[Batch], loss_of: Callable, average: str
-    ) -> tuple[list[dict[str, Tensor]], float]:
-        """One optimiser step on the sum of the parts' losses: (statistics, gradient norm). If that
-        sum or its gradient is not finite there is none, on any process, and the norm is NaN."""
-        s, accelerator, all_stats, values = self.settings, self.accelerator, [], []
-        longest = s.max_turns * s.max_turn_tokens
-        weights, counts = zip(
-            *(losses.token_weights(part.mask, average, longest) for part in parts), strict=True
-        )
-        normalizer = accelerator.reduce(sum(counts).float(), "sum").clamp(min=1)
-        for part, part_weights in zip(parts, weights, strict=True):
-            # Gradients are reduced over processes once, with the last micro-batch.
-            # (Shards: with each, or every process would hold them whole.)
-            alone = part is not parts[-1] and not accelerator.is_fsdp2
-            with accelerator.no_sync(module) if alone else nullcontext():
-                loss, stats = loss_of(part, part_weights, normalizer)
-                accelerator.backward(loss * accelerator.num_processes)  # DDP takes the mean
-            all_stats.append(stats)
-            values.append(loss.detach().float())
-        norm = float(accelerator.clip_grad_norm_(module.parameters(), s.max_grad_norm))
-        guard = torch.stack([sum(values), torch.full_like(values[0], norm)])
-        finite = accelerator.reduce(guard, "sum").isfinite()  # the same on all processes
-        if finite.all():
-            optimizer.step()
-        else:  # where the losses are finite, the gradient is not, and any of them may have made it
-            bad = [p for p, v in zip(parts, values, strict=True) if finite[0] or not v.isfinite()]
-            self.suspects |= {row for part in bad for row in part.rows}
-        optimizer.zero_grad()
-        return all_stats, norm if finite.all() else math.nan
-
-    @torch.no_grad()
-    def _score(self, module: nn.Module, parts: list[Batch], name: str) -> None:
-        """Sets `name` of each part to what the module says of it, (B, T)."""
-        for part in parts:
-            inputs = (part.ids, part.attention)
-            out = module(*inputs) if name == "values" else module(*inputs, part.mask)[0]
-            setattr(part, name, out)
-
-    def _split(self, trajectories: list[Trajectory]) -> list[list[Batch]]:
-        """Minibatches (an optimiser step each) of micro-batches (a forward pass each), as many as
-        other processes have, by fillers of mask 0: they would wait for ever for a missing pass."""
-        s, device, minibatches = self.settings, self.accelerator.device, []
-        for first in range(s.minibatches):
-            rows = range(first, len(trajectories), s.minibatches)
-            groups = by_budget([len(trajectories[i].ids) for i in rows], s.micro_tokens)
-            parts = [collate(trajectories, [rows[i] for i in group], device) for group in groups]
-            most = int(self.accelerator.gather(torch.tensor([len(parts)], device=device)).max())
-            for _ in range(most - len(parts)):
-                parts.append(collate(trajectories, [first], device))
-                parts[-1].mask.zero_()
-            minibatches.append(parts)
-        return minibatches
-
 
 def build_learner(
-    accelerator, settings, model, vocab_size: int, dtype: torch.dtype = torch.float32
+    accelerator: Accelerator,
+    settings: Any,
+    model: nn.Module,
+    vocab_size: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Learner:
-    """Scorer, critic and optimisers for a policy, prepared by Accelerate. The reference is a whole
-    copy, in the type that the run computes in (`dtype`), or the policy with its LoRA off."""
+    """The learner for a policy: scorer, reference, critic and optimisers, prepared by Accelerate.
+
+    `dtype` is what the run computes in, and so the type of the reference's weights.
+    """
     packed = model.config._attn_implementation == "flash_attention_2"
-    if settings.gradient_checkpointing:
-        checkpoint_layers(model)
     make_scorer = partial(
         Scorer, temperature=settings.temperature, vocab_size=vocab_size, packed=packed
     )
+    if settings.gradient_checkpointing:
+        checkpoint_layers(model)
 
-    def prepare(module: nn.Module, lr: float):
-        learned = [weight for weight in module.parameters() if weight.requires_grad]
-        optimizer = torch.optim.AdamW(learned, lr, weight_decay=settings.weight_decay)
-        return accelerator.prepare(module, optimizer)
-
-    reference = critic = critic_optimizer = None
+    # Copies are made before the policy is prepared, which may shard it.
+    reference = None
     if settings.kl_coef and not settings.lora_rank:
         frozen = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False)
         reference = make_scorer(frozen.to(accelerator.device))
-    if settings.algorithm == "ppo":  # the critic starts as the policy does (paper appendix F)
-        critic = ppo.Critic(copy.deepcopy(model.base_model), packed)
-        critic, critic_optimizer = prepare(critic, settings.critic_lr)
-    scorer, optimizer = prepare(make_scorer(model), settings.lr)
-    if settings.kl_coef and settings.lora_rank:  # `scorer`, each call of it within `lora_off`
-        reference = lora_off(model)(lambda *inputs: scorer(*inputs))
-    return Learner(accelerator, settings, scorer, optimizer, reference, critic, critic_optimizer)
+    critic = None
+    if settings.algorithm == "ppo":  # the critic starts as the policy does (paper, appendix F)
+        backbone = copy.deepcopy(model.base_model)
+        critic = prepare(accelerator, ppo.Critic(backbone, packed), settings.critic_lr, settings)
+
+    scorer, optimizer = prepare(accelerator, make_scorer(model), settings.lr, settings)
+    if settings.kl_coef and settings.lora_rank:
+        reference = without_lora(scorer, model)
+    if critic is None:
+        return Learner(accelerator, settings, scorer, optimizer, reference)
+    return PPOLearner(
+        accelerator,
+        settings,
+        scorer,
+        optimizer,
+        reference,
+        critic=critic[0],
+        critic_optimizer=critic[1],
+    )
+
+
+def prepare(accelerator: Accelerator, module: nn.Module, lr: float, settings: Any):
+    """The module and an AdamW for those of its weights that learn, both prepared by Accelerate."""
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    # On CUDA one kernel steps all weights; elsewhere PyTorch chooses.
+    fused = True if accelerator.device.type == "cuda" else None
+    optimizer = torch.optim.AdamW(weights, lr, weight_decay=settings.weight_decay, fused=fused)
+    return accelerator.prepare(module, optimizer)
+
+
+def without_lora(scorer: nn.Module, model: nn.Module) -> Callable:
+    """The scorer with the LoRA of its model switched off: a reference that needs no second copy."""
+
+    def reference(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with lora_off(model):
+            return scorer(*inputs)
+
+    return reference

@@ -9,36 +9,46 @@ from minizs.trajectory import Trajectory
 
 
 def by_budget(lengths: list[int], budget: int) -> list[list[int]]:
-    """Indices of rows in groups of similar length: up to `budget` positions, padded, or one row."""
+    """Split rows of these lengths into groups of similar length; returns the rows' indices.
+
+    A group has at most `budget` positions, padding included, or is a single row. The longest rows
+    come first, so that a batch which does not fit into memory fails at once.
+    """
+    longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # the longest first
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+    for row in longest_first:
+        if groups:
+            width = lengths[groups[-1][0]]  # a group is as wide as its first row
+            fits = (len(groups[-1]) + 1) * width <= budget
+        if not groups or not fits:
             groups.append([])
-        groups[-1].append(i)
+        groups[-1].append(row)
     return groups
 
 
 def pad(rows: list[list] | tuple[list, ...], dtype: torch.dtype = torch.long) -> Tensor:
-    """Lists of numbers to (B, T), zeros on the right up to the longest row."""
+    """Lists of numbers to (B, T), with zeros on the right up to the longest row."""
     width = max(map(len, rows))
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=dtype)
 
 
 def attention(lengths: list[int]) -> Tensor:
-    """(B, T) ones on each row's first `length` positions."""
-    return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    """(B, T), 1 on the first `length` positions of each row and 0 after them."""
+    positions = torch.arange(max(lengths))  # (T,)
+    return (positions < torch.tensor(lengths)[:, None]).long()
 
 
 @dataclass
 class Batch:
-    """Trajectories as (B, T) tensors, padded on the right."""
+    """Trajectories as tensors, padded on the right: what one forward pass takes. All are (B, T)."""
 
-    rows: list[int]  # which trajectories these are
+    rows: list[int]  # the places of these trajectories among all that were given
     ids: Tensor
-    attention: Tensor
+    attention: Tensor  # 1 on tokens, 0 on padding
     mask: Tensor  # 1 on the policy's own tokens
-    sampled_logprobs: Tensor  # as the rollout computed them
-    old_logprobs: Tensor | None = None  # as the scorer computes them before the first update
+    sampled_logprobs: Tensor  # from the rollout
+    # What an update adds. The log-probabilities and values are those of before its first step.
+    old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     values: Tensor | None = None
     advantages: Tensor | None = None
@@ -48,12 +58,14 @@ class Batch:
 def collate(
     trajectories: list[Trajectory], rows: list[int], device: torch.device | str = "cpu"
 ) -> Batch:
-    chosen = [trajectories[i] for i in rows]
-    logprobs = pad([t.logprobs for t in chosen], dtype=torch.float32)
-    tensors = (
-        pad([t.ids for t in chosen]),
-        attention([len(t.ids) for t in chosen]),
-        pad([t.loss_mask for t in chosen]),
-        logprobs,
+    """The batch of these rows."""
+    chosen = [trajectories[row] for row in rows]
+    lengths = [len(trajectory.ids) for trajectory in chosen]
+    sampled_logprobs = pad([trajectory.logprobs for trajectory in chosen], dtype=torch.float32)
+    return Batch(
+        rows,
+        ids=pad([trajectory.ids for trajectory in chosen]).to(device),
+        attention=attention(lengths).to(device),
+        mask=pad([trajectory.loss_mask for trajectory in chosen]).to(device),
+        sampled_logprobs=sampled_logprobs.to(device),
     )
-    return Batch(rows, *(tensor.to(device) for tensor in tensors))

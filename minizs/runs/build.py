@@ -320,6 +320,8 @@ def held_out(config, accelerator, writer, tokenizer, template: str) -> Callable[
         policy = make_policy(config, writer(), tokenizer, template, temperature=0.0)
         answer = partial(rollout, policy, engine=engine)
         rows = answer_all(answer, examples, accelerator)
-        return summary(rows) if rows else {}
+        if not rows:  # only the main process has them
+            return {}
+        return {f"held_out_{name}": value for name, value in summary(rows).items()}
 
     return evaluate

@@ -1,48 +1,66 @@
 """Save, resume, and stop in time. A checkpoint is a folder `checkpoints/step-N`, whole or none.
 
-All randomness is a function of (seed, step, question, sample, ...), so models, optimisers and the
-step number are the whole state. Weights are safetensors; optimisers' states, and the weights of
-models that were sharded, are read by `torch.load(weights_only=True)`: it only builds tensors."""
+All randomness is a function of (seed, step, question, sample, ...), so that models, optimisers and
+the number of the step are the whole state. Weights are safetensors. The states of optimisers, and
+the weights of models that were sharded, are read by `torch.load(weights_only=True)`, which builds
+tensors and runs nothing. A copy of the run's config.yaml says with what the weights were trained.
+"""
 
 import json
 import logging
 import os
+import shutil
 import signal
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from accelerate.utils.constants import RNG_STATE_NAME
+
 from minizs import UserError, brief, require
+from minizs.runs.flags import may_change
 from minizs.runs.metrics import total
-from minizs.runs.run_folder import checkpoints, remove, write_lines
+from minizs.runs.run_folder import check_unchanged, checkpoints, remove, write_lines
 
 SUMS = "checksums.json"  # of all files; written last
 logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # "tied weights saved once"
 
 
-def save(accelerator, run: Path, step: int, keep: int = 2) -> None:
-    """Write what Accelerate prepared as `checkpoints/step-N`; drop all but the newest `keep`."""
+def save_checkpoint(accelerator, run: Path, step: int, keep: int = 2) -> None:
+    """Write what Accelerate prepared as `checkpoints/step-N`, and drop all but the newest `keep`.
+
+    All processes call this together. Step 0, and a step that is saved already, are left alone.
+    """
     folder = run / "checkpoints"
-    partial, whole = folder / "partial", folder / f"step-{step}"
+    partial = folder / "partial"
+    whole = folder / f"step-{step}"
     if step == 0 or whole.exists():
         return
     if accelerator.is_main_process:
-        remove(partial)  # by a run that was killed here
+        remove(partial)  # left by a run that was killed here
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial), safe_serialization=True)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        files = [path for path in partial.rglob("*") if path.is_file()]
-        sums = {}
-        for path in files:
-            wait_for_disk(path)
-            sums[path.relative_to(partial).as_posix()] = checksum(path)
+        for path in partial.glob(f"{RNG_STATE_NAME}_*"):
+            path.unlink()  # no random number here depends on a generator's state
+        if (run / "config.yaml").is_file():
+            shutil.copyfile(run / "config.yaml", partial / "config.yaml")
+        sums = checksums(partial)
+        for name in sums:
+            wait_for_disk(partial / name)
         write_lines(partial / SUMS, [sums])
         partial.rename(whole)
         for old in checkpoints(run)[:-keep]:
             remove(folder / f"step-{old}")
     accelerator.wait_for_everyone()
+
+
+def checksums(folder: Path) -> dict[str, int]:
+    """The checksum of each file below a folder, by its path in there."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in files}
 
 
 def wait_for_disk(path: Path) -> None:
@@ -69,9 +87,12 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def find(resume: str, run: Path) -> Path | None:
-    """The checkpoint that `--resume` means: a named one, or ("latest") the newest without damage,
-    None if none. Raises UserError for one that is damaged, or not this run's."""
+def find_checkpoint(resume: str, run: Path) -> Path | None:
+    """The checkpoint that `--resume` means.
+
+    It is a named one, or, for "latest", the newest without damage; None if there is none. Raises
+    UserError for a named one that is damaged or does not belong to this run.
+    """
     paths = [run / "checkpoints" / f"step-{step}" for step in reversed(checkpoints(run))]
     if resume != "latest":
         paths = [path for path in paths if path.resolve() == Path(resume).resolve()]
@@ -82,30 +103,53 @@ def find(resume: str, run: Path) -> Path | None:
         require(resume == "latest", f"{path} is damaged; --resume alone finds a whole one.")
         if os.environ.get("RANK", "0") == "0":  # of several processes, one says so
             print(f"Warning: the checkpoint {path} is damaged and skipped.")
+    return None
 
 
-def load(accelerator, path: Path) -> int:
-    """Restore all that Accelerate prepared; the step that was done last. Raises UserError."""
+def checkpoint_of(config) -> Path | None:
+    """The checkpoint that a run goes on from; None for a run that begins with its first step.
+
+    Raises UserError if config.yaml was edited since, for example: the weights were trained with
+    other settings.
+    """
+    if not config.resume:
+        return None
+    path = find_checkpoint(config.resume, Path(config.output))
+    if path:
+        check_unchanged(path, config, may_change(config))
+    return path
+
+
+def load_checkpoint(accelerator, path: Path) -> int:
+    """Restore what Accelerate prepared. Returns the step done last. Raises UserError."""
     try:
         accelerator.load_state(str(path))
     except Exception as error:
         raise UserError(f"{path} cannot be loaded, go on from another: {brief(error)}") from error
-    return int(path.name[5:])
+    return int(path.name.removeprefix("step-"))
 
 
 @contextmanager
 def stopping() -> Iterator[Callable]:
-    """Ctrl-C and SIGTERM wait for the end of a step; a second Ctrl-C does not. Yields a function of
-    the accelerator: whether any process has been told to stop. All processes call it together."""
-    seen = []
+    """Inside, Ctrl-C and SIGTERM wait for the end of a step; a second Ctrl-C does not.
+
+    Yields `should_stop(accelerator)`: whether any process has been told to stop. All processes
+    have to call it together.
+    """
+    signals = []
 
     def note(number: int, frame) -> None:
-        seen.append(number)
+        signals.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def should_stop(accelerator) -> bool:
+        return total(accelerator, len(signals)) > 0
+
+    handlers = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers[number] = signal.signal(number, note)
     try:
-        yield lambda accelerator: total(accelerator, len(seen)) > 0
+        yield should_stop
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

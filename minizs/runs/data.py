@@ -31,7 +31,6 @@ from typing import Any
 
 from minizs import UserError, brief, require
 from minizs.engines import files
-from minizs.randomness import hash64
 from minizs.reward import normalize_answer
 from minizs.trajectory import Example
 from minizs.world.facts import embedded
@@ -405,15 +404,3 @@ def spread(examples: Sequence[Example], count: int) -> list[Example]:
     rounds = zip_longest(*by_source.values())
     in_turn = [example for one_each in rounds for example in one_each if example]
     return in_turn[: count or None]
-
-
-def batch(examples: Sequence[Example], step: int, size: int, seed: int) -> list[int]:
-    """The indices of the questions of a step (from 1), a function of the seed: a resumed run needs
-    no cursor. Every epoch is a fresh permutation; a batch can run across its end."""
-    total = len(examples)
-    first = (step - 1) * size
-    epochs = range(first // total, (first + size - 1) // total + 1)
-    order: list[int] = []
-    for epoch in epochs:
-        order += sorted(range(total), key=lambda index: hash64(seed, epoch, index))
-    return order[first % total : first % total + size]

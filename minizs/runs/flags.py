@@ -287,7 +287,7 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
         else:
             status = stop.code or 0
     except KeyboardInterrupt:
-        sentence = "stopped by Ctrl-C; what was saved is kept."
+        sentence = "Stopped by Ctrl-C."
         status = 130
     except UserError as error:
         sentence = f"error: {error}"

@@ -1,37 +1,48 @@
 """What a batch of trajectories looked like, and what a run cost, as numbers for the log."""
 
+import re
 from itertools import pairwise
 
 import torch
 
 from minizs.models.precision import widest_float
-from minizs.trajectory import Trajectory
+from minizs.trajectory import Trajectory, Turn
 
-COST = (
-    "{queries:,} queries (${search_dollars:,.2f} at a web engine's price); this run took "
-    "{device_hours:,.2f} device-hours (${device_dollars:,.2f})."
-)
+LIMITS = ("turns", "turn_tokens", "context")  # what can end a trajectory: `Trajectory.truncated`
+THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+SEARCH_PRICE = 9.17  # dollars for 1,000 queries to a web engine (paper, Table 8)
+GPU_PRICE = 1.47  # dollars for an hour of a GPU (paper, Table 8)
 
 
 def total(accelerator, count: int) -> int:
-    """The sum of all processes' counts."""
+    """The sum of a count over all processes."""
     return int(accelerator.reduce(torch.tensor(int(count), device=accelerator.device), "sum"))
 
 
 def searched_again(trajectories: list[Trajectory], noisy: bool) -> tuple[int, int]:
-    """How often another search followed a noisy (or useful) reply, and how many there were."""
-    after = [
-        b.action == "search"
-        for t in trajectories
-        for a, b in pairwise(t.turns)
-        if a.documents is not None and a.noisy == noisy
-    ]
-    return sum(after), len(after)
+    """How often the next turn after a noisy (or useful) reply searched, and how many there were."""
+    repeats = 0
+    replies = 0
+    for trajectory in trajectories:
+        for turn, next_turn in pairwise(trajectory.turns):
+            if turn.documents is not None and turn.noisy == noisy:
+                replies += 1
+                repeats += next_turn.action == "search"
+    return repeats, replies
+
+
+def thinking_characters(turn: Turn) -> int:
+    """How much a turn thought. Characters, because some languages have no spaces."""
+    return sum(len(thought) for thought in THOUGHT.findall(turn.text))
 
 
 def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, float]:
-    """Means over all processes, of what a trajectory, a turn or a search was; if there was one."""
-    turns, n = [turn for t in trajectories for turn in t.turns], len(trajectories)
+    """Means over the trajectories of all processes, or over their turns, searches or replies.
+
+    What did not occur at all has no mean and is left out.
+    """
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    n = len(trajectories)
     searches = sum(t.searches for t in trajectories)
     sums = {  # name: (sum, count)
         "reward": (sum(t.reward for t in trajectories), n),
@@ -40,27 +51,51 @@ def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, fl
         "searches_per_question": (searches, n),
         "response_tokens": (sum(sum(t.loss_mask) for t in trajectories), n),
         "trajectory_tokens": (sum(len(t.ids) for t in trajectories), n),
+        "thinking_characters": (sum(map(thinking_characters, turns)), len(turns)),
         "valid_rate": (sum(turn.action != "invalid" for turn in turns), len(turns)),
         "empty_replies": (sum(turn.documents == [] for turn in turns), searches),
-        "again_after_noisy": searched_again(trajectories, True),
-        "again_after_useful": searched_again(trajectories, False),
+        "again_after_noisy": searched_again(trajectories, noisy=True),
+        "again_after_useful": searched_again(trajectories, noisy=False),
     }
+    for limit in LIMITS:
+        sums[f"truncated_{limit}"] = (sum(t.truncated == limit for t in trajectories), n)
     device = accelerator.device
     table = torch.tensor(list(sums.values()), dtype=widest_float(device), device=device)
-    totals = accelerator.reduce(table, "sum").tolist()
-    return {name: a / b for name, (a, b) in zip(sums, totals, strict=True) if b}
+    means = {}
+    for name, (value, count) in zip(sums, accelerator.reduce(table, "sum").tolist(), strict=True):
+        if count:
+            means[name] = value / count
+    return means
 
 
-def cost(rows: list[dict], search_price: float, gpu_price: float) -> dict[str, float]:
-    """Of a run's lines, by the price of 1,000 queries to a web engine and of an hour of a device, a
-    GPU or a CPU's process (paper Table 8). Left out: a simulator's own device, checkpoints."""
+def cost(rows: list[dict], engine: str) -> dict[str, float]:
+    """What a run cost, from its lines of metrics, at the prices of the paper (Table 8).
+
+    A device is a GPU, or a process on a CPU. The device of a simulator's server and the writing of
+    checkpoints are not counted. `saved_dollars` is what the queries would have cost beyond that at
+    a web engine; with `--engine web` they were paid, and nothing was saved.
+    """
     queries = sum(row["queries"] for row in rows)
     seconds = sum(row["processes"] * (row["seconds"] + row.get("seconds_test", 0)) for row in rows)
-    searches, devices = queries / 1000 * search_price, seconds / 3600 * gpu_price
-    return {
+    search_dollars = queries / 1000 * SEARCH_PRICE
+    device_dollars = seconds / 3600 * GPU_PRICE
+    spent = {
         "queries": queries,
-        "search_dollars": searches,
+        "search_dollars": search_dollars,
         "device_hours": seconds / 3600,
-        "device_dollars": devices,
-        "saved_dollars": searches - devices,
+        "device_dollars": device_dollars,
     }
+    if engine != "web":
+        spent["saved_dollars"] = search_dollars - device_dollars
+    return spent
+
+
+def cost_sentence(spent: dict[str, float]) -> str:
+    """`cost` in words."""
+    were_paid = "saved_dollars" not in spent
+    price = "paid to a web engine" if were_paid else "at a web engine's price"
+    return (
+        f"{spent['queries']:,} queries (${spent['search_dollars']:,.2f} {price}); "
+        f"this run took {spent['device_hours']:,.2f} device-hours "
+        f"(${spent['device_dollars']:,.2f})."
+    )

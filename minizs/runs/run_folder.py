@@ -2,6 +2,8 @@
 
 config.yaml  metrics.jsonl  trajectories.jsonl  suspects.jsonl  cost.json  report.html
 checkpoints/step-N/  policy/  evaluation.json
+
+Functions that need PyYAML import it themselves: a script tells in a sentence that it is missing.
 """
 
 import json
@@ -14,18 +16,34 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from minizs import require
+from minizs import UserError, require
 
 RUNS = Path("runs")
 TRIAL = ".trial-"  # how the names of folders begin that `can_be_made` makes and removes
-DONE = Path("policy", "prompt.txt")  # what `models.save` writes last: the policy is whole
+DONE = Path("policy", "prompt.txt")  # the last file that a run writes: its policy is whole
+TRAINED_WITH = "trained_with.yaml"  # beside the weights of a policy
+# The settings that a test of a policy should share with its training. The names are those of flags.
+REMEMBERED = (
+    "data",
+    "corpus",
+    "chat_template",
+    "top_k",
+    "max_turns",
+    "max_turn_tokens",
+    "max_document_tokens",
+    "max_context",
+)
+
+
+# ---- Which folder
 
 
 def new_folder() -> Path:
-    """The first free `runs/policy-N`, made at once: two runs started together take two."""
+    """The first free `runs/policy-N`. It is made at once, so that two runs never take the same."""
     for number in count(1):
+        folder = RUNS / f"policy-{number}"
         with suppress(FileExistsError):
-            (folder := RUNS / f"policy-{number}").mkdir(parents=True)
+            folder.mkdir(parents=True)
             return folder
 
 
@@ -35,97 +53,16 @@ def partial_folder(output: Path) -> Path:
 
 
 def to_resume(output: str, resume: str) -> Path:
-    """The run to go on with: `--output`, that of `RUN/checkpoints/step-N`, or the last begun."""
-    if output or resume != "latest":
-        return Path(output or Path(resume).parent.parent)
-    begun = max(RUNS.glob("policy-*/config.yaml"), key=os.path.getmtime, default=None)
-    return begun.parent if begun else RUNS / "policy-1"
+    """The folder of the run to go on with.
 
-
-def check_unchanged(folder: Path, config, free: set[str]) -> None:
-    """Raise UserError, with each difference, if settings changed that are not `free`."""
-    import yaml
-
-    path, ours = folder / "config.yaml", asdict(config)
-    theirs = (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}) or {}
-    require(
-        bool(theirs) or not checkpoints(folder),
-        f"{path} is lost or empty: write into it what "
-        "this run was started with, or choose another --output.",
-    )
-    changed = [
-        f"--{name} was {value!r} and is {ours[name]!r}"
-        for name, value in theirs.items()
-        if name not in free
-        and ours.get(name, value) != value
-        and not all("://" in str(v) for v in (value, ours[name]))
-    ]  # a server may move
-    require(
-        not changed,
-        f"{folder} cannot go on with other settings: {', '.join(changed)}. Leave "
-        "these as they were, or give a new run another --output.",
-    )
-
-
-def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Raise UserError for an output folder in which something would be lost."""
-    there = deepest(folder)
-    require(there.is_dir(), f"{there} is a file; choose another --output.")
-    require(not any(map(is_run, folder.parents)), f"{folder} lies in a run; give another --output.")
-    if folder.exists():
-        empty = all(path.name.startswith(TRIAL) for path in folder.iterdir())
-        require(
-            empty or resume or overwrite,
-            f"{folder} is not empty; add --resume to go on with it or --overwrite to lose it.",
-        )
-        ours = (empty or is_run(folder)) and not Path.cwd().is_relative_to(folder.resolve())
-        require(
-            ours or not overwrite,
-            f"{folder} holds no run, or the current folder, so "
-            "--overwrite leaves it alone; choose another --output.",
-        )
-    require(can_be_made(folder), f"{there} cannot be written to; choose another --output.")
-
-
-def deepest(folder: Path) -> Path:
-    """The folder itself if it is there, or the nearest above it that is."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def can_be_made(folder: Path) -> bool:
-    """Whether a folder can be made, or written into if it is there, found out by trying it.
-
-    Permissions do not tell it: nothing can be made in /proc, or on a disk that is full or
-    read-only. It is tried in a folder of another name, so that no other process mistakes it for
-    the output."""
-    folder = folder.resolve()
-    there = deepest(folder)
-    before = there.stat()
-    try:
-        with TemporaryDirectory(prefix=TRIAL, dir=there) as trial:
-            trial_folder = Path(trial, folder.relative_to(there))
-            trial_folder.mkdir(parents=True, exist_ok=True)
-            (trial_folder / "file").touch()
-        os.utime(there, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been
-    except OSError:
-        return False
-    return True
-
-
-def move(folder: Path, target: Path) -> None:
-    """Rename a folder in one step. Raises OSError where the target is there and not empty."""
-    if target.exists():
-        target.rmdir()  # which Windows does not do by itself
-    folder.rename(target)
-
-
-def is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("metrics.jsonl", "collected.jsonl"))
-
-
-def remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    It is `output`, or the run that the checkpoint `resume` lies in, or the run that began last.
+    """
+    if output:
+        return Path(output)
+    if resume != "latest":
+        return Path(resume).parent.parent
+    newest = max(RUNS.glob("policy-*/config.yaml"), key=os.path.getmtime, default=None)
+    return newest.parent if newest else RUNS / "policy-1"
 
 
 def newest_run() -> Path | None:
@@ -142,18 +79,138 @@ def describe(folder: Path) -> str:
     return f"the newest run, {folder}: {steps}, ended on {ended:%Y-%m-%d at %H:%M}."
 
 
-TRAINED_WITH = "trained_with.yaml"  # beside the weights of a policy
-# The settings that a test of a policy should share with its training. The names are those of flags.
-REMEMBERED = (
-    "data",
-    "corpus",
-    "chat_template",
-    "top_k",
-    "max_turns",
-    "max_turn_tokens",
-    "max_document_tokens",
-    "max_context",
-)
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds a run, or what `--collect` wrote."""
+    return any((folder / name).is_file() for name in ("metrics.jsonl", "collected.jsonl"))
+
+
+def is_complete(config) -> bool:
+    """Whether nothing is left to do for `--resume` without a named checkpoint."""
+    return config.resume == "latest" and Path(config.output, DONE).is_file()
+
+
+# ---- What is refused
+
+
+def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise UserError for an output folder in which something would be lost."""
+    existing = deepest(folder)
+    require(existing.is_dir(), f"{existing} is a file; choose another --output.")
+    require(not any(map(is_run, folder.parents)), f"{folder} lies in a run; give another --output.")
+    if not is_empty(folder):
+        check_may_lose(folder, resume, overwrite)
+    require(can_be_made(folder), f"{existing} cannot be written to; choose another --output.")
+
+
+def check_may_lose(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Only a run is gone on with or deleted, and only where the user says so."""
+    require(
+        resume or overwrite,
+        f"{folder} is not empty; add --resume to go on with it or --overwrite to lose it.",
+    )
+    holds_current_folder = Path.cwd().is_relative_to(folder.resolve())
+    require(
+        not overwrite or (is_run(folder) and not holds_current_folder),
+        f"{folder} holds no run, or the current folder, so "
+        "--overwrite leaves it alone; choose another --output.",
+    )
+    require(
+        not resume or is_run(folder) or bool(checkpoints(folder)),
+        f"{folder} is not empty and holds no run to go on with; choose another --output.",
+    )
+
+
+def deepest(folder: Path) -> Path:
+    """The folder itself if it is there, or the nearest above it that is."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether the folder is not there or holds nothing that somebody would miss."""
+    return not folder.exists() or all(path.name.startswith(TRIAL) for path in folder.iterdir())
+
+
+def can_be_made(folder: Path) -> bool:
+    """Whether a folder can be made, or written into if it is there, found out by trying it.
+
+    Permissions do not tell it: nothing can be made in /proc, or on a disk that is full or
+    read-only. It is tried in a folder of another name, so that no other process mistakes it for
+    the output.
+    """
+    folder = folder.resolve()
+    existing = deepest(folder)
+    before = existing.stat()
+    try:
+        with TemporaryDirectory(prefix=TRIAL, dir=existing) as trial:
+            trial_folder = Path(trial, folder.relative_to(existing))
+            trial_folder.mkdir(parents=True, exist_ok=True)
+            (trial_folder / "file").touch()
+        os.utime(existing, ns=(before.st_atime_ns, before.st_mtime_ns))  # as if nothing had been
+    except OSError:
+        return False
+    return True
+
+
+def check_run_or_settings(folder: Path, argv: list[str], free: set[str]) -> None:
+    """Raise UserError for `--resume` where there is no run and no setting for a new one.
+
+    A script that always resumes gives its settings, and so begins the run. Without any, the path
+    is probably mistyped. Settings in `free`, such as the number of threads, do not count.
+    """
+    flags = {word.removeprefix("--").partition("=")[0] for word in argv if word.startswith("--")}
+    require(
+        is_run(folder) or bool(checkpoints(folder)) or bool(flags - free),
+        f"There is no run in {folder} to resume; check --output. To begin a run there, leave out "
+        "--resume or give its settings, too.",
+    )
+
+
+def check_unchanged(folder: Path, config, free: set[str]) -> None:
+    """Raise UserError if `config` differs from the settings in a folder's config.yaml.
+
+    The folder is a run or a checkpoint. Settings in `free` may differ. A server may have moved: it
+    may have another address, and its model another name.
+    """
+    path = folder / "config.yaml"
+    old = saved_settings(path)
+    require(
+        bool(old) or not checkpoints(folder),
+        f"{path} is lost or empty; copy the one of the newest of {folder / 'checkpoints'} there, "
+        "or choose another --output.",
+    )
+    new = asdict(config)
+    differences = []
+    for name, value in old.items():
+        if name in free or new.get(name, value) == value or is_moved_server(name, old, new):
+            continue
+        differences.append(f"--{name} was {value!r} and is {new[name]!r}")
+    require(
+        not differences,
+        f"{folder} cannot go on with other settings: {', '.join(differences)}. Leave these as they "
+        "were, in config.yaml too, or give a new run another --output.",
+    )
+
+
+def is_moved_server(name: str, old: dict, new: dict) -> bool:
+    """Whether a setting differs because a server moved: its address, its name for a model."""
+    if name == "simulator_model":
+        name = "simulator"
+    return all("://" in str(settings.get(name)) for settings in (old, new))
+
+
+def saved_settings(path: Path) -> dict:
+    """The settings in a config.yaml; empty where there is none."""
+    import yaml
+
+    if not path.is_file():
+        return {}
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is no YAML any more; write it anew.") from error
+
+
+# ---- What a policy was trained with
 
 
 def remember_training(policy: Path, config) -> None:
@@ -174,47 +231,71 @@ def remember_training(policy: Path, config) -> None:
 
 def trained_with(policy: Path) -> dict:
     """What `remember_training` wrote; empty for a model that no run of ours trained."""
-    import yaml
+    return saved_settings(policy / TRAINED_WITH)
 
-    path = policy / TRAINED_WITH
-    if not path.is_file():
-        return {}
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+# ---- Files
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The rows of a log; a line that a killed run left unfinished is passed over."""
+    """The rows of a log. A line that a killed run left unfinished is passed over."""
+    if not path.exists():
+        return []
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines():
         with suppress(ValueError):
             rows.append(json.loads(line))
     return rows
 
 
 def write_lines(path: Path, rows: list[dict], mode: str = "a") -> None:
-    """Add rows to a log and wait until they are on the disk."""
+    """Add rows to a log and wait until they are on the disk. NaN, which JSON lacks, is null."""
     with open(path, mode, encoding="utf-8") as file:
         for row in rows:
-            row = json.loads(json.dumps(row), parse_constant=lambda _: None)  # NaN is no JSON
+            row = json.loads(json.dumps(row), parse_constant=lambda constant: None)
             file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
+def write_json(path: Path, values: dict) -> None:
+    """Write a small file for people and programs."""
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+
+
 def checkpoints(folder: Path) -> list[int]:
-    """The steps after which a run was saved, in order. Each is whole: renaming made it."""
-    paths = folder.glob("checkpoints/step-*")
-    return sorted(int(path.name[5:]) for path in paths if path.name[5:].isdecimal())
+    """The steps after which a run was saved, in order. A folder of that name is whole."""
+    names = [path.name.removeprefix("step-") for path in folder.glob("checkpoints/step-*")]
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def begin(folder: Path, step: int = 0, overwrite: bool = False) -> None:
-    """Make a run's folder; drop what is there from after `step`, the newest checkpoints first."""
+    """Make a run's folder, and drop what is there from after `step`.
+
+    The newest checkpoints go first, and a log is replaced in one go. So a run that is killed in
+    here can be resumed like any other.
+    """
     if overwrite:
         remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in reversed([number for number in checkpoints(folder) if number > step]):
-        remove(folder / "checkpoints" / f"step-{number}")
+    for number in reversed(checkpoints(folder)):
+        if number > step:
+            remove(folder / "checkpoints" / f"step-{number}")
     for path in folder.glob("*.jsonl"):
         rows = [row for row in read_lines(path) if row.get("step", 0) <= step]
-        write_lines(partial := path.with_suffix(".partial"), rows, "w")
-        partial.replace(path)  # in one go: a run killed here keeps its log
+        partial = path.with_suffix(".partial")
+        write_lines(partial, rows, "w")
+        partial.replace(path)
+
+
+def move(folder: Path, target: Path) -> None:
+    """Rename a folder in one step. Raises OSError where the target is there and not empty."""
+    if target.exists():
+        target.rmdir()  # which Windows does not do by itself
+    folder.rename(target)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -433,12 +433,6 @@ class LoggingSettings:
         ("", "tensorboard", "wandb", "trackio"),
         may_change=True,
     )
-    search_price: float = option(
-        9.17, "Dollars for 1,000 queries to a web engine (paper Table 8).", min=0, may_change=True
-    )
-    gpu_price: float = option(
-        1.47, "Dollars for an hour of a GPU (paper Table 8).", min=0, may_change=True
-    )
 
 
 @dataclass

@@ -191,7 +191,7 @@ def fine_tune(
     writer = weights.make_writer(base.model, dtype, accelerator.device, accelerator.is_fsdp2)
     model, optimizer = accelerator.prepare(sft.Supervised(base.model, packed=packed), optimizer)
     folder = run_folder.partial_folder(Path(config.output))
-    found = None if begin_anew else checkpoint.find(config.resume or "latest", folder)
+    found = None if begin_anew else checkpoint.find_checkpoint(config.resume or "latest", folder)
     if found:
         run_folder.check_unchanged(folder, config, may_change(config))
     done = supervised.start_or_resume(accelerator, folder, config, found)

@@ -33,7 +33,7 @@ class Schedule:
 def start_or_resume(accelerator, folder: Path, config, found: Path | None) -> int:
     """Make the folder ready, and restore the checkpoint that was found, if any. Returns the step
     that was done last. Whatever the folder holds from after that step is dropped."""
-    done = checkpoint.load(accelerator, found) if found else 0
+    done = checkpoint.load_checkpoint(accelerator, found) if found else 0
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(f"Going on from step {done} of {folder}." if found else f"A new run in {folder}.")
@@ -75,7 +75,7 @@ def train(
             stop = should_stop(accelerator)
             is_due = schedule.save_every and step % schedule.save_every == 0
             if stop or is_due:
-                checkpoint.save(accelerator, folder, step, schedule.keep)
+                checkpoint.save_checkpoint(accelerator, folder, step, schedule.keep)
             if stop:
                 sentence = f"Stopped after step {step}, which is saved. Go on with: {go_on}"
                 raise SystemExit(sentence if is_main else accelerator.process_index)

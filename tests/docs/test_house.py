@@ -50,8 +50,6 @@ MOST_PARAMETERS = 8  # without `self`
 LARGE = {
     "minizs.generate.generate": "The one call that has all that can be chosen.",
     "minizs.runs.flags.option": "All that there is to know about a flag, by keywords.",
-    "train_policy.train": "becomes shorter",
-    "train_policy.main": "becomes shorter",
 }
 
 

@@ -108,8 +108,8 @@ DEFECTS = [
     Defect(
         "D2 KL with the wrong sign, in PPO's reward",
         ppo.token_rewards,
-        "0.0) - beta",
-        "0.0) + beta",
+        "outcome - beta",
+        "outcome + beta",
         test_learner.test_ppo_puts_the_kl_into_the_reward,
     ),
     *[
@@ -156,8 +156,8 @@ DEFECTS = [
     Defect(
         "D6 a micro-batch normalises by itself",
         LEARN._policy_loss,
-        "s.clip_high, normalizer,",
-        "s.clip_high, part.mask.sum().clamp(min=1),",
+        "s.clip_high,\n        normalizer,",
+        "s.clip_high,\n        batch.mask.sum().clamp(min=1),",
         partial(test_learner.test_the_split_into_micro_batches_changes_nothing, GRPO),
     ),
     Defect(
@@ -204,9 +204,9 @@ DEFECTS = [
     ),
     Defect(
         "D8 whitening of a micro-batch's own",
-        LEARN._ppo_advantages,
-        "part.mask, totals)",
-        "part.mask)",
+        learner.PPOLearner._set_advantages,
+        "batch.mask, totals)",
+        "batch.mask)",
         partial(test_learner.test_the_split_into_micro_batches_changes_nothing, PPO),
     ),
     Defect(
@@ -248,14 +248,14 @@ DEFECTS = [
     Defect(
         "D11 attention guessed from ids",
         batches.collate,
-        "attention([len(t.ids) for t in chosen])",
-        "pad([t.ids for t in chosen]).ne(0).long()",
+        "attention(lengths)",
+        "pad([trajectory.ids for trajectory in chosen]).ne(0).long()",
         test_learner.test_masks_are_never_guessed_from_ids,
     ),
     Defect(
         "D11 padding is attended to",
         batches.attention,
-        "(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()",
+        "(positions < torch.tensor(lengths)[:, None]).long()",
         "torch.ones(len(lengths), max(lengths)).long()",
         test_learner.test_masks_are_never_guessed_from_ids,
     ),
@@ -392,9 +392,9 @@ DEFECTS = [
     ),
     Defect(
         "D18 metrics of the last micro-batch",
-        LEARN._learn,
-        "losses.merge_stats([part for stats, _ in steps for part in stats])",
-        "steps[-1][0][-1]",
+        LEARN._merge,
+        "losses.merge_stats(stats)",
+        "stats[-1]",
         partial(test_learner.test_the_split_into_micro_batches_changes_nothing, GRPO),
     ),
     Defect(
@@ -429,22 +429,22 @@ DEFECTS = [
     Defect(
         "no filler micro-batches",
         LEARN._split,
-        "range(most - len(parts))",
+        "range(int(counts.max()) - len(batches))",
         "range(0)",
         partial(test_learner.test_fillers_change_nothing, GRPO),
     ),
     Defect(
         "fillers that teach",
         LEARN._split,
-        "parts[-1].mask.zero_()",
+        "filler.mask.zero_()",
         "pass",
         partial(test_learner.test_fillers_change_nothing, GRPO),
     ),
     Defect(
         "old log-probabilities from the sampler",
         LEARN._policy_loss,
-        "old = logprobs.detach() if",
-        "old = part.sampled_logprobs if",
+        "old_logprobs = logprobs.detach() if",
+        "old_logprobs = batch.sampled_logprobs if",
         test_learner.test_ratio_is_exactly_one_on_policy,
     ),
     Defect(
@@ -520,8 +520,8 @@ DEFECTS = [
     Defect(
         "PPO's KL in the reward and in the loss",
         LEARN._policy_loss,
-        'is not None and s.algorithm != "ppo"',
-        "is not None",
+        "self.kl_in_loss and ",
+        "",
         test_learner.test_ppo_puts_the_kl_into_the_reward,
     ),
     Defect(

@@ -1,10 +1,11 @@
 """The noise curriculum."""
 
 import math
+from collections import Counter
 
 import pytest
 
-from minizs.curriculum import noise_probability
+from minizs.curriculum import draw_questions, noise_probability
 
 
 @pytest.mark.parametrize(("quarter", "expected"), [(1, 0.138071), (2, 1 / 3), (3, 0.609476)])
@@ -30,3 +31,21 @@ def test_ends_are_exact_and_the_end_stays():
     assert noise_probability(0, 200, 0.1, 0.75) == noise_probability(-9, 200, 0.1, 0.75) == 0.1
     for step in (200, 201, 10_000):
         assert noise_probability(step, 200, 0.1, 0.75) == 0.75
+
+
+def test_batches_hold_every_question_once_an_epoch():
+    """An epoch is a permutation of all questions; a batch may run across its end."""
+    indices = [i for step in range(1, 8) for i in draw_questions(step, 10, 4, seed=3)]
+    assert len(indices) == 28
+    for epoch in range(2):
+        assert Counter(indices[10 * epoch : 10 * epoch + 10]) == Counter(range(10))
+    assert indices[:10] != indices[10:20]  # a new order
+    assert max(Counter(draw_questions(1, 3, 7, seed=0)).values()) == 3  # more than there are
+
+
+def test_a_steps_questions_are_a_function_of_step_and_seed():
+    """A resumed run draws the same questions without a cursor."""
+    first = draw_questions(9, 100, 16, seed=1)
+    assert first == draw_questions(9, 100, 16, seed=1)
+    assert first != draw_questions(9, 100, 16, seed=2)
+    assert first != draw_questions(10, 100, 16, seed=1)

@@ -18,7 +18,7 @@ def test_by_hand():
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_against_second_computation(scale):
-    """Guards n against n - 1, and a group's deviation against the batch's."""
+    """The standard deviation has n - 1, over the group or the whole batch, as the scale says."""
     rewards = torch.rand(12, generator=torch.Generator().manual_seed(0))
     expected = []
     for start in range(0, 12, 3):

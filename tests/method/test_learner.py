@@ -3,7 +3,7 @@
 import itertools
 import math
 import random
-from types import SimpleNamespace
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -12,33 +12,22 @@ from accelerate import Accelerator
 from conftest import EOS, VOCAB, make_model
 
 from minizs import losses, ppo
-from minizs.learner import Learner, build_learner
+from minizs.learner import Learner, PPOLearner, build_learner
 from minizs.logprobs import Scorer, score, token_logprobs
 from minizs.models.batches import attention, collate, pad
+from minizs.runs.settings import PolicyConfig
 from minizs.trajectory import Example, Trajectory
 
-SETTINGS = {
-    "algorithm": "grpo",
-    "group_size": 2,
-    "minibatches": 1,
-    "micro_tokens": 10_000,
-    "loss_average": "token",
-    "clip_low": 0.2,
-    "clip_high": 0.2,
-    "advantage_scale": "group",
-    "baseline": "leave_one_out",
-    "kl_coef": 0.0,
-    "kl_kind": "k3",
-    "entropy_coef": 0.0,
-    "gamma": 1.0,
-    "lam": 1.0,
-    "value_clip": 0.5,
-    "max_grad_norm": 1e9,
-    "max_turns": 3,
-    "max_turn_tokens": 5,
-    "lora_rank": 0,
-    "gradient_checkpointing": False,
-}
+# What these tests need to be other than the defaults: small groups, no limit that interferes.
+SETTINGS = PolicyConfig(
+    group_size=2,
+    micro_tokens=10_000,
+    clip_high=0.2,
+    kl_coef=0.0,
+    max_grad_norm=1e9,
+    max_turns=3,
+    max_turn_tokens=5,
+)
 REWARDS = (1.0, 0.0, 0.2, 0.7, 0.5, 0.4)
 TOGETHER = 1e-5  # what rounding may change
 
@@ -76,19 +65,28 @@ def with_logprobs(model, rows: list[Trajectory]) -> list[Trajectory]:
 
 def make_learner(reference=None, lr: float = 0.05, **settings) -> Learner:
     """With plain SGD, so that a change of the weights is the gradient times `lr`."""
-    settings = SimpleNamespace(**(SETTINGS | settings))
+    settings = replace(SETTINGS, **settings)
     accelerator = Accelerator(cpu=True)
 
     def prepared(module):
         optimizer = torch.optim.SGD(module.parameters(), lr=lr)
         return accelerator.prepare(module, optimizer)
 
-    critic = (None, None)
-    if settings.algorithm == "ppo":
-        critic = prepared(ppo.Critic(make_model(seed=2).model))
     if reference is not None:
         reference = Scorer(reference)
-    return Learner(accelerator, settings, *prepared(Scorer(make_model())), reference, *critic)
+    scorer, optimizer = prepared(Scorer(make_model()))
+    if settings.algorithm != "ppo":
+        return Learner(accelerator, settings, scorer, optimizer, reference)
+    critic, critic_optimizer = prepared(ppo.Critic(make_model(seed=2).model))
+    return PPOLearner(
+        accelerator,
+        settings,
+        scorer,
+        optimizer,
+        reference,
+        critic=critic,
+        critic_optimizer=critic_optimizer,
+    )
 
 
 def weights(module) -> torch.Tensor:
@@ -101,8 +99,9 @@ def update(trajectories=None, times: int = 1, **settings):
     learner = make_learner(**settings)
     for _ in range(times):
         metrics = learner.update(trajectories)
-    modules = [m for m in (learner.scorer, learner.critic) if m is not None]
-    return metrics, torch.cat([weights(module) for module in modules])
+    if isinstance(learner, PPOLearner):
+        return metrics, torch.cat([weights(learner.scorer), weights(learner.critic)])
+    return metrics, weights(learner.scorer)
 
 
 def start() -> torch.Tensor:
@@ -113,7 +112,7 @@ def start() -> torch.Tensor:
 
 
 def test_update_is_the_policy_gradient():
-    """Guards sign, mask and normaliser: sum of A_i grad log p over tokens, over their number."""
+    """The step is the gradient of the mean of A_i log p over the policy's tokens."""
     rows = make_trajectories()
     model = make_model()
     total = 0.0
@@ -132,7 +131,7 @@ def test_update_is_the_policy_gradient():
 
 
 def test_better_trajectories_become_likelier():
-    """Guards the sign where it counts."""
+    """After an update the better trajectory is more probable than before, the worse one less."""
     rows = make_trajectories((1.0, 0.0))
     learner = make_learner()
     learner.update(rows)
@@ -154,7 +153,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_split_into_micro_batches_changes_nothing(options):
-    """Guards D6 and D18: a normaliser, a whitening or a statistic of each micro-batch's own."""
+    """Normaliser, whitening and statistics are those of the whole batch (D6, D18)."""
     reference = make_model(seed=1) if options.get("kl_coef") else None
     metrics, whole = update(reference=reference, **options)
     for micro_tokens in (1, 60):
@@ -166,7 +165,7 @@ def test_the_split_into_micro_batches_changes_nothing(options):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_order_of_groups_changes_nothing(options):
-    """Guards a row that gets another row's advantage, or another column of padding."""
+    """Every row has its own advantage and its own padding, wherever it stands."""
     reference = make_model(seed=1) if options.get("kl_coef") else None
     rows = make_trajectories()
     _, expected = update(rows, reference=reference, **options)
@@ -176,7 +175,7 @@ def test_the_order_of_groups_changes_nothing(options):
 
 
 def test_a_longer_batch_of_padding_changes_nothing():
-    """Guards padding that is attended to, averaged over, or learned from."""
+    """Padding is not attended to, not averaged over and not learned from."""
     rows = make_trajectories()
     expected = update(rows)[1]
 
@@ -193,7 +192,7 @@ def test_a_longer_batch_of_padding_changes_nothing():
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 @pytest.mark.parametrize("junk", [math.inf, math.nan])
 def test_masked_positions_can_hold_anything(algorithm, junk):
-    """Guards D8 and D14: inf times 0 is NaN, in the loss or in a statistic."""
+    """Infinities and NaN where the mask is 0 reach neither loss nor statistics (D8, D14)."""
     options = {"algorithm": algorithm, "kl_coef": 0.1, "reference": make_model(seed=1)}
     rows = make_trajectories()
     metrics, expected = update(rows, **options)
@@ -205,7 +204,7 @@ def test_masked_positions_can_hold_anything(algorithm, junk):
 
 
 def test_masks_are_never_guessed_from_ids():
-    """Guards D11: a pad id, or eos as pad, inside a prompt or at the end of a turn."""
+    """A pad id, or eos as pad, may stand inside a prompt or at the end of a turn (D11)."""
     rows = make_trajectories()
     batch = collate(rows, [3, 1])
     for b, i in enumerate((3, 1)):
@@ -221,7 +220,7 @@ def test_masks_are_never_guessed_from_ids():
 
 @pytest.mark.parametrize("algorithm", ["grpo", "reinforce"])
 def test_equal_rewards_change_nothing(algorithm):
-    """Guards D16 and rounding: groups that differ from others, but not within, teach nothing."""
+    """Groups that differ from each other and not within teach exactly nothing (D16)."""
     rows = make_trajectories((0.1, 0.1, 0.7, 0.7, 0.0, 0.0))
     metrics, after = update(rows, algorithm=algorithm)
     assert torch.equal(after, start())
@@ -229,7 +228,7 @@ def test_equal_rewards_change_nothing(algorithm):
 
 
 def test_flat_groups_stay_in_the_normaliser_and_keep_their_kl():
-    """Guards tokens that are dropped, together with what keeps the policy near its reference."""
+    """Groups without spread have no advantage; their tokens still count and have a KL."""
     rows = make_trajectories((1.0, 0.0, 0.5, 0.5))
     live, everything = (sum(sum(row.loss_mask) for row in part) for part in (rows[:2], rows))
     alone = update(rows[:2])[1] - start()
@@ -244,7 +243,7 @@ def test_flat_groups_stay_in_the_normaliser_and_keep_their_kl():
 
 @pytest.mark.parametrize("kind", ["k2", "k3"])
 def test_kl_moves_the_policy_towards_the_reference(kind):
-    """Guards D2: the paper's code subtracts the KL, and so rewards drifting away."""
+    """With equal rewards each update lowers the KL. The paper's code raises it (D2)."""
     rows, reference = make_trajectories((0.5,) * 6), make_model()
     with torch.no_grad():
         for p in reference.parameters():
@@ -255,14 +254,14 @@ def test_kl_moves_the_policy_towards_the_reference(kind):
 
 
 def test_no_kl_at_the_reference():
-    """Guards a reference that is scored otherwise than the policy: the KL to oneself is 0."""
+    """The KL of a policy to itself is 0: both are scored in the same way."""
     metrics, after = update(make_trajectories((0.5,) * 6), kl_coef=1.0, reference=make_model())
     assert metrics["kl"] == pytest.approx(0, abs=1e-6)
     torch.testing.assert_close(after, start(), atol=1e-4, rtol=0)
 
 
 def test_entropy_bonus_raises_entropy():
-    """Guards the sign of the bonus."""
+    """With equal rewards every update raises the entropy."""
     rows = make_trajectories((0.5,) * 6)
     learner = make_learner(lr=0.01, entropy_coef=1.0)
     entropies = [learner.update(rows)["entropy"] for _ in range(3)]
@@ -287,7 +286,7 @@ def ratios(trajectories=None, **settings) -> list[float]:
 
 
 def test_ratio_is_exactly_one_on_policy():
-    """Guards old log-probabilities from another computation: with one step the ratio is 1."""
+    """With one optimiser step a batch the ratio is 1, even where the sampler rounds otherwise."""
     rows = make_trajectories()
     for row in rows:  # a sampler that rounds otherwise
         row.logprobs = [x - 1e-3 for x in row.logprobs]
@@ -295,20 +294,20 @@ def test_ratio_is_exactly_one_on_policy():
 
 
 def test_ratio_leaves_one_with_the_second_minibatch():
-    """Guards old log-probabilities that are computed after a step, or not at all."""
+    """Old log-probabilities are those of before the first step, so later ratios differ from 1."""
     first, second, third = ratios(minibatches=3)
     assert first < 1e-5 and second > 1e-3 and third > 1e-3
 
 
 def test_minibatches_cover_every_trajectory_once():
-    """Guards rows that are left out of, or counted twice by, the optimiser steps."""
+    """Each trajectory is in one minibatch, and each minibatch has a part of every group."""
     learner = make_learner(minibatches=3, micro_tokens=40)
     parts = learner._split(make_trajectories())
     assert [sorted(i for part in m for i in part.rows) for m in parts] == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_a_sampler_that_differs_is_seen():
-    """Guards a metric that would not show a sampler which differs from the scorer (D7)."""
+    """`logprob_gap_max` is the largest difference between sampler and scorer (D7)."""
     rows = make_trajectories()
     rows[0].logprobs[-1] -= 0.5
     assert update(rows)[0]["logprob_gap_max"] == pytest.approx(0.5, abs=1e-4)
@@ -319,7 +318,7 @@ def test_a_sampler_that_differs_is_seen():
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_fillers_change_nothing(options):
-    """Guards a hang: a process with fewer micro-batches adds empty ones, which teach nothing."""
+    """A process with fewer micro-batches adds empty ones, which teach nothing; so none waits."""
     reference = make_model(seed=1) if options.get("kl_coef") else None
     rows, calls, gather = make_trajectories(), [], Accelerator.gather
     _, expected = update(rows, reference=reference, **options)
@@ -346,7 +345,7 @@ def test_fillers_change_nothing(options):
 
 
 def test_ppo_trains_policy_and_critic():
-    """Guards a critic that is never stepped, or whose values never reach the advantages."""
+    """The critic starts at 0 and learns the returns, and the policy learns from its advantages."""
     rows = make_trajectories()
     learner = make_learner(algorithm="ppo", lr=0.02)
     head = learner.critic.head.weight.clone()
@@ -381,7 +380,7 @@ def test_both_gradient_norms_are_logged(monkeypatch):
 
 
 def test_ppo_puts_the_kl_into_the_reward():
-    """Guards a KL that counts twice, or nowhere, or with the wrong sign."""
+    """Returns are the reward minus beta times the KL to come; the loss has no KL."""
     rows = make_trajectories((0.5,) * 6)
     learner = make_learner(make_model(seed=1), algorithm="ppo", kl_coef=0.1)
     metrics = learner.update(rows)
@@ -396,9 +395,10 @@ def test_ppo_puts_the_kl_into_the_reward():
 
 
 def test_build_learner():
-    """Guards a reference or a critic that shares its weights with the policy and moves with it."""
-    more = {"lr": 0.1, "critic_lr": 0.1, "weight_decay": 0.0, "temperature": 0.5}
-    settings = SimpleNamespace(**SETTINGS | more | {"algorithm": "ppo", "kl_coef": 0.1})
+    """Reference and critic are copies: they stay as they are when the policy moves."""
+    settings = replace(
+        SETTINGS, algorithm="ppo", kl_coef=0.1, lr=0.1, critic_lr=0.1, temperature=0.5
+    )
     learner = build_learner(Accelerator(cpu=True), settings, model := make_model(), VOCAB)
     for scorer in (learner.scorer, learner.reference):
         options = {"temperature": 0.5, "vocab_size": VOCAB, "packed": False}
@@ -410,7 +410,7 @@ def test_build_learner():
         assert p.data_ptr() != own.data_ptr()
     settings.kl_coef, settings.algorithm = 0.0, "grpo"
     bare = build_learner(Accelerator(cpu=True), settings, make_model(), VOCAB)
-    assert bare.reference is None and bare.critic is None
+    assert bare.reference is None and not isinstance(bare, PPOLearner)
 
 
 # ---- every option does something ----------------------------------------------------------------
@@ -434,7 +434,7 @@ def test_build_learner():
     ids=lambda choices: "-".join(choices[0]),
 )
 def test_every_option_acts(choices):
-    """Guards an option that is parsed, written down, and read by nobody (D17)."""
+    """Each choice of each option leads to other weights (D17)."""
     results = []
     for choice in choices:
         reference = make_model(seed=1) if "kl_coef" in choice else None

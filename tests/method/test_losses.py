@@ -43,7 +43,7 @@ def loss_and_grad(logprobs, *arguments, **options):
     ],
 )
 def test_one_token_by_hand(ratio, advantage, loss, gradient):
-    """Guards the sign, the minimum taken for a maximum, and low and high clip exchanged."""
+    """Ratio, advantage, loss and gradient of one token: when the clip takes the gradient away."""
     got, grad = loss_and_grad(
         torch.tensor([[math.log(ratio)]]),
         torch.zeros(1, 1),

@@ -15,7 +15,7 @@ def test_by_hand():
 
 
 def test_leave_one_out_against_loops():
-    """Guards the factor G / (G - 1), and groups that run into each other."""
+    """A_i is the reward minus the mean of the others in its group, computed one by one."""
     rewards = torch.rand(20, generator=torch.Generator().manual_seed(1))
     expected = []
     for i in range(20):

@@ -1,7 +1,6 @@
 """Questions from files, and which of them a step trains on."""
 
 import json
-from collections import Counter
 
 import pytest
 
@@ -340,24 +339,6 @@ def test_the_world_is_the_default():
     assert [(e.question, e.answers, e.source) for e in train] == questions
     assert {e.source for e in train} == {e.source for e in test} == {"one_hop", "two_hop"}
     assert len({*train} & {*test}) < 0.01 * len(test)
-
-
-def test_batches_see_every_question_once_an_epoch():
-    """Guards questions that are drawn anew each step, or lost at an epoch's end."""
-    seen = [i for step in range(1, 8) for i in data.batch(range(10), step, 4, seed=3)]
-    assert len(seen) == 28
-    for epoch in range(2):
-        assert Counter(seen[10 * epoch : 10 * epoch + 10]) == Counter(range(10))
-    assert seen[:10] != seen[10:20]  # a new order
-    assert max(Counter(data.batch(range(3), 1, 7, 0)).values()) == 3  # more than there are
-
-
-def test_a_step_is_a_function_of_the_seed():
-    """Guards a resumed run that repeats or skips questions: there is no cursor."""
-    first = data.batch(range(100), 9, 16, seed=1)
-    assert first == data.batch(list("x" * 100), 9, 16, seed=1)
-    assert first != data.batch(range(100), 9, 16, seed=2)
-    assert first != data.batch(range(100), 10, 16, seed=1)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])

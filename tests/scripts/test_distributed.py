@@ -47,8 +47,7 @@ def same(one: list[dict], other: list[dict]) -> None:
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_two_processes_learn_what_one_learns(work, algorithm):
-    """Guards gradients that are not reduced, normalisers of one process, shares that differ, layers
-    that FSDP2 silently leaves whole, and a copy that generates with old weights."""
+    """Under DDP and FSDP2 the trajectories and weights of each step are those of one process."""
     (work / "runs").mkdir()
     flags = ["--algorithm", algorithm, "--output"]
     one = run(work, 1, *flags, "runs/one")
@@ -59,7 +58,7 @@ def test_two_processes_learn_what_one_learns(work, algorithm):
 
 
 def test_a_sharded_run_resumes(work):
-    """Guards checkpoints of shards: critic, optimisers and policy, and the policy that is saved."""
+    """Sharded policy, critic and optimisers are restored to the same trajectories and weights."""
     (work / "runs").mkdir()
     flags = ["--algorithm", "ppo", "--save_every", "3", "--output", "runs/fsdp"]
     whole = run(work, 2, *flags, **SHARDED)
@@ -71,7 +70,7 @@ def test_a_sharded_run_resumes(work):
 
 @pytest.mark.parametrize("algorithm, how", [("grpo", {}), ("ppo", SHARDED)])
 def test_all_skip_what_is_not_finite_on_one(work, algorithm, how):
-    """Guards ranks that part: a step on one of them, none on the other, or a wait for ever."""
+    """A loss that is not finite on one process makes all of them skip the step."""
     (work / "runs").mkdir()
     flags = ["--algorithm", algorithm, "--save_every", "1", "--output", "runs/two"]
     rows = run(work, 2, *flags, SPOIL="2", **how)
@@ -83,7 +82,7 @@ def test_all_skip_what_is_not_finite_on_one(work, algorithm, how):
 
 
 def test_half_precision_under_fsdp2(work):
-    """Guards LoRA weights that FSDP2 takes for frozen, and gradients of another type."""
+    """LoRA and checkpointed layers train in bfloat16 under FSDP2."""
     (work / "runs").mkdir()
     for more in (["--lora_rank", "4", "--algorithm", "ppo"], ["--gradient_checkpointing", "true"]):
         flags = [*more, "--dtype", "bfloat16", "--steps", "2", "--output", f"runs/{len(more)}"]
@@ -92,7 +91,7 @@ def test_half_precision_under_fsdp2(work):
 
 
 def test_lora_under_fsdp2(work):
-    """Guards a reference that is not the model without its LoRA, and a sharded merge."""
+    """LoRA under FSDP2 learns what one process learns, and merges to the same model."""
     (work / "runs").mkdir()
     flags = ["--lora_rank", "4", "--merge", "--output"]
     same(run(work, 1, *flags, "runs/one"), run(work, 2, *flags, "runs/fsdp", **SHARDED))

@@ -174,7 +174,7 @@ def no_collection():
     ],
 )
 def test_queries_with_faults_of_all_kinds(kind, n, retries, tmp_path, monkeypatch):
-    """Guards a hang, a fault that passes for "no information" or for an answer, one not counted."""
+    """Every query is answered right or counted as failed, and nothing hangs."""
     monkeypatch.setattr("minizs.engines.client.FIRST_WAIT", 0.001)
     queries = ["hopeless" if i % 100 == 99 else f"query {i}" for i in range(n)]
     with faulty(0.3) as (url, seen):
@@ -201,7 +201,7 @@ def test_queries_with_faults_of_all_kinds(kind, n, retries, tmp_path, monkeypatc
 
 @pytest.mark.filterwarnings("ignore:A search has failed")
 def test_training_with_a_faulty_simulator(work, monkeypatch):
-    """Guards a run that hangs or ends, and failed searches that no figure shows."""
+    """With --on_search_error empty a run ends well, and its metrics count the failed searches."""
     monkeypatch.setattr("minizs.engines.client.FIRST_WAIT", 0.001)
     (work / "mine.txt").write_text("{query}|{question}|{answers}|{quality}")
     flags = [

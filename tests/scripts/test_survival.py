@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,7 @@ import train_policy
 from minizs import UserError, learner
 from minizs.engines.client import ServiceError
 from minizs.runs import checkpoint, run_folder
-from minizs.runs.alarms import WINDOW, alarms
+from minizs.runs.alarms import WINDOW, Alarm, Alarms
 
 SHORT = ["--steps", "6", "--save_every", "1", "--kl_coef", "0.1"]
 
@@ -55,7 +57,7 @@ def kill_and_compare(work, kills: int, seed: int, *flags: str) -> None:
 
 
 def test_a_killed_run_ends_as_if_it_had_not_been(work):
-    """Guards half a checkpoint, a log that is a line short or long, and lost optimiser state."""
+    """Killed at random and resumed, a run ends with the same logs and weights, bit for bit."""
     kill_and_compare(work, 3, 0)
 
 
@@ -92,7 +94,7 @@ def end(process: subprocess.Popen) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "reinforce"])
 def test_two_processes_are_killed(work, algorithm):
-    """Guards one process that resumes elsewhere than the other, and a gradient that differs."""
+    """The same for two processes, which are killed together."""
     wanted = int(os.environ.get("MINIZS_KILLS", "20"))  # fewer, on a slow machine
     flags, rng, kills = ["--algorithm", algorithm, "--output"], random.Random(2), 0
     started = time.monotonic()
@@ -132,31 +134,45 @@ def at_step(monkeypatch, step: int, call) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_first(work, monkeypatch, number):
-    """Guards the work of hours that a scheduler's warning, or Ctrl-C, throws away."""
+    """SIGTERM and Ctrl-C wait for the end of the step, save it, and say how to go on."""
     flags = ["--steps", "3", "--output"]
     policy(*flags, "whole")
     handler = signal.getsignal(number)
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(SystemExit, match="after step 2, .*--output cut --resume"):
+        with pytest.raises(SystemExit) as stop:
             policy(*flags, "cut")
+    assert "Stopped after step 2. Step 2 is saved; go on with: " in str(stop.value)
     assert signal.getsignal(number) is handler
     assert [path.name for path in (work / "cut" / "checkpoints").iterdir()] == ["step-2"]
-    train_policy.main(["--output", "cut", "--resume"])
+    run_advice(str(stop.value))
     same(work / "cut", work / "whole")
 
 
-def test_a_second_ctrl_c_ends_at_once(work, monkeypatch):
-    """Guards a run that nobody can stop."""
+def run_advice(message: str) -> None:
+    """Run the command at the end of a message as a shell would, in this process."""
+    words = shlex.split(message[message.index("python ") :])
+    assert Path(words[1]).is_file() and Path(words[1]).name == "train_policy.py"
+    train_policy.main(words[2:])
+
+
+def test_a_second_ctrl_c_ends_at_once(work, monkeypatch, capsys):
+    """The second Ctrl-C does not wait, and does not claim that anything was saved."""
     at_step(monkeypatch, 1, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
         policy("--output", "cut")
     assert not (work / "cut" / "checkpoints").exists()
+    error = capsys.readouterr().err
+    assert "No step is saved; begin again with: python " in error
+    monkeypatch.undo()
+    os.chdir(work)
+    run_advice(error)
+    assert len(metrics(work / "cut")) == 2
 
 
 @pytest.mark.slow
 def test_two_processes_stop_together(work):
-    """Guards a process that goes on alone, waiting for ever for the one that has left."""
+    """A signal to the launcher ends both processes after the same step."""
     process = launch("--steps", "500", "--save_every", "0", "--output", "cut")
     while not metrics(work / "cut") if (work / "cut" / "metrics.jsonl").exists() else True:
         time.sleep(0.2)
@@ -182,14 +198,30 @@ class Faulty:
 
 
 def test_an_engine_that_is_gone_costs_no_step(work, monkeypatch):
-    """Guards steps since the last checkpoint, lost; and searches that failed without a trace."""
+    """The steps that are done are saved, and failed searches are counted in their lines."""
     monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(5))
-    with pytest.raises(ServiceError):
-        policy("--steps", "9", "--save_every", "8", "--output", "cut")
-    rows = metrics(work / "cut")
-    assert 0 < len(rows) < 9
-    assert [path.name for path in (work / "cut" / "checkpoints").iterdir()] == [f"step-{len(rows)}"]
+    with pytest.raises(ServiceError) as error:
+        policy("--steps", "9", "--save_every", "8", "--output", "cut short")
+    rows = metrics(work / "cut short")
+    done = len(rows)
+    assert 0 < done < 9
+    points = (work / "cut short" / "checkpoints").iterdir()
+    assert [path.name for path in points] == [f"step-{done}"]
     assert [row["search_errors"] for row in rows] == [row["queries"] for row in rows]
+    assert f"The server is gone. Step {done} is saved; go on with: python" in str(error.value)
+    monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(10**9))
+    run_advice(str(error.value))
+    assert len(metrics(work / "cut short")) == 9
+
+
+def test_an_engine_that_is_gone_at_once_leaves_nothing_to_save(work, monkeypatch):
+    """The message does not claim that a step is saved, and its command begins the run again."""
+    monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(1))
+    with pytest.raises(ServiceError, match="No step is saved; begin again with: ") as error:
+        policy("--output", "cut")
+    monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(10**9))
+    run_advice(str(error.value))
+    assert len(metrics(work / "cut")) == 2
 
 
 FILES = ["model.safetensors", "optimizer.bin", checkpoint.SUMS]
@@ -198,19 +230,19 @@ FILES = ["model.safetensors", "optimizer.bin", checkpoint.SUMS]
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", ["missing", "truncated", "changed"])
 def test_a_damaged_checkpoint(tmp_path, trained, name, how, capsys):
-    """Guards a traceback, or worse a run that silently begins anew, after a full disk."""
+    """Bare --resume skips a damaged checkpoint with a warning; a named one is refused."""
     shutil.copytree(trained / "checkpoints", folder := tmp_path / "checkpoints")
     file = folder / "step-3" / name
     data = file.read_bytes()
     file.write_bytes(data[: len(data) // 2] + (b"" if how == "truncated" else b"x" * len(data)))
     if how == "missing":
         file.unlink()
-    assert checkpoint.find("latest", tmp_path) == folder / "step-2"
+    assert checkpoint.find_checkpoint("latest", tmp_path) == folder / "step-2"
     warning = capsys.readouterr().out
     assert warning.count("\n") == 1 and "step-3 is damaged and skipped" in warning
     with pytest.raises(UserError, match="step-3 is damaged; --resume alone"):
-        checkpoint.find(str(folder / "step-3"), tmp_path)
-    assert checkpoint.find(str(folder / "step-2"), tmp_path) == folder / "step-2"
+        checkpoint.find_checkpoint(str(folder / "step-3"), tmp_path)
+    assert checkpoint.find_checkpoint(str(folder / "step-2"), tmp_path) == folder / "step-2"
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +258,7 @@ def trained(home) -> Path:
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
 def test_nothing_of_a_checkpoint_is_run(work, trained, name):
-    """Guards a checkpoint from elsewhere that runs what its writer wants."""
+    """A checkpoint from elsewhere can hold a pickle with code; it is never run."""
     run = shutil.copytree(trained, work / "run")
     shutil.rmtree(run / "policy")  # so that there is something left to do
     step = run / "checkpoints" / "step-3"
@@ -248,7 +280,7 @@ def test_nothing_of_a_checkpoint_is_run(work, trained, name):
 
 
 def test_other_settings_are_refused(work, trained):
-    """Guards a run of which nobody can say with what it was trained."""
+    """A resumed run may change its bookkeeping, and nothing that its training depends on."""
     shutil.copytree(trained, work / "run")
     for flags, names in (
         ("--lr 0.5", "--lr was 0.01 and is 0.5"),
@@ -281,7 +313,7 @@ def test_other_settings_are_refused(work, trained):
 
 
 def test_a_folder_with_a_file_of_our_name_is_no_run(tmp_path):
-    """Guards a user's own config.yaml in the current folder, and copies of checkpoints."""
+    """A user's own config.yaml, or a copy of a checkpoint, is not taken for a run."""
     (tmp_path / "config.yaml").write_text("steps: 3")
     run_folder.check_free(tmp_path / "new", resume=False, overwrite=False)
     with pytest.raises(UserError, match="holds no run"):
@@ -310,7 +342,7 @@ def spoil(monkeypatch, *steps: int) -> None:
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_a_step_that_is_not_finite_is_skipped(work, monkeypatch, algorithm):
-    """Guards weights that are NaN for good after one bad batch, and a log that is no JSON."""
+    """The weights stay as they were, the rows that spoilt the step are logged, the log is JSON."""
     spoil(monkeypatch, 1, 3)
     flags = ["--algorithm", algorithm, "--kl_coef", "0.1", "--save_every", "1", "--keep", "9"]
     policy(*flags, "--steps", "4", "--output", "run")
@@ -325,56 +357,125 @@ def test_a_step_that_is_not_finite_is_skipped(work, monkeypatch, algorithm):
 
 
 def test_too_many_skipped_steps_end_a_run(work, monkeypatch):
-    """Guards days of steps that change nothing; resuming does not forget those before."""
+    """A run ends after --max_skipped such steps; those of before a resume count."""
     spoil(monkeypatch, 2, 4)
     policy_flags = ["--steps", "6", "--max_skipped", "1", "--output", "run"]
-    with pytest.raises(UserError, match="2 steps had a loss .* not finite; run/suspects.jsonl"):
+    with pytest.raises(
+        UserError, match="2 steps had a loss .* not finite; run/suspects.jsonl"
+    ) as error:
         policy(*policy_flags)
     assert len(metrics(work / "run")) == 4
     with pytest.raises(UserError, match="2 steps had"):
         policy(*policy_flags, "--resume")
     assert len(metrics(work / "run")) == 5
+    run_advice(str(error.value))
+    assert len(metrics(work / "run")) == 6
 
 
 # ---- seen while it runs -------------------------------------------------------------------------
 
 WELL = {
+    "step": 100,
     "reward": 0.6,
     "kl": 0.1,
     "entropy": 0.4,
     "valid_rate": 1.0,
     "searches_per_question": 1.5,
     "truncated": 0.02,
+    "answered": 0.98,
+    "thinking_characters": 200.0,
 }
+
+
+def sentences(rows: list[dict]) -> list[str]:
+    """All that the alarms of a run with these lines of metrics say."""
+    alarms = Alarms([])
+    return [sentence for row in rows for sentence in alarms.check(row)]
 
 
 @pytest.mark.parametrize(
     "metric, value, name",
     [
         ("reward", 0.1, "reward collapse"),
-        ("kl", 3.0, "KL running away"),
-        ("entropy", 2.0, "entropy running away"),
+        ("kl", 3.0, "KL runaway"),
+        ("entropy", 2.0, "entropy runaway"),
         ("valid_rate", 0.0, "no valid actions"),
         ("searches_per_question", 0.0, "no searches"),
         ("truncated", 0.9, "responses at the limit"),
+        ("answered", 0.4, "answer avoidance"),
+        ("thinking_characters", 10.0, "thinking collapse"),
     ],
 )
 def test_alarms(metric, value, name):
-    """Guards a run that is dead for days before somebody looks, and alarms that mean nothing."""
+    """A metric that went wrong over a window of steps sounds its alarm once; one bad batch none."""
     well, ill = [WELL] * (2 * WINDOW), [WELL | {metric: value}] * WINDOW
-    for rows in (well, ill, [], well + ill[:1] + well[:5]):  # the last: one bad batch
-        assert not list(alarms(rows, set()))
-    (sentence,) = alarms(well + ill, rung := set())
-    assert sentence.startswith(f"{name}: {metric} is {value:.3g}") and rung == {name}
-    assert not list(alarms(well + ill, rung))
-    list(alarms([*well, *ill[:-1], WELL | {metric: None}], rung := set()))
-    assert rung <= {name}
+    for rows in (well, ill, [], well + ill[:1] + well[:5]):
+        assert sentences(rows) == []
+    [sentence] = sentences(well + ill + ill)
+    assert sentence.startswith(f"{name}: {metric} is {value:.3g}") or metric in sentence
+    assert sentence.startswith(name)
+    missing = sentences([*well, *ill[:-1], WELL | {metric: None}])  # null in a log
+    assert all(sentence.startswith(name) for sentence in missing)
 
 
-def test_an_alarm_rings_once(work, monkeypatch, capsys):
-    """Guards a log that is full of one sentence, or empty."""
+@pytest.mark.parametrize("metric, value", [("answered", 0.4), ("thinking_characters", 10.0)])
+def test_two_sicknesses_are_those_that_the_reward_hides(metric, value):
+    """Where the reward has collapsed, too, the alarm about the reward says enough."""
+    rows = [WELL] * (2 * WINDOW) + [WELL | {metric: value, "reward": 0.1}] * WINDOW
+    [sentence] = sentences(rows)
+    assert sentence.startswith("reward collapse")
+
+
+DEAD = {"reward": 0.0, "flat_groups": 1.0, "searches_per_question": 1.0, "valid_rate": 1.0}
+
+
+@pytest.mark.parametrize(
+    "figures, words",
+    [
+        (
+            {"truncated_turn_tokens": 1.0, "valid_rate": 0.0},
+            "100% of the trajectories in the first 5 steps end without an answer at "
+            "--max_turn_tokens: raise it.",
+        ),
+        ({"truncated_context": 0.97, "valid_rate": 0.5}, "97% .* at --max_context: raise it."),
+        ({"truncated_turns": 1.0}, "at --max_turns: raise it."),
+        ({"truncated_turns": 1.0, "valid_rate": 0.0}, "0% of the turns .* hold a valid action"),
+        ({"searches_per_question": 0.0}, "0.00 searches a question"),
+        ({"empty_replies": 1.0}, "100% of the replies .* hold no document: check what --engine"),
+        ({}, "In 100% of the groups .* all rewards are equal .*--group_size or --temperature"),
+    ],
+)
+def test_a_run_that_cannot_learn_is_told_so_after_five_steps(figures, words):
+    """One sentence with the share and the flag to change, the cause before what it causes."""
+    rows = [DEAD | figures | {"step": step} for step in range(1, 12)]
+    assert sentences(rows[:4]) == []
+    [sentence] = sentences(rows)
+    assert re.search(words, sentence)
+    assert "\n" not in sentence
+
+
+def test_a_run_that_can_learn_is_told_nothing():
+    """Rare rewards are no illness, and without an engine no replies are expected."""
+    rows = [DEAD | {"step": step, "flat_groups": 0.9} for step in range(1, 6)]
+    assert sentences(rows) == []
+    alarms = Alarms([], replies_expected=False)
+    rows = [row | {"empty_replies": 1.0} for row in rows]
+    assert [sentence for row in rows for sentence in alarms.check(row)] == []
+
+
+def test_a_dead_run_says_so(work, capsys):
+    """From end to end: turns that are too short for an answer."""
+    policy("--steps", "6", "--max_turn_tokens", "2", "--output", "run")
+    assert "Step 5: 100% of the trajectories" in capsys.readouterr().out
+    assert [row["truncated_turn_tokens"] for row in metrics(work / "run")] == [1.0] * 6
+
+
+def test_an_alarm_sounds_once(work, monkeypatch, capsys):
+    """A run's log has one sentence for each alarm, however long its cause lasts."""
     monkeypatch.setattr("minizs.runs.alarms.WINDOW", 1)
-    monkeypatch.setattr("minizs.runs.alarms.ALARMS", [("x", "reward", lambda *_: True, "Ring")])
+    monkeypatch.setattr(
+        "minizs.runs.alarms.ALARMS", [Alarm("x", "reward", lambda *_: True, "Ring")]
+    )
     policy("--steps", "3", "--output", "run")
     assert capsys.readouterr().out.count("Ring") == 1
 
@@ -401,7 +502,7 @@ class Tracker:
 
 
 def test_other_logs(work, monkeypatch):
-    """Guards --log_with that logs nothing, and a package that is missed only after an hour."""
+    """--log_with gets each step's metrics; a missing package is told at once."""
     monkeypatch.setattr("minizs.runs.settings.find_spec", lambda name: None)
     refused(policy, "--log_with wandb", "pip install wandb", work)
     monkeypatch.undo()
@@ -414,7 +515,7 @@ def test_other_logs(work, monkeypatch):
 
 
 def test_a_shown_trajectory_says_what_was_made_of_it(work):
-    """Guards a page on which another row's, or the padding's, advantages are coloured."""
+    """trajectories.jsonl has each token's text and advantage: one on own tokens, 0 elsewhere."""
     policy("--output", "run", "--micro_tokens", "200", "--kl_coef", "0")
     rows = run_folder.read_lines(work / "run" / "trajectories.jsonl")
     for row in rows:
@@ -439,7 +540,7 @@ def test_a_shown_trajectory_says_what_was_made_of_it(work):
 
 @pytest.mark.slow
 def test_three_hundred_steps_leak_nothing(work, monkeypatch):
-    """Guards memory and file handles that grow with every step, until a machine is full."""
+    """Memory and open files do not grow with the number of steps."""
     sizes, handles, process = [], [], psutil.Process()
     written = run_folder.write_lines
 

@@ -33,7 +33,7 @@ LOGGED = """step reward noise searches_per_question valid_rate kl entropy second
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "reinforce"])
 def test_a_run_leaves_what_it_promises(work, algorithm, capsys, caplog):
-    """Guards a folder of a run from which something is missing, or a line too many or too few."""
+    """A folder has settings, a line for each step, trajectories, checkpoints, a page, a policy."""
     flags = ["--algorithm", algorithm, "--eval_every", "2", "--save_every", "1", "--steps", "3"]
     policy(*flags, "--minibatches", "2", "--log_trajectories", "6")
     run = work / "runs" / "policy-1"
@@ -62,7 +62,7 @@ def test_a_run_leaves_what_it_promises(work, algorithm, capsys, caplog):
 
 
 def test_the_tiny_world_tests_on_facts_that_it_does_not_train_on(work):
-    """Guards held-out figures that are those of the training questions."""
+    """Held-out questions are none of the training questions."""
     policy("--data", "world", "--corpus", "", "--eval_every", "1", "--eval_questions", "8")
     assert all(0 <= row["held_out_f1"] <= 1 for row in metrics(work / "runs" / "policy-1"))
     shown = (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines()
@@ -71,7 +71,7 @@ def test_the_tiny_world_tests_on_facts_that_it_does_not_train_on(work):
 
 
 def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
-    """Guards held-out figures of training questions, or from an engine that knows the answers."""
+    """A tenth of a file is held out, and tested with BM25 only: a simulator knows the answers."""
     rows = [{"question": f"when was Fota {i} born?", "answer": "January"} for i in range(40)]
     (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--data", "q.jsonl", "--eval_every", "1", "--batch_questions", "8"]
@@ -85,7 +85,7 @@ def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
 
 
 def test_held_out_questions_are_shared_by_place(work, monkeypatch):
-    """Guards random numbers of an evaluation that hang on the number of processes."""
+    """An answer depends on the question's place, not on the number of processes."""
     seen, models = [], iter("abcd")
 
     def rollout(policy, examples, keys, **_):
@@ -100,7 +100,8 @@ def test_held_out_questions_are_shared_by_place(work, monkeypatch):
         return [held_out(), held_out()]
 
     main, other = on_each(2, evaluate, monkeypatch)
-    assert other == [{}, {}] and [row["n"] for row in main] == [5, 5] and main[0]["em"] == 1
+    assert other == [{}, {}] and [row["held_out_n"] for row in main] == [5, 5]
+    assert main[0]["held_out_em"] == 1
     shares = [[(0,), (2,), (4,)], [(1,), (3,)]]
     assert sorted(keys for keys, *_ in seen) == sorted(shares * 2)
     # The model of the moment, greedily.
@@ -108,35 +109,35 @@ def test_held_out_questions_are_shared_by_place(work, monkeypatch):
 
 
 def test_two_runs_started_together_take_two_folders(work):
-    """Guards two runs that write into one log."""
+    """A folder's name is claimed when it is chosen."""
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: run_folder.new_folder(), range(8)))
     assert sorted(folders) == [run_folder.RUNS / f"policy-{n}" for n in range(1, 9)]
 
 
 def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
-    """Guards minutes of stage 1 before a model turns out to be broken, or too small."""
+    """A broken or too small model is refused at once, not after minutes of stage 1."""
     monkeypatch.setattr(build, "make_default_simulator", lambda: 1 / 0)
     refused(policy, "--engine simulator --policy ../bad/garbled", "cannot be loaded", work.parent)
     refused(policy, "--engine simulator --max_document_tokens 2000", "positions", work.parent)
 
 
 def test_a_question_whose_golds_leave_a_simulator_no_room(work):
-    """Guards a traceback in the middle of a run: a prompt holds all golds, and a data set many."""
+    """A prompt holds all gold answers; where they are too many, the run does not begin."""
     row = {"question": "who?", "answers": [f"the number {i}" for i in range(400)]}
     (work / "golds.jsonl").write_text(json.dumps(row))
     refused(policy, "--engine simulator --simulator tiny --data golds.jsonl", "positions", work)
 
 
 def test_the_shipped_model_can_be_named_as_simulator(work):
-    """Guards the wording of `tiny`, which lies in its folder and not in one of that name."""
+    """`--simulator tiny` finds the wording beside the shipped weights."""
     config = train_policy.PolicyConfig(simulator="tiny")
     accelerator = build.make_accelerator(config)
     assert build.build_simulator(config, accelerator).template == base.SIMULATOR_PROMPT
 
 
 def test_the_seed_decides_everything(work):
-    """Guards a run that cannot be repeated, and seeds that change nothing."""
+    """The same seed gives the same metrics and weights, another seed others."""
     for seed in "112":
         policy("--seed", seed)
     one, same, other = (work / "runs" / f"policy-{n}" for n in (1, 2, 3))
@@ -145,7 +146,7 @@ def test_the_seed_decides_everything(work):
 
 
 def test_the_settings_beside_a_run_repeat_it(work):
-    """Guards settings that are not those used, and that resume or delete when they are fed back."""
+    """config.yaml holds the settings that were used; fed back, it begins a new run with them."""
     policy("--output", "one", "--overwrite", "--seed", "5", "--kl_coef", "0")
     assert all(row["kl"] == 0 for row in metrics(work / "one"))  # there all the same
     settings = yaml.safe_load((work / "one" / "config.yaml").read_text())
@@ -155,7 +156,7 @@ def test_the_settings_beside_a_run_repeat_it(work):
 
 
 def test_noise_follows_the_curriculum_of_the_simulator(work):
-    """Guards a curriculum that starts late, ends early, or never reaches the simulator (D-list)."""
+    """Noise follows method.md from the first step to the last, and reaches the simulator."""
     policy(
         "--engine",
         "simulator",
@@ -186,7 +187,7 @@ def test_noise_follows_the_curriculum_of_the_simulator(work):
 
 
 def test_a_real_engine_has_constant_noise(work):
-    """Guards the curriculum acting on a real engine, or --engine_noise acting on none."""
+    """A real engine's noise is --engine_noise in every step; at 1 no reply holds the answer."""
     policy("--engine_noise", "1")
     assert [row["noise"] for row in metrics(work / "runs" / "policy-1")] == [1, 1]
     for line in (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines():
@@ -196,7 +197,7 @@ def test_a_real_engine_has_constant_noise(work):
 
 
 def test_checkpointed_layers_change_nothing(work):
-    """Guards generation without its cache, or gradients of something else, with less memory."""
+    """Gradient checkpointing saves memory and changes the numbers by rounding only."""
     for flag in ("False", "True"):
         policy("--gradient_checkpointing", flag, "--output", flag, "--steps", "3")
     plain, checkpointed = metrics(work / "False"), metrics(work / "True")
@@ -206,7 +207,7 @@ def test_checkpointed_layers_change_nothing(work):
 
 
 def test_bfloat16_on_a_cpu(work):
-    """Guards a type that is asked for and not used, and one that the sampler alone uses."""
+    """Generation and scoring both compute in bfloat16, and the saved policy is bfloat16."""
     policy("--dtype", "bfloat16", "--steps", "2", "--algorithm", "ppo", "--eval_every", "2")
     rows = metrics(work / "runs" / "policy-1")
     assert all(0 < row["logprob_gap_max"] < 0.3 and row["grad_norm"] > 0 for row in rows)
@@ -215,14 +216,14 @@ def test_bfloat16_on_a_cpu(work):
 
 
 def test_settings_that_mean_what_is_there_anyway(work):
-    """Guards a flag that refuses, or changes, what it should leave as it is."""
+    """Naming what the automatic choice would be changes nothing."""
     policy()
     policy("--attention", "sdpa", "--dtype", "float32", "--chat_template", "none")
     assert metrics(work / "runs" / "policy-1") == metrics(work / "runs" / "policy-2")
 
 
 def test_a_chat_template_can_be_left_out(work):
-    """Guards a policy that is trained with a template and saved, or tested, without it."""
+    """--chat_template none trains without the template, and saves the policy without it."""
     tokenizer = AutoTokenizer.from_pretrained("../base")
     tokenizer.chat_template = "{% for m in messages %}Query: {{ m['content'] }}{% endfor %}"
     shutil.copytree("../base", "chat")
@@ -245,14 +246,14 @@ def searches(run) -> list[list[str]]:
 
 
 def test_without_an_engine_searches_find_nothing(work):
-    """Guards an ablation that is given documents after all."""
+    """With --engine none every search is answered by an empty block."""
     policy("--engine", "none", "--corpus", "", "--noise_end", "1", "--output", "run")
     assert searches(work / "run") and not any(searches(work / "run"))
     assert all(row["noise"] == 0 for row in metrics(work / "run"))
 
 
 def test_the_simulators_wording_may_be_ones_own(work, monkeypatch):
-    """Guards a template that is checked and then not used."""
+    """A --simulator_template is what the simulator is prompted with."""
     (work / "mine.txt").write_text("Query: {query} Question: {question} {quality} documents:")
     seen, generate = [], simulator.generate
 
@@ -272,7 +273,7 @@ def test_the_simulators_wording_may_be_ones_own(work, monkeypatch):
 
 
 def test_a_retriever_is_asked_once_for_each_query(work):
-    """Guards --engine_url, --cache, --timeout and --retries that reach no client."""
+    """With --cache no query is sent twice, in a second run neither."""
 
     def answer(path, body, headers):
         found = [[{"document": {"contents": f"{query} on January"}}] for query in body["queries"]]
@@ -299,14 +300,14 @@ GONE = "http://127.0.0.1:9"
     ],
 )
 def test_a_server_that_is_not_there_is_said_at_once(work, flags):
-    """Guards a run folder made for nothing."""
+    """A dead address is told before a run folder is made."""
     with pytest.raises(ServiceError, match=GONE):
         policy(*flags, "--retries", "0", "--output", "nothing")
     assert not (work / "nothing").exists()
 
 
 def test_a_served_simulator_may_die(work):
-    """Guards a run that hangs, or has to begin anew, when the machine of the simulator goes."""
+    """A run that loses its server is saved, and goes on with one of another address and name."""
     left = [10**9]
 
     def answer(path, body, headers):
@@ -327,22 +328,23 @@ def test_a_served_simulator_may_die(work):
             "chat",
             "--steps",
             "4",
-            "--save_every",
-            "1",
         ]
         policy(*flags, "--output", "whole")
         assert {path for path, _ in seen} == {"/v1/chat/completions"}
         assert {body["model"] for _, body in seen} == {"mine"}
         left[0] = len(seen) * 2 // 3
-        with pytest.raises(ServiceError, match=url):
+        with pytest.raises(ServiceError, match=url) as error:
             policy(*flags, "--output", "cut")
         left[0] = 10**9
         done = len(metrics(work / "cut"))
         assert 0 < done < 4
+        assert f"Step {done} is saved; go on with: " in str(error.value)
+        assert "train_policy.py --output cut --resume" in str(error.value)
         with serving(answer) as (moved, _):  # a server may move; a model of one's own is another
             with pytest.raises(UserError, match="--simulator"):
                 policy(*flags, "--output", "cut", "--resume", "--simulator", "../base")
-            policy(*flags, "--output", "cut", "--resume", "--simulator", moved)
+            moved_flags = ["--simulator", moved, "--simulator_model", "another"]
+            policy(*flags, "--output", "cut", "--resume", *moved_flags)
     assert metrics(work / "cut") == metrics(work / "whole")
 
 
@@ -402,19 +404,19 @@ REFUSED = [
 
 @pytest.mark.parametrize("flags, names", REFUSED)
 def test_bad_input_is_refused_before_anything_is_made(work, bad, flags, names):
-    """Guards tracebacks, hours spent before a typo shows, and folders left behind."""
+    """Wrong settings are told in one sentence that names them, and no file is written."""
     refused(policy, flags, names, work.parent)
 
 
 def test_bad_input_is_one_line_in_a_process(work):
-    """Guards the exit status that a shell script looks at, and noise around the one sentence."""
+    """The exit status is 2, and one line on the error output says why."""
     result = status("train_policy.py", "--steps", "0")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: --steps must be 1 or more, not 0.\n"
 
 
 def test_two_processes_do_what_one_does(work):
-    """Guards shares of a batch that differ with the number of processes, and a hang."""
+    """The metrics of two processes are those of one, up to rounding."""
     two_processes("train_policy.py", *POLICY, "--save_every", "1")
     policy("--save_every", "1")
     two, one = metrics(work / "runs" / "policy-1"), metrics(work / "runs" / "policy-2")

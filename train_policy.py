@@ -88,6 +88,15 @@ def read_config(argv: list[str]) -> PolicyConfig:
     return config
 
 
+def check_shares(config: PolicyConfig, accelerator) -> None:
+    """Raise UserError where the processes could not all play the same number of questions."""
+    processes = accelerator.num_processes
+    require(
+        config.batch_questions % processes == 0,
+        f"--batch_questions {config.batch_questions} does not split over {processes} processes.",
+    )
+
+
 def main(argv: list[str]) -> None:
     """Read the settings, build what they name, train, and write the policy."""
     config = read_config(argv)
@@ -101,10 +110,7 @@ def main(argv: list[str]) -> None:
     from minizs.runs import build, checkpoint, data, run
 
     accelerator = build.make_accelerator(config)
-    require(
-        config.batch_questions % accelerator.num_processes == 0,
-        f"--batch_questions {config.batch_questions} does not split over the processes.",
-    )
+    check_shares(config, accelerator)
     if run_folder.is_complete(config):
         return accelerator.print(f"The run in {config.output} is complete.")
     saved = checkpoint.checkpoint_of(config)

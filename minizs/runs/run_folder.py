@@ -71,7 +71,7 @@ def newest_run() -> Path | None:
     return done and done.parent.parent
 
 
-def describe(folder: Path) -> str:
+def describe_run(folder: Path) -> str:
     """A run in words: where it is, how many steps it has, and when it ended."""
     rows = read_lines(folder / "metrics.jsonl")
     steps = f"{rows[-1]['step']:,} steps" if rows else "no steps"

@@ -61,7 +61,7 @@ def warm_start(
     train, held_out = split_held_out(demonstrations, config.warm_start_held_out)
     writer = prepare_student(config, accelerator, student)
 
-    found = checkpoint.find("latest", folder)
+    found = checkpoint.find_checkpoint("latest", folder)
     done = supervised.start_or_resume(accelerator, folder, config, found)
     report = load_report(folder) if found else {}
     if held_out and not report:

@@ -38,8 +38,9 @@ def main(argv: list[str]) -> None:
 
     if config.collect:
         require(accelerator.num_processes == 1, "--collect: use one process.")
+        sources = None if config.data == "world" else stage1.build_sources(config, accelerator)
         with stage1.alone(accelerator, output):
-            stage1.collect(config, accelerator)
+            stage1.collect(config, sources)
         return
 
     rows = stage1.load_rows(config)

@@ -20,7 +20,7 @@ from minizs.cache import row_limit
 from minizs.engines.cache import Cached
 from minizs.engines.client import ServiceError
 from minizs.models import loading, weights
-from minizs.rollout import rollout
+from minizs.rollout import Policy, rollout
 from minizs.runs import build, checkpoint, data, quality, run_folder, supervised
 from minizs.runs.advice import command
 from minizs.runs.collect import Collection, collect_from_searches, collect_from_worlds
@@ -28,6 +28,7 @@ from minizs.runs.flags import may_change, save_settings
 from minizs.runs.pairs import make_pairs
 from minizs.runs.plain_searcher import search_plainly
 from minizs.runs.settings import SimConfig
+from minizs.trajectory import Example
 
 REPORT_TOKENS = 80  # that the simulator may write for a reply of its report
 
@@ -64,7 +65,31 @@ def finish(config: SimConfig) -> Path:
 # Collecting
 
 
-def collect(config: SimConfig, accelerator) -> None:
+@dataclass
+class Sources:
+    """What pairs are collected from: questions, an engine, and perhaps a policy and a judge."""
+
+    examples: list[Example]
+    engine: Any
+    policy: Policy | None  # who searches; without one the plain searcher does
+    judge: Any  # the model that labels rows, as an engine; without one the gold answers do
+
+
+def build_sources(config: SimConfig, accelerator) -> Sources:
+    """All of these, before anything is written. Raises UserError."""
+    examples = data.load_examples(config.data, "train")
+    judge = build_judge(config, accelerator, examples)
+    engine = build.build_engine(config, "train", accelerator, examples)
+    policy = None
+    if searches_with_policy(config):
+        build.check_lengths(config, [config.policy], examples)
+        model, tokenizer = build.load(config, config.policy, loading.device())
+        template = loading.load_prompt(config.policy)
+        policy = build.make_policy(config, model, tokenizer, template, config.temperature)
+    return Sources(examples, engine, policy, judge)
+
+
+def collect(config: SimConfig, sources: Sources | None) -> None:
     """Write OUTPUT/collected.jsonl. Of a run that broke off, what was asked is not asked again.
     Raises UserError, which says how to go on, where a service is gone."""
     folder = run_folder.partial_folder(Path(config.output))
@@ -83,7 +108,7 @@ def collect(config: SimConfig, accelerator) -> None:
         go_on = command("train_sim.py", "--output", config.output, "--resume")
         saved = f"What was collected is saved. Go on with: {go_on}"
         try:
-            _collect_from_searches(config, accelerator, collection, folder)
+            _collect_from_searches(config, sources, collection, folder)
         except ServiceError as error:
             raise UserError(f"{error} {saved}") from error
         except KeyboardInterrupt as interrupt:
@@ -93,21 +118,19 @@ def collect(config: SimConfig, accelerator) -> None:
 
 
 def _collect_from_searches(
-    config: SimConfig, accelerator, collection: Collection, folder: Path
+    config: SimConfig, sources: Sources, collection: Collection, folder: Path
 ) -> None:
-    examples = data.load_examples(config.data, "train")
-    judge = build_judge(config, accelerator, examples)
-    engine = build.build_engine(config, "train", accelerator, examples)
+    engine = sources.engine
     if config.engine in ("http", "web") and not config.cache:
         # A batch that breaks off in its middle has been paid for, too.
         engine = Cached(engine, str(folder / "replies.sqlite"), config.engine)
-    play = build_searcher(config, engine, examples)
-    collect_from_searches(play, examples, config.examples, collection, judge)
+    play = build_searcher(config, sources.policy, engine)
+    collect_from_searches(play, sources.examples, config.examples, collection, sources.judge)
 
 
-def build_searcher(config: SimConfig, engine, examples) -> Callable:
+def build_searcher(config: SimConfig, policy: Policy | None, engine) -> Callable:
     """Who searches: a function of examples and their keys that returns trajectories."""
-    if not searches_with_policy(config):
+    if policy is None:
         return partial(
             search_plainly,
             engine=engine,
@@ -115,10 +138,6 @@ def build_searcher(config: SimConfig, engine, examples) -> Callable:
             noise=config.engine_noise,
             seed=config.seed,
         )
-    build.check_lengths(config, [config.policy], examples)
-    model, tokenizer = build.load(config, config.policy, loading.device())
-    template = loading.load_prompt(config.policy)
-    policy = build.make_policy(config, model, tokenizer, template, config.temperature)
     return partial(rollout, policy, engine=engine, noise=config.engine_noise)
 
 

@@ -36,8 +36,7 @@ UPWARDS = {
 # Names that several modules have for functions or classes of their own, each with its reason.
 SHARED_NAMES = {
     "main": "What a script is started by.",
-    "train": "The loop of a stage; each script has one.",
-    "check": "becomes check_settings",
+    "train": "The loop of a stage, for the policy and for supervised learning.",
     "check_settings": "What a script refuses before it starts.",
     "read_settings": "What a script's flags mean, with what is silent filled in.",
     "collate": "becomes two names",

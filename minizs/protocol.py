@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 PROMPT = Path(__file__).with_name("prompts").joinpath("search.txt").read_text(encoding="utf-8")
@@ -62,12 +62,48 @@ def turn_text(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+MOST_TOKENS_A_CHARACTER = 16  # four bytes, a token each, and as many again for what they run into
+
+
+def decode_pieces(tokenizer, ids: list[int]) -> list[str]:
+    """What each token adds to the text, so that the pieces join to the whole of it.
+
+    A character can span tokens (Arabic, emoji, any script in a byte-level vocabulary). Until it is
+    complete its tokens add nothing, and the last of them adds all of it.
+    """
+    decode = partial(tokenizer.batch_decode, clean_up_tokenization_spaces=False)
+    groups: list[list[int]] = []  # tokens that spell whole characters together
+    group: list[int] = []
+    for token in ids:
+        group.append(token)
+        is_open = decode([group])[0].endswith("\ufffd")
+        if not is_open or len(group) == MOST_TOKENS_A_CHARACTER:
+            groups.append(group)
+            group = []
+    if group:
+        groups.append(group)
+    # Decoded behind the group before it, since some tokenizers put spaces only between words.
+    before = [[], *groups][: len(groups)]
+    texts_before = decode(before)
+    texts = decode([a + b for a, b in zip(before, groups, strict=True)])
+    pieces: list[str] = []
+    for group, text_before, text in zip(groups, texts_before, texts, strict=True):
+        pieces += [""] * (len(group) - 1)
+        pieces.append(text[len(text_before) :])
+    return pieces
+
+
 # ---- Prompts and replies as ids -----------------------------------------------------------------
+
+
+QUESTION_MARKS = ("?", "？", "؟", "՞", "\u037e", "⸮", "﹖", "፧")  # also of other scripts
 
 
 def build_prompt(question: str, template: str = PROMPT, tokenizer=None) -> str:
     """The text that a policy starts from. A question without its question mark gets one."""
-    question = neutralize(question, tokenizer).strip().removesuffix("?") + "?"
+    question = neutralize(question, tokenizer).strip()
+    if not question.endswith(QUESTION_MARKS):
+        question += "?"
     return template.replace("{question}", question)
 
 

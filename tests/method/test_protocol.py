@@ -8,6 +8,8 @@ import pytest
 from conftest import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from minizs import protocol
 from minizs.models import loading
@@ -139,6 +141,13 @@ def test_a_prompt_holds_the_question():
         assert f"<{tag}>" in protocol.PROMPT
 
 
+@pytest.mark.parametrize("mark", protocol.QUESTION_MARKS)
+def test_a_question_has_one_question_mark(mark):
+    """A mark of any script is one; a question without any gets "?"."""
+    assert protocol.build_prompt(f"谁{mark} ", "{question}") == f"谁{mark}"
+    assert protocol.build_prompt("谁", "{question}") == "谁?"
+
+
 def test_a_thought_is_opened_by_the_model():
     """A chat template that opens the reply's thought leaves that to the model here: whoever reads
     the turn can tell where the thought begins. A thought that the template closes stays."""
@@ -268,3 +277,49 @@ def test_neutralising_is_fast_for_any_vocabulary(names):
 def test_the_tiny_worlds_prompt_is_its_own():
     """The tiny base model was made with its own wording, which lies in its folder."""
     assert loading.load_prompt("tiny") != protocol.PROMPT
+
+
+# ---- Tokens as text -----------------------------------------------------------------------------
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte: every character that is not ASCII spans two to four of them."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@given(
+    st.text(
+        st.sampled_from("aé مرحبا北京😀👩\u200d👧 �") | st.characters(exclude_categories=["Cs"])
+    )
+)
+def test_pieces_are_whole_characters_and_join_to_the_text(text):
+    """A character that spans tokens is the piece of its last token; none is broken or lost."""
+    tokenizer = byte_tokenizer()
+    pieces = protocol.decode_pieces(tokenizer, tokenizer(text)["input_ids"])
+    assert "".join(pieces) == text and len(pieces) == len(text.encode())
+    if "\ufffd" not in text:  # which looks like a character that is not complete yet
+        assert [piece for piece in pieces if piece] == list(text)
+
+
+def test_pieces_of_ids_that_spell_no_text():
+    """Bytes that no character has are shown as such, and what follows them is whole."""
+    tokenizer = byte_tokenizer()
+    broken = tokenizer("é")["input_ids"][:1]
+    good = tokenizer("ab é")["input_ids"]
+    for ids in (broken + good, broken * 40 + good, good + broken):
+        pieces = protocol.decode_pieces(tokenizer, ids)
+        assert len(pieces) == len(ids)
+        assert "".join(pieces).replace("\ufffd", "") == "ab é"
+    assert protocol.decode_pieces(tokenizer, []) == []
+
+
+def test_pieces_of_a_tokenizer_that_puts_spaces_between_words():
+    """A word's piece has the space before it, as the whole text has."""
+    tokenizer = loading.load_tokenizer("tiny")
+    ids = tokenizer("when was the founder born? <think> I know </think>")["input_ids"]
+    pieces = protocol.decode_pieces(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids) and pieces[1] == " was"

@@ -20,6 +20,7 @@ from minizs import UserError
 from minizs.engines.client import ServiceError
 from minizs.learner import Learner
 from minizs.models import loading, lora
+from minizs.protocol import decode_pieces
 from minizs.runs import build, checkpoint, metrics, page, run_folder
 from minizs.runs.advice import command
 from minizs.runs.alarms import Alarms
@@ -246,7 +247,7 @@ class Run:
             trajectory = trajectories[place]
             advantages = learner.token_advantages[place][: len(trajectory.ids)].tolist()
             row = {"step": self.step} | asdict(trajectory)
-            row["pieces"] = token_texts(self.tokenizer, trajectory.ids)
+            row["pieces"] = decode_pieces(self.tokenizer, trajectory.ids)
             row["advantages"] = [round(advantage, 4) for advantage in advantages]
             rows.append(row)
         run_folder.write_lines(self.folder / "trajectories.jsonl", rows)
@@ -278,28 +279,3 @@ class Run:
 
     def _resume_command(self, *settings: object) -> str:
         return command("train_policy.py", "--output", self.folder, "--resume", *settings)
-
-
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """The text that each token adds to those before it; joined, these are the whole text.
-
-    Some tokenizers put spaces only between words, so that a token is decoded together with the
-    one before it. A character can span several tokens: they add nothing until it is complete.
-    """
-    texts = []
-    start = 0  # where the tokens begin that the current one is decoded with
-    end = 0  # up to where the text is complete
-    for i in range(len(ids)):
-        before = tokenizer.decode(ids[start:end])
-        text = tokenizer.decode(ids[start : i + 1])
-        unfinished = text.endswith("\ufffd") and i - end < LONGEST_CHARACTER - 1
-        if unfinished and i + 1 < len(ids):
-            texts.append("")
-            continue
-        texts.append(text[len(before) :])
-        start = end
-        end = i + 1
-    return texts
-
-
-LONGEST_CHARACTER = 4  # bytes in UTF-8, and so at most as many tokens

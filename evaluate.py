@@ -115,7 +115,9 @@ def opening_sentences(config: EvalConfig, remembered: dict, argv: list[str]) -> 
     """Which policy is tested, and what it is that the flags did not say."""
     sentences = []
     if config.policy and "policy" not in given(EvalConfig, argv):
-        sentences.append(f"The policy is that of {run_folder.describe_run(Path(config.policy).parent)}")
+        sentences.append(
+            f"The policy is that of {run_folder.describe_run(Path(config.policy).parent)}"
+        )
     if remembered:
         flags = ", ".join(f"--{name} {value}" for name, value in remembered.items())
         sentences.append(f"As in its training, where no flag says otherwise: {flags}.")

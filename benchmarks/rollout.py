@@ -111,7 +111,7 @@ def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
         raise SystemExit(f"The tags are no single tokens of {policy}; take another --policy.")
 
     def search(requests: list[SearchRequest]) -> list[list[str]]:
-        texts = [simulator.prompt(wording, request, 3) for request in requests]
+        texts = [simulator.fill_template(wording, request, 3) for request in requests]
         ids = protocol.prompt_ids(engine_tokenizer, texts)
         replies = write(
             engine,

@@ -19,6 +19,7 @@ CLOSING = "\n</information>\n\n"
 # ---- Actions ------------------------------------------------------------------------------------
 
 STOP = ("</search>", "</answer>")  # a turn ends at the first of these that is outside a thought
+THOUGHT_TAGS = ("<think>", "</think>")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 CLOSING_TAG = re.compile(r"</(search|answer)>")
 
@@ -55,6 +56,13 @@ def completes_action(text: str) -> bool:
     """Whether a turn that reads so far has to end: a closing tag stands outside every thought.
     It agrees with `parse_action`, which reads nothing behind that tag."""
     return CLOSING_TAG.search(THOUGHT.sub(" ", text)) is not None
+
+
+def without_thoughts(text: str) -> str | None:
+    """What a reply of another model (a simulator or a judge) says behind its last thought. None if
+    a thought has no end: then it has not said anything yet."""
+    words = text.rpartition("</think>")[2]
+    return None if "<think>" in words else words
 
 
 def turn_text(tokenizer, ids: list[int]) -> str:

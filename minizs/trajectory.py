@@ -19,7 +19,6 @@ class SearchRequest:
     answers: tuple[str, ...] = ()
     noisy: bool = False
     key: tuple[int, ...] = ()  # names the request for the engine's random numbers
-    documents: tuple[str, ...] = ()  # what came back, where a judge is asked
 
 
 @dataclass

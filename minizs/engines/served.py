@@ -10,11 +10,11 @@ from typing import Any
 from minizs import require
 from minizs.engines.client import Call, Client, ServiceError, Unusable
 from minizs.engines.ranking import Engine
+from minizs.protocol import without_thoughts
 from minizs.randomness import hash64
-from minizs.simulator import prompt, read_reply
+from minizs.simulator import RECENT, fill_template, read_reply
 from minizs.trajectory import SearchRequest
 
-RECENT = 64  # replies: where most of these lack documents, the run is stopped
 EXCERPT = 80  # characters of a reply that an error shows
 
 
@@ -64,6 +64,18 @@ class ServedModel:
 
         return Call(self.path, read_answer, body, self._mend)
 
+    def write(self, prompts: list[str], seed: int = 0) -> list[str]:
+        """What the model replies to each of these prompts, without its thoughts."""
+
+        def read(text: str, unfinished: bool) -> str:
+            words = without_thoughts(text)
+            if words is None:
+                raise Unusable("it is a thought without an end")
+            return words
+
+        calls = [self.call(text, (seed, place), read) for place, text in enumerate(prompts)]
+        return self.client.send(calls)
+
     def _text(self, choice: dict) -> str:
         """The words of a reply, without the thoughts that some servers keep apart."""
         if not self.is_chat:
@@ -106,14 +118,12 @@ class ServedSearch(Engine):
         def read(text: str, unfinished: bool) -> list[str]:
             documents = read_reply(text, unfinished, self.top_k)
             odd.pop(i, None)
-            if documents or unfinished and read_reply(text, False, self.top_k):
-                return documents
-            if self.top_k:
+            if not documents:
                 odd[i] = text
                 raise Unusable("it holds no document")
             return documents
 
-        text = prompt(self.template, request, self.top_k)
+        text = fill_template(self.template, request, self.top_k)
         return self.model.call(text, (self.seed, *request.key), read)
 
     def _check(self, odd: dict[int, str]) -> None:

@@ -22,6 +22,7 @@ from minizs.engines.http import HttpSearch
 from minizs.engines.ranking import NoDocuments
 from minizs.engines.served import ServedModel, ServedSearch
 from minizs.engines.web import SERPER, WebSearch
+from minizs.judge import Judge
 from minizs.models import loading, lora, weights
 from minizs.protocol import build_prompt, prompt_ids
 from minizs.rollout import Limits, Policy, rollout
@@ -35,6 +36,7 @@ from minizs.runs.settings import (
     PolicyConfig,
     SearchConfig,
     ServiceSettings,
+    SimConfig,
 )
 from minizs.trajectory import Example, SearchRequest
 from minizs.world.facts import embedded
@@ -191,18 +193,22 @@ def build_simulator(config: SearchConfig, accelerator, examples: Sequence[Exampl
 
 def build_served_simulator(config: SearchConfig) -> ServedSearch:
     template = simulator.load_template(config.simulator_template or "tuned")
-    key = api_key("SIMULATOR_API_KEY")  # for a server that asks for one
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    client = build_client(config, config.simulator, headers)
+    model = served_model(config, config.simulator)
+    return ServedSearch(model, template, config.top_k, config.seed)
+
+
+def served_model(config: SearchConfig, address: str) -> ServedModel:
+    """The model at this address, with the key of the environment if there is one."""
+    key = api_key("SIMULATOR_API_KEY")
+    client = build_client(config, address, {"Authorization": f"Bearer {key}"} if key else {})
     client.reach()
-    model = ServedModel(
+    return ServedModel(
         client,
         config.simulator_model,
         config.simulator_api,
         temperature=config.simulator_temperature,
         max_new_tokens=config.max_document_tokens,
     )
-    return ServedSearch(model, template, config.top_k, config.seed)
 
 
 def build_local_simulator(
@@ -211,14 +217,12 @@ def build_local_simulator(
     check_room(config.simulator or "tiny", config.max_document_tokens)
     with accelerator.main_process_first():  # which makes the default one where there is none
         folder = loading.resolve(config.simulator or str(make_default_simulator()))
-    device = config.simulator_device or accelerator.device
-    with loading.readable(folder):  # on a device that may not be there
-        model, tokenizer = loading.load_model(
-            folder, device, weights.named_dtype(config.dtype, device)
-        )
+    model, tokenizer = load_beside(config, folder, accelerator)
     template = simulator.load_template(config.simulator_template or folder)
     requests = [SearchRequest("", example.question, example.answers) for example in examples]
-    texts = [simulator.prompt(template, request, config.top_k, tokenizer) for request in requests]
+    texts = [
+        simulator.fill_template(template, request, config.top_k, tokenizer) for request in requests
+    ]
     query_tokens = config.max_turn_tokens
     prompt_tokens = longest_prompt(tokenizer, texts) + query_tokens
     check_room(folder, prompt_tokens + config.max_document_tokens)
@@ -230,7 +234,31 @@ def build_local_simulator(
         config.seed,
         config.simulator_temperature,
         config.max_document_tokens,
+        config.on_search_error,
     )
+
+
+def load_beside(config: SearchConfig, folder: str, accelerator):
+    """(model, tokenizer) of a simulator or judge, on its device. Raises UserError."""
+    device = config.simulator_device or accelerator.device
+    with loading.readable(folder):  # on a device that may not be there
+        return loading.load_model(folder, device, weights.named_dtype(config.dtype, device))
+
+
+def build_judge(config: SimConfig, accelerator) -> Judge:
+    """The model of `--judge`, on a server or here. It decodes greedily. Raises UserError."""
+    if config.judge.startswith(URL):
+        greedy = replace(config, simulator_temperature=0.0, on_search_error="stop")
+        return Judge(served_model(greedy, config.judge).write)
+    model, tokenizer = load_beside(config, loading.resolve(config.judge), accelerator)
+
+    def write(prompts: list[str]) -> list[str]:
+        replies = simulator.write_replies(
+            model, tokenizer, prompts, max_new_tokens=config.max_document_tokens
+        )
+        return [reply.text for reply in replies]
+
+    return Judge(write, tokenizer)
 
 
 def check_room(name: str, tokens: int) -> None:

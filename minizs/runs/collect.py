@@ -99,9 +99,9 @@ def collect_from_searches(
     useful and half noisy, or until no question is left.
 
     `play(examples, keys=...)` searches for an answer to each example. Its keys are the places in
-    `examples`, so that a collection that broke off gets the rows of an unbroken one. `judge` is an
-    engine that gives one word for each request; without one the gold answers decide. Raises
-    UserError at the end if all rows have one label.
+    `examples`, so that a collection that broke off gets the rows of an unbroken one. `judge` is a
+    `Judge`, whose word is a row's label; without one the gold answers decide. Raises UserError at
+    the end if all rows have one label.
     """
     for start in range(collection.questions, len(examples), batch):
         if min(collection.counts().values()) >= size // 2:
@@ -149,7 +149,7 @@ def judge_rows(rows: list[dict], judge) -> list[dict]:
 
     Raises UserError if no word is one of the two: it would be paid for and mean nothing.
     """
-    words = ["".join(reply) for reply in judge.search([request_of(row) for row in rows])]
+    words = judge.verdicts([(request_of(row), row["documents"]) for row in rows])
     others = [word for word in words if word not in LABELS]
     print(f"The judge: {len(others)} of {len(words)} words are neither useful nor noisy.")
     require(
@@ -171,7 +171,6 @@ def request_of(row: dict, key: tuple[int, ...] = ()) -> SearchRequest:
         tuple(row["answers"]),
         noisy=row["label"] == "noisy",
         key=key,
-        documents=tuple(row["documents"]),
     )
 
 

@@ -7,7 +7,7 @@ The results of a run lie in `OUTPUT.partial` until they are whole; then this fol
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,13 +72,13 @@ class Sources:
     examples: list[Example]
     engine: Any
     policy: Policy | None  # who searches; without one the plain searcher does
-    judge: Any  # the model that labels rows, as an engine; without one the gold answers do
+    judge: Any  # the model that labels rows; without one the gold answers do
 
 
 def build_sources(config: SimConfig, accelerator) -> Sources:
     """All of these, before anything is written. Raises UserError."""
     examples = data.load_examples(config.data, "train")
-    judge = build_judge(config, accelerator, examples)
+    judge = None if config.judge == "gold" else build.build_judge(config, accelerator)
     engine = build.build_engine(config, "train", accelerator, examples)
     policy = None
     if searches_with_policy(config):
@@ -147,22 +147,6 @@ def searches_with_policy(config: SimConfig) -> bool:
     if config.searcher == "auto":
         return config.policy != "tiny"
     return config.searcher == "policy"
-
-
-def build_judge(config: SimConfig, accelerator, examples):
-    """The language model that labels rows, as an engine; None where the gold answers do."""
-    if config.judge == "gold":
-        return None
-    settings = replace(
-        config,
-        simulator=config.judge,
-        simulator_template=simulator.JUDGE,
-        top_k=0,
-        simulator_temperature=0.0,
-        max_document_tokens=8,
-        on_search_error="stop",
-    )
-    return build.build_simulator(settings, accelerator, examples)
 
 
 # Fine-tuning

@@ -36,6 +36,7 @@ def chat(content, reason="stop", **more):
     return 200, {"choices": [{"message": message, "finish_reason": reason}]}
 
 
+@pytest.mark.filterwarnings("ignore:A search has failed")
 @pytest.mark.parametrize("length", [80, 22])  # enough for all documents, and too few
 def test_served_documents_are_the_local_ones(length):
     """Through both methods the documents are those of the model here, also where one is cut."""
@@ -45,6 +46,7 @@ def test_served_documents_are_the_local_ones(length):
     requests = [request(query, noisy, (i, 3)) for i, (query, noisy) in enumerate(queries)]
     local = SimulatedSearch(model, tokenizer, template, 3, 5, 0.0, length).search(requests)
     options = {"seed": 5, "template": template, "temperature": 0.0, "max_new_tokens": length}
+    options["on_error"] = "empty"
     with serving(openai(model, tokenizer, seen := [])) as (url, _):
         engine = served(f"{url},{url}/v1", **options)
         assert engine.search(requests) == local and engine.search([]) == []
@@ -55,6 +57,7 @@ def test_served_documents_are_the_local_ones(length):
     assert posts[3:] == [("/v1/chat/completions", "another")] * 3
 
 
+@pytest.mark.filterwarnings("ignore:A search has failed")
 def test_a_served_reply_has_its_own_seed():
     """Seeds differ between requests, are the same again for the same run, and fit into 31 bits."""
     model, tokenizer = loading.load_model("tiny")
@@ -62,7 +65,7 @@ def test_a_served_reply_has_its_own_seed():
     requests = [request(key=(0, i)) for i in range(4)]
     for seed in (1, 1, 2):
         with serving(openai(model, tokenizer, seen := [])) as (url, _):
-            served(url, 1, seed, template, max_new_tokens=9).search(requests)
+            served(url, 1, seed, template, on_error="empty", max_new_tokens=9).search(requests)
         bodies = [body for _, body in seen if body]
         assert {body["temperature"] for body in bodies} == {0.8}
         assert {body["max_tokens"] for body in bodies} == {9}
@@ -155,6 +158,25 @@ def test_a_reply_that_is_all_thought_has_failed():
     with serving(lambda path, body, _: chat(None, "length", reasoning_content="We")) as (url, _):
         engine = served(url, name="m", api="chat", on_error="empty")
         assert engine.search([request()]) == [[]] and engine.failed == 1
+
+
+@pytest.mark.filterwarnings("ignore:A search has failed")
+@pytest.mark.parametrize(
+    "text, documents",
+    [
+        ("<think>Doc 1: a draft</think> Doc 1: a fact", ["a fact"]),
+        ("hm </think>Doc 1: a fact", ["a fact"]),
+        ("<think>Doc 1: a draft", []),
+        ("Doc 1: half a", []),
+    ],
+)
+def test_thoughts_are_no_documents(text, documents):
+    """Only what stands behind the last thought counts; a reply that breaks off has failed."""
+    reason = "stop" if documents else "length"
+    with serving(lambda path, body, _: completion(text, reason) if body else (404, "")) as (url, _):
+        engine = served(url, name="m", on_error="empty")
+        assert engine.search([request()]) == [documents]
+        assert engine.failed == (not documents)
 
 
 # ---- what servers want --------------------------------------------------------------------------

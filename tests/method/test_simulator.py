@@ -11,7 +11,14 @@ from minizs.generate import Generated, generate
 from minizs.models import loading
 from minizs.protocol import number_documents
 from minizs.sft import encode
-from minizs.simulator import SimulatedSearch, load_template, prompt, training_text
+from minizs.simulator import (
+    GOLDS_SHOWN,
+    SimulatedSearch,
+    fill_template,
+    load_template,
+    training_text,
+    write_replies,
+)
 from minizs.trajectory import SearchRequest
 
 PROMPT = load_template("tuned")
@@ -26,30 +33,34 @@ def request(query="a query", noisy=False, key=(0,), answers=("Paris", "Lutetia")
 
 
 def test_one_word_makes_the_difference():
-    """Guards prompts from which the quality could be told by anything but the word (Table 2)."""
-    useful, noisy = (prompt(PROMPT, request(noisy=noisy), 3) for noisy in (False, True))
+    """The prompts for useful and noisy documents differ in that word and nothing else (Table 2)."""
+    useful, noisy = (fill_template(PROMPT, request(noisy=noisy), 3) for noisy in (False, True))
     assert useful != noisy and useful.replace("useful", "noisy") == noisy
     assert "a query" in useful and "a question?" in useful and "{" not in useful
 
 
-def test_all_gold_answers_are_named():
-    """Guards D15: only the first gold answer reached the simulator."""
-    assert prompt(TEMPLATE, request(), 3) == "a query|a question?|Paris or Lutetia|useful|3:\n"
+def test_gold_answers_are_named():
+    """All of a few gold answers reach the simulator, and the first of hundreds."""
+    text = fill_template(TEMPLATE, request(), 3)
+    assert text == "a query|a question?|Paris or Lutetia|useful|3:\n"
+    names = tuple(f"alias {number}" for number in range(400))
+    text = fill_template("{query} {answers}", request(answers=names), 3)
+    assert text == "a query " + " or ".join(names[:GOLDS_SHOWN])
 
 
 def test_the_number_of_documents_is_the_one_asked_for():
-    """Guards a hard-coded "five documents" where top_k is something else."""
-    assert "write 7 useful documents" in prompt(PROMPT, request(), 7)
+    """The prompt asks for as many documents as are wanted."""
+    assert "write 7 useful documents" in fill_template(PROMPT, request(), 7)
 
 
 def test_a_query_cannot_fill_in_the_answer():
-    """Guards a policy that learns to search for "{answers}" and is shown the gold answer."""
+    """A policy that searches for "{answers}" is not shown the gold answer."""
     template, query = "{query}\n{answers}", "{answers} {quality}"
-    assert prompt(template, request(query), 3) == query + "\nParis or Lutetia"
+    assert fill_template(template, request(query), 3) == query + "\nParis or Lutetia"
 
 
 def test_the_wording_travels_with_the_model(tmp_path):
-    """Guards a simulator that is asked otherwise than it was trained to be."""
+    """A simulator is asked with the wording that it was trained with."""
     assert load_template(tmp_path) == PROMPT
     (tmp_path / simulator.PROMPT_FILE).write_text(TEMPLATE)
     assert load_template(tmp_path) == load_template(tmp_path / simulator.PROMPT_FILE) == TEMPLATE
@@ -57,15 +68,17 @@ def test_the_wording_travels_with_the_model(tmp_path):
 
 
 def test_a_template_without_a_query_is_refused(tmp_path):
-    """Guards any other file that is given for a template."""
+    """Another file that is given for a template is told in a sentence."""
     (tmp_path / "other.txt").write_text("{question}")
     with pytest.raises(UserError, match="other.txt is no simulator's prompt"):
         load_template(tmp_path / "other.txt")
 
 
 def test_an_untuned_model_is_shown_both_kinds():
-    """Guards a worked example that lacks one kind, or that the request's own word changes."""
-    useful, noisy = (prompt(load_template("untuned"), request(noisy=n), 4) for n in (False, True))
+    """Its prompt shows an example of each kind, which the request's own word does not change."""
+    useful, noisy = (
+        fill_template(load_template("untuned"), request(noisy=n), 4) for n in (False, True)
+    )
     for text, word in ((useful, "useful"), (noisy, "noisy")):
         assert f"Now write 4 documents of {word} information." in text
         assert text.endswith(
@@ -82,7 +95,7 @@ def test_an_untuned_model_is_shown_both_kinds():
 
 
 def test_the_loss_is_on_the_documents_and_eos_alone():
-    """Guards a simulator that learns to write questions, or never learns to stop."""
+    """The simulator learns to write documents and then to stop, and does not learn its prompt."""
     tokenizer, documents = make_tokenizer(), ["one", "two"]
     ids, mask = encode(tokenizer, training_text(TEMPLATE, request(), documents), end=True)
     marked = [i for i, m in zip(ids, mask, strict=True) if m]
@@ -91,7 +104,7 @@ def test_the_loss_is_on_the_documents_and_eos_alone():
 
 
 def test_training_starts_with_the_ids_of_use():
-    """Guards a prompt that is tokenised otherwise in use: merged with what follows, or no BOS."""
+    """In use the prompt has the ids that it had in training, opening token included."""
     tokenizer = with_bos(make_tokenizer(("\nD",)))
     documents = ["one", "two", "three"]
     ids, mask = encode(tokenizer, training_text(TEMPLATE, request(), documents), end=True)
@@ -110,7 +123,7 @@ def test_training_starts_with_the_ids_of_use():
 
 
 def test_all_requests_of_a_turn_are_one_generation():
-    """Guards D9: a generation a query. And replies handed to the wrong query."""
+    """The requests of a turn are generated together, and each gets its own documents."""
     tokenizer, calls = make_tokenizer(), []
 
     def answer(model, prompts, max_new_tokens, **options):
@@ -130,7 +143,7 @@ def test_all_requests_of_a_turn_are_one_generation():
 
 
 def test_a_half_written_document_is_not_passed_on():
-    """Guards sentences that break off: a reader cannot tell what they would have said."""
+    """A document that breaks off is left out: nobody can tell what it would have said."""
     tokenizer = make_tokenizer()
     cases = {  # a reply that ran out of tokens, and what is whole in it
         "Doc 1: one\nDoc 2: tw": ["one"],
@@ -146,7 +159,7 @@ def test_a_half_written_document_is_not_passed_on():
 
 
 def test_replies_do_not_depend_on_who_else_searches():
-    """Guards documents that change with the batch, and so with the number of processes."""
+    """A request gets the same documents in any batch, and so with any number of processes."""
     tokenizer = make_tokenizer(tuple(f"Doc {i}:" for i in range(40)))
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=512, dtype=torch.float64)
     requests = [request(q * 3, q in "ac", (7, i)) for i, q in enumerate("abcde")]
@@ -170,55 +183,62 @@ def test_replies_do_not_depend_on_who_else_searches():
     assert equal[0] != equal[1]  # the same query twice is answered twice
 
 
-# ---- as a judge ---------------------------------------------------------------------------------
-
-
-def test_what_a_judge_is_asked():
-    """Guards documents, golds or a question that it is not shown, and tags in a document."""
-    asked = SearchRequest(
-        "a query",
-        "a question?",
-        ("Paris", "Lutetia"),
-        documents=("one {query}", "</information> <|im_end|> two"),
-    )
-    text = prompt(load_template(simulator.JUDGE), asked, 0)
-    for words in (
-        '"a question?"',
-        "Paris or Lutetia",
-        '"a query"',
-        "useful",
-        "noisy",
-        "\nDoc 1: one {query}\nDoc 2: (/information> (|im_end|> two\n",
-    ):
-        assert words in text
-
-
-WORDS = {
-    "useful": "useful",
-    " Useful.": "useful",
-    "**Noisy**\n": "noisy",
-    "not useful": "not",
-    "usefulness": "usefulness",
-    "": "",
-    "?": "",
-}
-
-
-def test_a_judge_replies_with_a_word():
-    """Guards a judge whose mark, capital or line break hides its word, and one that reads
-    "useful" out of "not useful"."""
-    found = [[word] if word else [] for word in WORDS.values()]
+def answering(*texts: str, reason="eos"):
+    """A patch with which the model writes these texts, whatever it is asked."""
     tokenizer = make_tokenizer()
-    replies = [Generated(tokenizer.encode(text) + [1], reason="eos") for text in WORDS]
-    with mock.patch("minizs.simulator.generate", lambda *_, **__: replies):
-        local = SimulatedSearch(None, tokenizer, TEMPLATE, top_k=0)
-        assert local.search([request()] * len(WORDS)) == found
+    replies = [Generated(tokenizer.encode(text) + [1], reason=reason) for text in texts]
+    return mock.patch("minizs.simulator.generate", lambda *_, **__: replies)
 
 
-def test_what_is_too_long_is_said():
-    """Guards a traceback for a document that fills a judge's context."""
+@pytest.mark.parametrize(
+    "text, documents",
+    [
+        ("<think>Doc 1: a draft</think>\nDoc 1: a fact", ["a fact"]),
+        ("a thought </think> Doc 1: a fact", ["a fact"]),
+        ("<think>a</think><think>b</think> **Doc 1**: a fact", ["a fact"]),
+        ("<think>Doc 1: a draft", []),
+        ("<think>a</think> Doc 1: x <think> Doc 1: y", []),
+    ],
+)
+def test_thoughts_are_no_documents(text, documents):
+    """Only what stands behind the last thought counts. A thought without an end is a failure."""
+    engine = SimulatedSearch(None, make_tokenizer(), TEMPLATE)
+    with answering(text):
+        assert engine.search([request()]) == [documents]
+    assert engine.failed == (not documents)
+
+
+def test_the_tags_of_a_thought_may_be_special_tokens():
+    """Special tokens are no words of a document, but those of a thought still bound it."""
+    tokenizer = make_tokenizer(("<think>", "</think>", "<mark>"))
+    names = ["<think>", "</think>", "<mark>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    texts = ["<think>", "Doc 1: a draft", "</think>", "Doc 1: a", "<mark>", "fact", "<eos>"]
+    ids = [i for text in texts for i in tokenizer.encode(text)]
+    engine = SimulatedSearch(None, tokenizer, TEMPLATE)
+    with mock.patch("minizs.simulator.generate", lambda *_, **__: [Generated(ids, reason="eos")]):
+        assert engine.search([request()]) == [["afact"]]
+
+
+def test_replies_without_documents_are_counted():
+    """They are empty ones. Where most of the latest are so, a run that is to stop does."""
+    replies = ["I cannot do that."] * 20 + ["Doc 1: a fact"] * 4
+    requests = [request()] * len(replies)
+    engine = SimulatedSearch(None, make_tokenizer(), TEMPLATE)
+    with answering(*replies):
+        assert engine.search(requests) == [[]] * 20 + [["a fact"]] * 4
+    assert engine.failed == 20
+    engine = SimulatedSearch(None, make_tokenizer(), TEMPLATE, on_error="stop")
+    with answering(*replies), pytest.raises(UserError, match="20 of .* last 24 .*'I cannot do"):
+        engine.search(requests)
+    with answering("I cannot do that."):  # one failure does not stop a run
+        assert SimulatedSearch(None, make_tokenizer(), TEMPLATE, on_error="stop").search(
+            [request()]
+        ) == [[]]
+
+
+def test_a_prompt_without_room_is_told():
+    """A prompt that the model has no positions for is refused in a sentence."""
     model, tokenizer = loading.load_model("tiny")
-    asked = SearchRequest("a", "b?", ("c",), documents=("word " * 2000,))
-    judge = SimulatedSearch(model, tokenizer, load_template(simulator.JUDGE), 0, 0, 0.0, 8)
     with pytest.raises(UserError, match="Too long for the judge.*limit of 1024"):
-        judge.search([asked])
+        write_replies(model, tokenizer, ["word " * 2000], max_new_tokens=8)

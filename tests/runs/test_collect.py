@@ -220,22 +220,22 @@ def test_empty_replies_are_left_out(run):
 
 
 class Judge:
-    """Says its words, one for each request, and remembers its requests."""
+    """Says its words, one for each search, and remembers the searches."""
 
     def __init__(self, words):
         self.words = iter(words)
         self.batches = []
 
-    def search(self, requests):
-        self.batches.append(requests)
-        return [word and [word] for word in islice(self.words, len(requests))]
+    def verdicts(self, searches):
+        self.batches.append(searches)
+        return list(islice(self.words, len(searches)))
 
 
 def test_a_judges_word_is_the_label(run, capsys):
     """A row is useful if the judge's word for it is "useful", and noisy for any other word. The
     judge sees query, question, answers and documents of a whole batch, and nothing else of a row
     changes."""
-    words = ["noisy", "useful", "the", "useful", [], "usefulness", "useful", "not"]
+    words = ["noisy", "useful", "the", "useful", "", "usefulness", "useful", "not"]
     queries = ("Rome big", "Oslo")
     by_gold = run(policy_with(*queries), EXAMPLES, Engine())
     judge = Judge(words)
@@ -243,8 +243,8 @@ def test_a_judges_word_is_the_label(run, capsys):
     assert [row["label"] == "useful" for row in rows] == [word == "useful" for word in words]
     assert [row | {"label": ""} for row in rows] == [row | {"label": ""} for row in by_gold]
     assert {row["label"] for row in rows} == {"useful", "noisy"}
-    [requests] = judge.batches
-    assert [(r.query, r.question, [*r.answers], [*r.documents]) for r in requests] == [
+    [searches] = judge.batches
+    assert [(r.query, r.question, [*r.answers], texts) for r, texts in searches] == [
         (r["query"], r["question"], r["answers"], r["documents"]) for r in by_gold
     ]
     assert "4 of 8 words are neither" in capsys.readouterr().out

@@ -47,6 +47,7 @@ LONGEST = 50  # lines, from the line with `def` to the last one
 MOST_PARAMETERS = 8  # without `self`
 # Functions beyond either, each with its reason.
 LARGE = {
+    "minizs.generate.Decoder.__init__": "All that can be chosen of a generation, by keywords.",
     "minizs.generate.generate": "The one call that has all that can be chosen.",
     "minizs.runs.flags.option": "All that there is to know about a flag, by keywords.",
 }

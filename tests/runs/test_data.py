@@ -36,12 +36,12 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
 def test_every_format_gives_the_same_examples(tmp_path, name):
-    """Guards gold answers that are lost but for the first, and sources that are mixed up."""
+    """All golds and the source of a question are those of its row, in whatever format."""
     assert data.load_examples(write(tmp_path / name, ROWS), "test") == EXPECTED
 
 
 def test_odd_rows(tmp_path):
-    """Guards a plain answer read letter by letter, and rows that could never score."""
+    """A plain answer is one gold; rows that could never score are left out."""
     rows = [
         {"question": "q1?", "answer": "abc"},
         {"question": "q2?", "answer": " "},
@@ -59,14 +59,14 @@ def test_odd_rows(tmp_path):
     [({"query": "q", "answer": "a"}, "question"), ({"question": "q", "gold": "a"}, "answers")],
 )
 def test_a_missing_column_is_named_with_those_found(tmp_path, row, missing):
-    """Guards a KeyError in the user's face."""
+    """A refusal names the columns that are there and those that are needed."""
     with pytest.raises(UserError, match=f"needs columns .*'{missing}'") as error:
         data.load_examples(write(tmp_path / "a.jsonl", [row]), "train")
     assert all(repr(name) in str(error.value) for name in row)
 
 
 def test_wrong_files(tmp_path):
-    """Guards wrong paths and formats that are noticed only after minutes of work."""
+    """A wrong path or format is refused by the check, before anything is read."""
     (tmp_path / "file.xml").write_text("question,answer")
     for spec, words in (
         (tmp_path / "no.jsonl", "check the path"),
@@ -98,7 +98,7 @@ def test_wrong_files(tmp_path):
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, said):
-    """Guards tracebacks, at the first row that is used, and messages without a cause."""
+    """A file that cannot be read is one sentence, with its cause and the row."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=said) as error:
         data.load_examples(str(tmp_path / name), "test")
@@ -111,7 +111,7 @@ def test_files_that_cannot_be_read(tmp_path, name, content, said):
     ["1965-01-07", ["1965-01-07", "12:30:00"], {"target": "2001"}, "1.50", "null", "true", "007"],
 )
 def test_texts_stay_as_they_were(tmp_path, answer, suffix):
-    """Guards dates that become timestamps, and texts that are taken for other kinds of values."""
+    """A text of JSON stays the text that it is: no date, number, null or boolean is made of it."""
     golds = (
         answer
         if isinstance(answer, list)
@@ -124,7 +124,7 @@ def test_texts_stay_as_they_were(tmp_path, answer, suffix):
 
 
 def test_numbers_as_golds(tmp_path):
-    """Guards numbers that are lost, and a missing one as the answer "None"."""
+    """A number is a gold; a missing one is none."""
     rows = [{"question": f"q{x}?", "answer": x} for x in (1990.5, 0.5, None)]
     for name in ("a.parquet", "a.jsonl"):
         examples = data.load_examples(write(tmp_path / name, rows), "test")
@@ -132,7 +132,7 @@ def test_numbers_as_golds(tmp_path):
 
 
 def test_rows_that_differ(tmp_path):
-    """Guards golds that are lost since another column, or another row, has none."""
+    """The golds are those of the first column that has some, row by row."""
     rows = [
         {"question": "q1?", "golden_answers": None, "answers": ["x"], "data_source": None},
         {"question": "q2?", "golden_answers": [], "answers": ["y"], "data_source": "nq"},
@@ -147,7 +147,7 @@ def test_rows_that_differ(tmp_path):
 
 
 def test_the_byte_order_mark_of_other_editors(tmp_path):
-    """Guards a file that is refused for a mark that nobody sees."""
+    """A byte order mark at the beginning is passed over."""
     (tmp_path / "a.jsonl").write_text('{"question": "q?", "answer": "x"}\n\n', "utf-8-sig")
     (tmp_path / "a.json").write_text('[{"question": "q?", "answer": "x"}]', "utf-8-sig")
     for name in ("a.json", "a.jsonl"):
@@ -182,7 +182,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_is_recognised(tmp_path, layout, suffix):
-    """Guards golds that are lost, or taken from a column that is about something else."""
+    """The columns of ZeroSearch, Search-R1, FlashRAG and others are recognised."""
     path = write(tmp_path / f"mine.{suffix}", [LAYOUTS[layout]])
     golds = ("x",) if layout == "HotpotQA" else ("x", "y")
     source = LAYOUTS[layout].get("data_source", "mine")
@@ -190,12 +190,12 @@ def test_every_layout_is_recognised(tmp_path, layout, suffix):
 
 
 def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
-    """Guards rows that never score, questions seen twice, and silence about them."""
+    """What is left out is counted by its reason, and said once."""
     rows = [
         {"question": "Who is it?", "answer": "x", "data_source": "nq"},
         {"question": " who is it ", "answer": "y", "data_source": "nq"},  # the same
         {"question": "Who is it?", "answer": "x", "data_source": "hotpot"},  # another set's
-        {"question": "q2?", "answer": "The!", "data_source": "nq"},  # normalises to nothing
+        {"question": "q2?", "answer": "?!", "data_source": "nq"},  # normalises to nothing
         {"question": "q3?", "answer": None, "data_source": "nq"},
         {"question": "q" * data.LONGEST, "answer": "x", "data_source": "nq"},
         {"question": "q" * data.LONGEST + "?", "answer": "x", "data_source": "nq"},
@@ -221,7 +221,7 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
 
 
 def test_several_files_with_any_name(tmp_path, monkeypatch):
-    """Guards brackets that the library takes for a pattern, and commas for two files."""
+    """Any name of a file is taken as it is: brackets, braces and commas too."""
     folder = tmp_path / "run [1]*"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -262,7 +262,7 @@ def rows(split, n=1):
 
 
 def test_hub_names(tmp_path, hub):
-    """Guards a test on what was trained on, and a configuration that is lost."""
+    """A test takes the hub's test split, training its train split; a configuration counts."""
     tables, asked = hub
     splits = {name: rows(name, 40) for name in ("train", "dev", "test")}
     tables["org/name", None] = splits
@@ -279,7 +279,7 @@ def test_hub_names(tmp_path, hub):
 
 
 def test_the_papers_sets_have_short_names(hub):
-    """Guards another split than FlashRAG's repository has, and sets that are not told apart."""
+    """The paper's sets have short names, and a test takes the split that each of them has."""
     tables, asked = hub
     there = {
         "nq": "train dev test",
@@ -304,8 +304,20 @@ def test_the_papers_sets_have_short_names(hub):
     assert {name for _, name in asked} == {*there}
 
 
+def test_a_test_whose_golds_are_hidden(hub):
+    """Where the hub's test split has no golds the next split is taken, and that is said."""
+    tables, _ = hub
+    hidden = [{"question": "hidden?", "answer": {"value": "<unk>", "aliases": []}}]
+    known = [{"question": "known?", "answer": {"value": "x", "aliases": ["y"]}}]
+    tables["org/name", None] = {"test": hidden, "validation": known, "train": known}
+    said = []
+    [example] = data.load_examples("org/name", "test", say=said.append)
+    assert (example.question, example.answers) == ("known?", ("x", "y"))
+    assert said[0].startswith("org/name (split 'validation'): questions from 'question'")
+
+
 def test_a_hub_without_a_test(hub):
-    """Guards a set that cannot be tested on at all, and a library's error in pieces."""
+    """Without a test split the next one is taken; an error of the library is one sentence."""
     tables, _ = hub
     tables["org/name", None] = {"train": rows("train")}
     assert data.load_examples("org/name", "test")[0].question == "train0?"
@@ -314,7 +326,7 @@ def test_a_hub_without_a_test(hub):
 
 
 def test_a_local_file_wins(tmp_path, hub, monkeypatch):
-    """Guards a question to the hub about what lies here."""
+    """A file that is here is not looked for on the hub."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org").mkdir()
     write(tmp_path / "org" / "name.json", ROWS)
@@ -322,7 +334,7 @@ def test_a_local_file_wins(tmp_path, hub, monkeypatch):
 
 
 def test_a_file_is_split_by_its_questions(tmp_path):
-    """Guards held-out questions that are trained on, or change with a row's place in the file."""
+    """A tenth is held out, told by the question itself, wherever it stands in the file."""
     rows = [{"question": f"q{i}?", "answer": "x"} for i in range(200)]
     path, back = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[::-1])
     train, dev, test = (data.load_examples(path, role) for role in ("train", "dev", "test"))
@@ -332,7 +344,7 @@ def test_a_file_is_split_by_its_questions(tmp_path):
 
 
 def test_the_world_is_the_default():
-    """Guards roles that share a world: what is trained on must not be tested."""
+    """By default the questions are the tiny world's, and each role has a world of its own."""
     data.check_spec("world")
     train, test = (data.load_examples("world", role) for role in ("train", "test"))
     questions = [(q.text, (q.answer,), q.kind) for q in embedded("train").questions()]
@@ -343,7 +355,7 @@ def test_the_world_is_the_default():
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
 def test_half_characters_are_no_text(tmp_path, name):
-    """Guards a crash, hours in, when such a text is split into tokens; whole ones stay."""
+    """Half a character becomes "?", which a tokenizer takes; whole ones stay."""
     row = r'{"question": "a \ud83d\ude00 \uD800?", "answer": ["\udfff", "x\udfff"]}'
     (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
     [example] = data.load_examples(str(tmp_path / name), "test")
@@ -351,7 +363,7 @@ def test_half_characters_are_no_text(tmp_path, name):
 
 
 def test_questions_that_are_no_text(tmp_path):
-    """Guards a list, or a number, spelled out as a question."""
+    """A question that is no text is left out."""
     rows = [{"question": q, "answer": "x"} for q in (["a"], {"a": "b"}, 3, "why?")]
     assert [e.question for e in data.load_examples(write(tmp_path / "a.json", rows), "test")] == [
         "why?"

@@ -1,7 +1,7 @@
 """What the README and docs/ promise: every command is run, every name in them is there.
 
-A command is fenced as bash or stands between backticks. Those that cannot be run here, or that
-another test runs, are listed with the reason; one that stands in no list fails.
+A command is fenced as bash or stands between backticks. A command that cannot be run here, or that
+another test runs, is listed with the reason. One that stands in no list fails.
 """
 
 import dataclasses
@@ -10,7 +10,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +22,6 @@ import train_sim
 PAGES = ["README.md", *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md"))]
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = {"train_sim": train_sim, "train_policy": train_policy, "evaluate": evaluate}
-LATER: set[str] = set()  # pages that are still to be made from long runs
 
 # In the order of a reader, each with what makes it small.
 ASK = 'python evaluate.py --ask "when was the founder of Tatco Mining born?"'
@@ -33,19 +31,30 @@ HERE = {
     "python evaluate.py": "--questions 2",
     ASK: "",
 }
-ELSEWHERE = {
-    "python -m pytest -q": "it is this suite",
-    "python -m pytest tests/exercises.py -k advantage": "test_exercises.test_what_is_missing_is_said",
-    "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train_policy.py": "test_train_policy.test_two_processes_do_what_one_does",
-    "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train_policy.py …": "test_train_policy.test_two_processes_do_what_one_does",
-    "torchrun --nproc_per_node 2 benchmarks/tiny_base.py --output DIR": "test_tiny_base.test_it_leaves_a_model_with_both_prompts",
-    "train_sim.py --collect --data QUESTIONS --policy MODEL --engine bm25|http|web": "test_train_sim.test_a_policy_collects_from_a_real_engine",
+# Another test runs these: the command, and the file and function of that test.
+TWO_PROCESSES = "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train_policy.py"
+OWN_DOCUMENTS = (
     'python evaluate.py --ask "how long is the warranty?" --corpus handbook.txt --policy MODEL '
-    "--max_turn_tokens 500 --max_document_tokens 600 --max_context 4096": "test_evaluate.test_ask_needs_nothing_but_the_repository",
-    "python benchmarks/arms.py --seeds 5 --parallel 2": "test_claims.test_a_short_arm_of_the_algorithms",
-    "python benchmarks/claims.py --seeds 5 --parallel 2": "test_claims.test_a_short_arm_gets_its_row",
+    "--max_turn_tokens 500 --max_document_tokens 600 --max_context 4096"
+)
+ELSEWHERE = {
+    "python -m pytest -q": "",
+    "ruff check .": "",
+    "ruff format --check .": "",
+    "python -m minizs.tour": "test_tour.",
+    "python -m pytest tests/exercises.py -k advantage": "test_exercises.",
+    "python -m pytest -m slow tests/scripts/test_survival.py": "test_survival.",
+    TWO_PROCESSES: "test_train_policy.test_two_processes_do_what_one_does",
+    f"{TWO_PROCESSES} …": "test_train_policy.test_two_processes_do_what_one_does",
+    "train_policy.py --output FOLDER --resume": "test_resume.",
+    "torchrun --nproc_per_node 2 benchmarks/tiny_base.py --output DIR": "test_tiny_base.",
+    "train_sim.py --collect --data QUESTIONS --policy MODEL --engine bm25|http|web": (
+        "test_train_sim."
+    ),
+    OWN_DOCUMENTS: "test_evaluate.test_ask_needs_nothing_but_the_repository",
+    "python benchmarks/arms.py --seeds 5 --parallel 2": "test_claims.",
     "python -m minizs.engines.retriever": "test_retriever.test_the_command",
-    "python -m minizs.engines.retriever --corpus FILE --port 8000": "test_retriever.test_the_command",
+    "python -m minizs.engines.retriever --corpus FILE --port 8000": "test_retriever.",
 }
 NOT_HERE = {
     "pip install": "needs the package index",
@@ -56,6 +65,12 @@ NOT_HERE = {
     "accelerate launch --cpu --num_processes 2": "named as what does not work",
     "python benchmarks/pictures.py": "needs a finished run, and a browser",
 }  # by how they begin
+# Where each module of ours is, by its name; and the file of each test.
+MODULES = {}
+for path in (ROOT / "minizs").rglob("*.py"):
+    if path.stem != "__init__":
+        MODULES[path.stem] = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+TESTS = {path.stem: path for path in (ROOT / "tests").rglob("*.py")}
 
 
 def commands(text: str) -> list[str]:
@@ -72,7 +87,7 @@ def commands(text: str) -> list[str]:
 
 
 def test_every_command_is_in_a_list():
-    """Guards a command that nobody has tried since it was written down."""
+    """No command is written down that nobody tries, and no list names one that is gone."""
     found = [command for text in TEXT.values() for command in commands(text)]
     assert len(found) > 15
     listed = {*HERE, *ELSEWHERE}
@@ -82,11 +97,11 @@ def test_every_command_is_in_a_list():
         assert any(command.startswith(known) for command in found), f"no page has {known}"
 
 
-@pytest.mark.parametrize("name", [test for test in ELSEWHERE.values() if "." in test])
+@pytest.mark.parametrize("name", [test for test in ELSEWHERE.values() if test])
 def test_a_test_that_is_named_is_there(name):
-    """Guards a list that points to a test of long ago."""
+    """The list of commands that other tests run points to tests that exist."""
     file, function = name.split(".")
-    assert f"def {function}(" in (ROOT / "tests" / f"{file}.py").read_text()
+    assert f"def {function}" in TESTS[file].read_text(encoding="utf-8")
 
 
 def test_the_commands_of_a_first_evening(tmp_path, work, monkeypatch, capfd):
@@ -134,27 +149,47 @@ def test_the_main_job(tmp_path):
     assert (tmp_path / "runs/policy-1/evaluation.json").is_file()
 
 
+def resolve(code: str) -> None:
+    """Fail unless a name between backticks is there: a test, a file, or something in a module."""
+    if named := re.fullmatch(r"(test_\w+)\.(test_\w+)", code):
+        assert f"def {named[2]}(" in TESTS[named[1]].read_text(encoding="utf-8"), code
+    elif named := re.fullmatch(r"(test_\w+)\.py", code):
+        assert named[1] in TESTS, code
+    elif re.fullmatch(r"(?:minizs|benchmarks|tests|docs|configs)/[\w./]*", code):
+        assert (ROOT / code).exists(), code
+    elif named := re.fullmatch(r"(\w+)\.py", code):
+        assert named[1] in MODULES or named[1] in SCRIPTS, code
+    elif named := re.fullmatch(r"([a-z]\w+)\.(?!json|html|yaml|md$|txt$|gguf$)([\w.]+)", code):
+        if named[1] in SCRIPTS:
+            thing = SCRIPTS[named[1]]
+        elif named[1] in MODULES:
+            thing = importlib.import_module(MODULES[named[1]])
+        else:
+            assert named[1] in {"reward_model", "model", "config"}, f"no module of ours: {code}"
+            return
+        for part in named[2].split("."):
+            thing = getattr(thing, part)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_names_are_those_of_the_code(page):
-    """Guards a page that sends its reader to a test, a function or a file of long ago."""
+    """No page sends its reader to a test, a function or a file that is not there."""
     text = re.sub(r"^```.*?^```", "", TEXT[page], flags=re.DOTALL | re.MULTILINE)
-    codes = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", text)]
-    for code in codes:
-        if named := re.fullmatch(r"(test_\w+)\.(test_\w+)", code):
-            file = (ROOT / "tests" / f"{named[1]}.py").read_text()
-            assert f"def {named[2]}(" in file, code
-        elif re.fullmatch(r"(?:minizs|benchmarks|tests|docs|configs)/[\w./]*", code):
-            assert (ROOT / code).exists() or code in LATER, code
-        elif named := re.fullmatch(r"([a-z]\w+)\.(?!py$|json|html|yaml|md$|txt$)([\w.]+)", code):
-            if (ROOT / "minizs" / f"{named[1]}.py").is_file() or named[1] in SCRIPTS:
-                thing = SCRIPTS.get(named[1]) or importlib.import_module(f"minizs.{named[1]}")
-                for part in named[2].split("."):
-                    thing = getattr(thing, part)
-            else:
-                assert named[1] in {"reward_model", "model"}, f"no module of ours: {code}"
+    for code in re.findall(r"`([^`]+)`", text):
+        resolve(" ".join(code.split()))
     for link in re.findall(r"\]\(([^)#]+)\)", text):
-        path = Path(page).parent / link
-        assert link.startswith("https://") or str(path) in LATER or (ROOT / path).exists(), link
+        assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_the_tree_of_the_readme_is_that_of_the_repository():
+    """Each file that the annotated tree names exists, and it names every module of the method."""
+    [tree] = re.findall(
+        r"^```\n(train_sim\.py.*?)^```", TEXT["README.md"], re.DOTALL | re.MULTILINE
+    )
+    named = set(re.findall(r"\b(\w+)\.py\b", tree))
+    assert named <= MODULES.keys() | SCRIPTS.keys()
+    flat = {path.stem for path in (ROOT / "minizs").glob("*.py")} - {"__init__"}
+    assert flat <= named, flat - named
 
 
 OTHERS = set(
@@ -165,7 +200,7 @@ OTHERS = set(
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_is_one(page):
-    """Guards an option that was renamed or has gone; `OTHERS` are those of other programs."""
+    """No page names an option that is not there; `OTHERS` are those of other programs."""
     kinds = (train_sim.SimConfig, train_policy.PolicyConfig, evaluate.EvalConfig)
     ours = {field.name for kind in kinds for field in dataclasses.fields(kind)} | {"config", "help"}
     text = TEXT[page]
@@ -177,14 +212,12 @@ def test_every_flag_is_one(page):
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_every_metric_is_explained(work, algorithm):
-    """Guards a number in the log that nobody can read, and an explanation of none."""
+    """Each number in the log is explained, and nothing is explained that is not logged."""
     policy("--output", "run", "--algorithm", algorithm, "--steps", "1", "--eval_every", "1")
     logged = {name for name in metrics(work / "run")[0] if not name.endswith("_stderr")}
     logged |= set(TIMINGS)
-    table = TEXT["README.md"].split("## Every metric")[1].split("\n## ")[0]
-    cells = re.findall(r"^\| (`.*?) \|", table, flags=re.MULTILINE)
-    named = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
-    explained = {f"held_out{name}" if name[0] == "_" else name for name in named}
+    cells = re.findall(r"^\| (`.*?) \|", TEXT["docs/metrics.md"], flags=re.MULTILINE)
+    explained = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} - {"_stderr"}
     assert logged <= explained, logged - explained
     absent = {
         "grpo": {
@@ -197,7 +230,7 @@ def test_every_metric_is_explained(work, algorithm):
         "ppo": {"flat_groups"},
     }[algorithm]
     # Of stage 1; an ending of others; and what is only there where there was such a reply.
-    absent |= {"loss", "held_out_stderr"}
+    absent |= {"loss"}
     rare = {"again_after_noisy", "again_after_useful", "empty_replies"}
     assert absent <= explained - logged <= absent | rare | {"held_out_again_after_useful"}
 
@@ -217,7 +250,6 @@ def test_the_warm_up_is_short():
     assert rates[-1] == pytest.approx(config.lr * config.lr_end)
 
 
-def test_the_page_stays_short():
-    """What would drown the README belongs in docs/; a picture has words for those who see none."""
-    assert TEXT["README.md"].count("\n") <= 260
-    assert all(alt for alt in re.findall(r"!\[(.*?)\]", TEXT["README.md"]))
+def test_pictures_have_words():
+    """A picture has words for those who do not see it."""
+    assert all(words for text in TEXT.values() for words in re.findall(r"!\[(.*?)\]", text))

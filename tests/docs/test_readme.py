@@ -27,7 +27,9 @@ SCRIPTS = {"train_sim": train_sim, "train_policy": train_policy, "evaluate": eva
 ASK = 'python evaluate.py --ask "when was the founder of Tatco Mining born?"'
 HERE = {
     "accelerate launch train_sim.py": "--worlds 2 --examples 40 --steps 2 --report_queries 2",
-    "accelerate launch train_policy.py": "--steps 1 --group_size 2 --eval_every 1 --eval_questions 2",
+    "accelerate launch train_policy.py": (
+        "--steps 1 --group_size 2 --eval_every 1 --eval_questions 2"
+    ),
     "python evaluate.py": "--questions 2",
     ASK: "",
 }

@@ -113,7 +113,7 @@ def check_output(config: SimConfig) -> None:
         config.collect or run_folder.can_be_made(partial),
         f"{partial}, where the simulator grows, cannot be made; choose another --output.",
     )
-    gives_settings = replace(config, output="", resume="") != SimConfig()
+    gives_settings = replace(config, output="", resume="", collect=False) != SimConfig()
     require(
         not config.resume or gives_settings or partial.is_dir(),
         f"There is nothing to go on with in {partial}; check --output, or leave --resume out.",

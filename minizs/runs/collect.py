@@ -114,10 +114,13 @@ def collect_from_searches(
             rows = judge_rows(rows, judge)
         collection.add(rows, len(questions))
     counts = collection.counts()
+    advice = "give more questions or another searcher"
+    if counts["noisy"] == 0:
+        advice = "give more questions, or --engine_noise 0.5 for noisy replies"
     require(
         min(counts.values()) > 0,
-        f"To learn from, both useful and noisy replies are needed; there are {counts}: "
-        f"give more questions or another searcher. The rows are in {collection.file}.",
+        f"To learn from, both useful and noisy replies are needed; there are {counts}: {advice}. "
+        f"The rows are in {collection.file}.",
     )
 
 

@@ -90,55 +90,67 @@ def build_sources(config: SimConfig, accelerator) -> Sources:
 
 
 def collect(config: SimConfig, sources: Sources | None) -> None:
-    """Write OUTPUT/collected.jsonl. Of a run that broke off, what was asked is not asked again.
-    Raises UserError, which says how to go on, where a service is gone."""
+    """Write OUTPUT/collected.jsonl; `sources` is None for the tiny world. Of a run that broke off,
+    what was asked is not asked again."""
+    if sources is None:  # which takes seconds: it always begins anew
+        collection = open_collection(config, begin_anew=True)
+        rows = collect_from_worlds(config.worlds, config.examples, config.seed, config.top_k)
+        collection.add(rows, questions=0)
+    else:
+        collection = open_collection(config, begin_anew=config.overwrite)
+        collect_from_sources(config, sources, collection)
+    collection.finish()
+    counts = ", ".join(f"{count} {label}" for label, count in collection.counts().items())
+    print(f"The examples are in {finish(config) / 'collected.jsonl'}: {counts}.")
+
+
+def open_collection(config: SimConfig, begin_anew: bool) -> Collection:
+    """The collection in the partial folder, empty or as it broke off. Raises UserError if it was
+    begun with other settings."""
     folder = run_folder.partial_folder(Path(config.output))
-    if config.overwrite or config.data == "world":  # which takes seconds: it begins anew
+    if begin_anew:
         run_folder.remove(folder)
     run_folder.check_unchanged(folder, config, may_change(config))
     folder.mkdir(parents=True, exist_ok=True)
     save_settings(config, folder / "config.yaml")
     collection = Collection(folder)
     if collection.questions:
-        print(f"Going on after question {collection.questions}, {len(collection.rows)} rows.")
-    if config.data == "world":
-        rows = collect_from_worlds(config.worlds, config.examples, config.seed, config.top_k)
-        collection.add(rows, questions=0)
-    else:
-        go_on = command("train_sim.py", "--output", config.output, "--resume")
-        saved = f"What was collected is saved. Go on with: {go_on}"
-        try:
-            _collect_from_searches(config, sources, collection, folder)
-        except ServiceError as error:
-            raise UserError(f"{error} {saved}") from error
-        except KeyboardInterrupt as interrupt:
-            raise SystemExit(f"Stopped. {saved}") from interrupt
-    collection.finish()
-    print(f"The examples are in {finish(config) / 'collected.jsonl'}")
+        print(
+            f"Going on after {collection.questions} questions, which gave "
+            f"{len(collection.rows)} examples."
+        )
+    return collection
 
 
-def _collect_from_searches(
-    config: SimConfig, sources: Sources, collection: Collection, folder: Path
-) -> None:
+def collect_from_sources(config: SimConfig, sources: Sources, collection: Collection) -> None:
+    """Ask the questions of `--data`. Raises UserError where a service is gone and SystemExit on
+    Ctrl-C; both say how to go on."""
     engine = sources.engine
     if config.engine in ("http", "web") and not config.cache:
-        # A batch that breaks off in its middle has been paid for, too.
-        engine = Cached(engine, str(folder / "replies.sqlite"), config.engine)
+        # A batch of questions that breaks off in its middle has been paid for, too.
+        engine = Cached(engine, str(collection.file.with_name("replies.sqlite")), config.engine)
     play = build_searcher(config, sources.policy, engine)
-    collect_from_searches(play, sources.examples, config.examples, collection, sources.judge)
+    go_on = command("train_sim.py", "--output", config.output, "--resume")
+    saved = f"What was collected is saved. Go on with: {go_on}"
+    try:
+        collect_from_searches(play, sources.examples, config.examples, collection, sources.judge)
+    except ServiceError as error:
+        raise UserError(f"{error} {saved}") from error
+    except KeyboardInterrupt as interrupt:
+        raise SystemExit(f"Stopped. {saved}") from interrupt
 
 
 def build_searcher(config: SimConfig, policy: Policy | None, engine) -> Callable:
     """Who searches: a function of examples and their keys that returns trajectories."""
-    if policy is None:
-        return partial(
-            search_plainly,
-            engine=engine,
-            max_searches=config.max_turns - 1,
-            noise=config.engine_noise,
-            seed=config.seed,
-        )
-    return partial(rollout, policy, engine=engine, noise=config.engine_noise)
+    if policy is not None:
+        return partial(rollout, policy, engine=engine, noise=config.engine_noise)
+    return partial(
+        search_plainly,
+        engine=engine,
+        max_searches=config.max_turns - 1,
+        noise=config.engine_noise,
+        seed=config.seed,
+    )
 
 
 def searches_with_policy(config: SimConfig) -> bool:

@@ -182,7 +182,7 @@ def make_demonstrations(
         play = partial(rollout, policy)
         questions = questions * config.group_size  # several tries at each
     play = partial(play, engine=engine, noise=mean_noise(config))
-    return answer_all(play, questions, accelerator, kept=folder / "played")
+    return answer_all(play, questions, accelerator, log=folder / "played")
 
 
 def mean_noise(config: PolicyConfig) -> float:

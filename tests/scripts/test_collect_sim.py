@@ -92,14 +92,16 @@ def test_who_searches(work, monkeypatch, flags, plain):
     assert bool(calls) == plain
 
 
-def retriever(seen: list[str], alive):
-    """Answers as Search-R1's server does, from the small corpus, until `alive` is exhausted."""
-    documents = Path("../corpus.txt").read_text().splitlines()
+def retriever(queries: list[str], alive):
+    """Answers as Search-R1's server does, until `alive` is exhausted, and notes the queries. Its
+    corpus lacks a third of the births, so that some replies are of no use."""
+    lines = Path("../corpus.txt").read_text().splitlines()
+    documents = [line for line in lines if "Mirka" not in line]
 
     def answer(path, body, headers):
         if next(alive, None) is None:
             return 503, ""
-        seen.extend(body["queries"])
+        queries.extend(body["queries"])
         requests = [SearchRequest(query) for query in body["queries"]]
         replies = BM25(documents, body["topk"]).search(requests)
         return 200, {"result": [[{"contents": text} for text in reply] for reply in replies]}
@@ -111,8 +113,10 @@ def test_a_collection_whose_engine_died_goes_on_with_the_advised_command(work, m
     """The command works in a folder whose name has a space, ends with the rows of an unbroken
     collection, and repeats no more queries than the few that lie between two writes."""
     monkeypatch.setattr("minizs.engines.client.FIRST_WAIT", 0.001)
-    ask_for_many()
-    flags = [*COLLECT, "--engine", "http", "--engine_noise", "0.4", "--retries", "1"]
+    rows = [json.loads(line) for line in Path("../questions.jsonl").read_text().splitlines()]
+    rows = [row | {"question": f"{i} {row['question']}"} for i in range(16) for row in rows]
+    Path("many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = [*COLLECT, "--engine", "http", "--retries", "1"]
     whole, first, second = [], [], []
     with serving(retriever(whole, iter(range(10**6)))) as (url, seen):
         simulator(*flags, "--engine_url", url, "--output", "whole")
@@ -129,7 +133,7 @@ def test_a_collection_whose_engine_died_goes_on_with_the_advised_command(work, m
     assert "The examples are in my runs/collected/collected.jsonl" in out
     assert rows_in("my runs/collected") == rows_in("whole")
     assert {*first, *second} == {*whole}
-    assert len(first) + len(second) <= len(whole) + BETWEEN_WRITES < 2 * len(first)
+    assert len({*first} & {*second}) <= BETWEEN_WRITES < len({*first}) < len({*whole})
     assert not Path("my runs/collected.partial").exists()
 
 
@@ -222,4 +226,4 @@ def test_an_engine_that_is_not_there_leaves_nothing_behind(work, monkeypatch):
     flags = f"{' '.join(COLLECT)} --engine http --engine_url http://127.0.0.1:9 --retries 0"
     with pytest.raises(UserError, match="127.0.0.1:9"):
         simulator(*flags.split(), "--output", "out")
-    assert {path.name for path in work.iterdir()} == {"many.jsonl", "out.lock"}
+    assert {path.name for path in work.iterdir()} == {"many.jsonl"}

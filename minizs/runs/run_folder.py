@@ -97,6 +97,11 @@ def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
     existing = deepest(folder)
     require(existing.is_dir(), f"{existing} is a file; choose another --output.")
     require(not any(map(is_run, folder.parents)), f"{folder} lies in a run; give another --output.")
+    require(
+        not overwrite or not Path.cwd().is_relative_to(folder.resolve()),
+        f"--overwrite would delete {folder}, in which the current folder is; choose another "
+        "--output.",
+    )
     if not is_empty(folder):
         check_may_lose(folder, resume, overwrite)
     require(can_be_made(folder), f"{existing} cannot be written to; choose another --output.")
@@ -108,11 +113,9 @@ def check_may_lose(folder: Path, resume: bool, overwrite: bool) -> None:
         resume or overwrite,
         f"{folder} is not empty; add --resume to go on with it or --overwrite to lose it.",
     )
-    holds_current_folder = Path.cwd().is_relative_to(folder.resolve())
     require(
-        not overwrite or (is_run(folder) and not holds_current_folder),
-        f"{folder} holds no run, or the current folder, so "
-        "--overwrite leaves it alone; choose another --output.",
+        not overwrite or is_run(folder),
+        f"{folder} holds no run, so --overwrite leaves it alone; choose another --output.",
     )
     require(
         not resume or is_run(folder) or bool(checkpoints(folder)),

@@ -223,11 +223,6 @@ def wrong(tmp_path_factory):
         yield root
 
 
-@pytest.fixture(scope="module")
-def before(wrong) -> dict[str, int]:
-    return everything(wrong)
-
-
 # What is wrong of any script, and words that the sentence has to hold, "|" between them.
 EVERYWHERE = [
     ("--stepz 5", "--stepz|--help"),
@@ -587,7 +582,7 @@ def test_there_are_more_than_a_hundred():
     ids=[" ".join([s, f, *e.values()]) for s, f, e, _ in ROWS],
 )
 def test_it_is_one_sentence_and_nothing_is_made(
-    wrong, before, monkeypatch, script, flags, environment, words
+    wrong, monkeypatch, script, flags, environment, words
 ):
     """The sentence says what is wrong. No other stage has run, nor a stranger's code, and no file
     or folder is new, changed or gone."""
@@ -600,6 +595,7 @@ def test_it_is_one_sentence_and_nothing_is_made(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     main, right = RIGHT[script]
+    before = everything(wrong)
     try:
         with pytest.raises(UserError) as error:
             main([*right, *shlex.split(flags)])

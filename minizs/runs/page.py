@@ -25,11 +25,12 @@ TESTS = 16  # how many questions of a test
 POINTS = 500  # of a curve, at most
 WIDTH, HEIGHT, BOTTOM = 314, 76, 96  # of a plot's box, and where its lower edge is
 
-# The filters: one choice of each group, and a trajectory has to fit all of them.
+# The filters, by what stands for no choice in their group. One can be chosen in each group, and a
+# trajectory has to fit all that are.
 FILTERS = {
-    "where": {"test": "before and after", "train": "while training"},
-    "result": {"right": "right", "wrong": "wrong"},
-    "behaviour": {"changed": "changed its mind", "again": "searched again after noise"},
+    "all": {"test": "before and after", "train": "while training"},
+    "any answer": {"right": "right", "wrong": "wrong"},
+    "any behaviour": {"changed": "changed its mind", "again": "searched again after noise"},
 }
 
 PAGE = Environment(

@@ -11,12 +11,12 @@ from benchmarks import pictures
 
 
 def test_a_terminals_text_becomes_a_picture():
-    """Guards colours that are lost or run on, lines outside of the picture, and text as markup."""
+    """Colours begin and end where they did, long lines are broken, and no text is markup."""
     text = "plain \033[32m<green>\033[0m plain\n" + "word " * 40 + "\n\n    \033[33mnoisy\033[0m"
-    lines = pictures.lines(text)
+    lines = pictures.terminal_lines(text)
     assert lines[0][0] == ("", "plain")
-    assert all(sum(len(word) for _, word in line) <= pictures.WIDTH for line in lines)
-    tree = ElementTree.fromstring(pictures.svg(text))
+    assert all(sum(len(word) for _, word in line) <= pictures.COLUMNS for line in lines)
+    tree = ElementTree.fromstring(pictures.terminal_picture(text))
     rows = [row for row in tree if row.tag.endswith("text")]
     shown = ["".join(span.text or "" for span in row) for row in rows]
     assert shown[0] == "plain <green> plain" and shown[-1] == "    noisy" and len(shown) == 5
@@ -29,7 +29,7 @@ def test_a_terminals_text_becomes_a_picture():
 @pytest.mark.browser
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium here")
 def test_every_picture_is_made_of_a_run(work, monkeypatch):
-    """Guards a README whose pictures cannot be made again."""
+    """One command makes all pictures of the README from a run."""
     policy("--output", "run")
     # The run's policy has a small context; the question is one of its world.
     monkeypatch.setattr(sys, "argv", ["pictures.py", "run", "--docs", "docs", "--ask", "who?"])

@@ -181,7 +181,12 @@ def test_before_and_after_stand_side_by_side(tmp_path):
     classes = re.findall(r'<details class="([^"]*)"', html)
     assert classes == ["right test changed", "right test again", "wrong train"]
     assert html.index("Before training") < html.index("<b>no</b>") < html.index("After training")
-    for text, groups in (("all 3", 1), ("any answer", 1), ("changed its mind 1", 1), ("right 2", 1)):
+    for text, groups in (
+        ("all 3", 1),
+        ("any answer", 1),
+        ("changed its mind 1", 1),
+        ("right 2", 1),
+    ):
         assert html.count(f">{text}</label>") == groups
     rules = re.findall(r"#(\w+):checked\) main > :not\(\.(\w+)\) ", html)
     assert rules == [(name, name) for name in "test train right wrong changed again".split()]

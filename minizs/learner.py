@@ -214,7 +214,8 @@ class Learner:
     ) -> tuple[list[dict[str, Tensor]], list[Tensor]]:
         """Add up the gradients of all micro-batches. Returns statistics and losses of each.
 
-        Nothing here waits for the device: the next micro-batch is queued while one is computed.
+        Nothing is read from the device in here, so that the next micro-batch can be queued while
+        one is computed. (The scorer itself waits once, for the number of tokens to score.)
         """
         accelerator = self.accelerator
         stats, values = [], []

@@ -8,17 +8,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
 
+from minizs.runs.metrics import LIMITS
+
 WINDOW = 10  # steps that are averaged, so that one bad batch sounds no alarm
 FIRST_STEPS = 5  # after these, a run that cannot learn is told so
 REMEMBERED = 500  # steps that are looked at
 NEARLY_ALL = 0.95
-
-# The limits at which a trajectory can end, and the flags that raise them.
-LIMIT_FLAGS = {
-    "turn_tokens": "--max_turn_tokens",
-    "context": "--max_context",
-    "turns": "--max_turns",
-}
 
 
 class History:
@@ -214,5 +209,7 @@ def diagnosis(rows: list[dict], replies_expected: bool = True) -> str:
 
 def limit_sentence(limit: str, share: float, where: str) -> str:
     """That so many trajectories ended at this limit, and the flag to raise."""
-    flag = LIMIT_FLAGS[limit]
-    return f"{share:.0%} of the trajectories {where} end without an answer at {flag}: raise it."
+    return (
+        f"{share:.0%} of the trajectories {where} end without an answer at --{LIMITS[limit]}: "
+        "raise it."
+    )

@@ -13,18 +13,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from minizs.reward import exact_match, f1_score, substring_match
-from minizs.runs.metrics import searched_again
+from minizs.runs.metrics import LIMITS, searched_again
 from minizs.runs.run_folder import read_lines
 from minizs.trajectory import Example, Trajectory, Turn
 
 METRICS = {"f1": f1_score, "em": exact_match, "sub_em": substring_match}
 LONGEST_NAME = 24  # characters of a policy's name in a table
-# Which setting a trajectory ran into, by the reason that it gives in `truncated`.
-LIMITS = {
-    "turns": "max_turns",
-    "turn_tokens": "max_turn_tokens",
-    "context": "max_context",
-}
 
 
 # ---- Answers -------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import torch
 from minizs.models.precision import widest_float
 from minizs.trajectory import Trajectory, Turn
 
-LIMITS = ("turns", "turn_tokens", "context")  # what can end a trajectory: `Trajectory.truncated`
+# What can end a trajectory, as `Trajectory.truncated` names it, and the setting to raise.
+LIMITS = {"turns": "max_turns", "turn_tokens": "max_turn_tokens", "context": "max_context"}
 THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 SEARCH_PRICE = 9.17  # dollars for 1,000 queries to a web engine (paper, Table 8)
 GPU_PRICE = 1.47  # dollars for an hour of a GPU (paper, Table 8)

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from minizs.models.batches import pad
+from minizs.models.composite import text_config
 
 
 def row_limit(model: nn.Module) -> int:
     """The most tokens a row may have: the model's positions, or its sliding window if shorter (such
     a layer is an ordinary one inside it). Raises ValueError for layers that keep another state."""
-    kinds = set(getattr(model.config, "layer_types", None) or ())
+    config = text_config(model)
+    kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"not supported: layers of type {sorted(kinds)}")
     names = "max_position_embeddings", "sliding_window"
-    return min(getattr(model.config, name, None) or 2**31 for name in names)
+    return min(getattr(config, name, None) or 2**31 for name in names)
 
 
 @cache

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from minizs.cache import RowCache, row_limit
 from minizs.logprobs import check_supported, log_distribution
+from minizs.models.composite import text_config
 from minizs.randomness import hash64
 from minizs.sampling import StopStrings, draw, uniforms
 
@@ -38,7 +39,8 @@ class Generated:
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
     """No gradients, eval mode, and SDPA: eager attention would add a boolean mask to the scores."""
-    config, attention = model.config, model.config._attn_implementation
+    config = text_config(model)
+    attention = config._attn_implementation
     training = [module for module in model.modules() if module.training]
     config._attn_implementation = "sdpa"
     model.eval()
@@ -77,7 +79,7 @@ class Decoder:
         for source in (model.generation_config, model.config):
             eos_id = getattr(source, "eos_token_id", None) if eos_id is None else eos_id
         self.eos = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
-        size = model.config.vocab_size
+        size = text_config(model).vocab_size
         if not all(len(ids) and min(ids) >= 0 and max(ids) < size for ids in prompts):
             raise ValueError(f"a prompt is empty, or outside the model's vocabulary of {size}")
         # A prompt's last token is pending like any turn's. What is before it, its head, is computed

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minizs.models.composite import text_config
+
 CHUNK, LOGITS = 1024, 2**24  # most positions, and logits (64 MB), that leave the head at once
 # With these settings a family changes its logits after the head (Gemma, Cohere, ...).
 AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -17,7 +19,7 @@ AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 def check_supported(model: nn.Module) -> None:
     """Raise ValueError where backbone-then-head would silently differ from the model's logits."""
     for name in AFTER_THE_HEAD:
-        if (value := getattr(model.config, name, None)) not in (None, 1):
+        if (value := getattr(text_config(model), name, None)) not in (None, 1):
             raise ValueError(f"a model that changes its logits is not supported: {name} = {value}")
 
 
@@ -83,7 +85,7 @@ def score(
 
     # With nothing to score there is one empty chunk: every gradient is zero, not missing, or under
     # DDP the other processes would wait for it for ever.
-    size = max(1, min(CHUNK, LOGITS // model.config.vocab_size))
+    size = max(1, min(CHUNK, LOGITS // text_config(model).vocab_size))
     pieces = zip(hidden.split(size), input_ids[wanted].split(size), strict=True)
     chunks = [checkpoint(through_head, *piece, use_reentrant=False) for piece in pieces]
     scores = map(torch.cat, zip(*chunks, strict=True))  # (M,) each

@@ -125,7 +125,10 @@ def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     if not tokenizer.chat_template:
         return tokenizer(texts)["input_ids"]
     chats = [[{"role": "user", "content": text}] for text in texts]
-    prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    options = getattr(tokenizer, "chat_template_args", {})  # see models/loading.py
+    prompts = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, tokenize=False, **options
+    )
     prompts = [re.sub(r"<think>\s*\Z", "", prompt) for prompt in prompts]
     return tokenizer(prompts, add_special_tokens=False)["input_ids"]
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from minizs import protocol, require
 from minizs.generate import Decoder, Generated
+from minizs.models.ends import end_ids
 from minizs.protocol import neutralize
 from minizs.randomness import uniform
 from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
@@ -151,6 +152,7 @@ def start_decoder(policy: Policy, rows: Sequence[Row]) -> Decoder:
         temperature=policy.temperature,
         seed=policy.seed,
         vocab_size=protocol.vocabulary_size(policy.tokenizer),
+        eos_id=end_ids(policy.model, policy.tokenizer),
         tokenizer=policy.tokenizer,
         stop=protocol.STOP,
         ends_turn=protocol.completes_action,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from minizs import protocol, require
 from minizs.generate import generate
+from minizs.models.ends import end_ids
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
 
@@ -105,7 +106,7 @@ def write_replies(
             seed=seed,
             keys=keys,
             vocab_size=protocol.vocabulary_size(tokenizer),
-            eos_id=tokenizer.eos_token_id,
+            eos_id=end_ids(model, tokenizer),
         )
     except ValueError as error:
         require("limit" not in str(error), f"Too long for the judge or simulator: {error}.")

@@ -129,7 +129,8 @@ class ServedSearch(Engine):
     def _check(self, odd: dict[int, str]) -> None:
         """Raise ServiceError if most of the latest replies lacked documents."""
         client, lacking = self.model.client, sum(self.recent)
-        if not odd or client.on_error == "empty" or lacking <= len(self.recent) / 2:
+        are_most = lacking > 1 and lacking > len(self.recent) / 2  # one alone proves nothing
+        if not odd or not are_most or client.on_error == "empty":
             return
         excerpt = " ".join(client.redact(next(iter(odd.values()))).split())[:EXCERPT]
         raise ServiceError(

@@ -1,18 +1,22 @@
-"""Load, prepare and save models and tokenizers: any causal one of `transformers`, or a LoRA. Code
-that comes with a model is never run, and weights are safetensors: nothing is unpickled."""
+"""Load and save models and tokenizers: any causal one of `transformers`, a LoRA, or a GGUF file.
 
-import json
+Code that comes with a model is never run, and weights are safetensors or GGUF: nothing is
+unpickled."""
+
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available, logging
 
 from minizs import UserError, brief, require
 from minizs.cache import row_limit
 from minizs.logprobs import check_supported
+from minizs.models.composite import load_language_model
 from minizs.models.lora import load_lora, lora_base, save_lora
 from minizs.protocol import PROMPT
 
@@ -20,6 +24,7 @@ logging.disable_progress_bar()  # a model of this size is loaded before a bar is
 
 TINY_BASE = Path(__file__).parent.parent / "world" / "tiny_base"  # made by benchmarks/tiny_base.py
 PROMPT_FILE = "prompt.txt"
+GGUF = ".gguf"
 
 
 def device() -> torch.device:
@@ -27,36 +32,64 @@ def device() -> torch.device:
 
 
 def resolve(name: str) -> str:
-    """A folder's whole path ("tiny" is the one that this package ships), or a hub name."""
+    """The whole path of a folder or GGUF file ("tiny" is the folder that this package ships), or a
+    name on the Hugging Face hub as it is."""
     path = TINY_BASE if name == "tiny" else Path(name)
     return str(path.absolute()) if path.exists() else name
 
 
+def location(name: str) -> tuple[str, dict[str, str]]:
+    """Where `transformers` finds a model: a folder or hub name, and the option that names the file
+    in it if it is a GGUF file."""
+    path = Path(resolve(name))
+    if path.suffix == GGUF and path.is_file():
+        return str(path.parent), {"gguf_file": path.name}
+    return resolve(name), {}
+
+
 def check_model(name: str, context: int = 0) -> None:
-    """Raise UserError for a folder without a model, without a tokenizer (`transformers` would make
-    one up), or without positions for a `context`. A hub name is looked up when it is loaded."""
+    """Raise UserError for a folder without a model or a tokenizer (`transformers` would make one
+    up), or for a model with fewer positions than `context`. A hub name is not looked up here."""
     path = Path(resolve(name))
     if not path.exists():
-        is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
-        return require(not is_path, f"There is no model folder {name!r}; check the path.")
+        is_path = name.startswith((".", "/", "~")) or name.endswith(GGUF)
+        is_path = is_path or name.count("/") > 1 or "\\" in name
+        require(not is_path, f"There is no model folder {name!r}; check the path.")
+        return
     limit = positions(name)
     require(
         limit is None or context <= limit,
         f"--max_context {context} is more than the {limit} positions of {name}.",
     )
-    require(any(path.glob("tokenizer*.json")), f"{name!r} holds no tokenizer; save one there.")
+    has_tokenizer = path.is_file() or any(path.glob("tokenizer*.json"))
+    require(has_tokenizer, f"{name!r} holds no tokenizer; save one there.")
 
 
 def positions(name: str) -> int | None:
-    """How many tokens a model can read, if its folder is here and says so. Raises UserError for a
-    folder that holds no model."""
+    """How many tokens a model can read, if it is here and its configuration says so. Raises
+    UserError for a folder that holds no model."""
     path = Path(resolve(name))
     if not path.exists() or (path / "adapter_config.json").is_file():
         return None
+    has_model = path.is_file() or (path / "config.json").is_file()
+    require(has_model, f"{name!r} holds no model: it has no config.json; check the path.")
     with readable(name):
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        limit = config.get("max_position_embeddings")
-        return None if limit is None else int(limit)
+        config = read_once(AutoConfig, name)
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def read_once(kind: type, name: str):
+    """`kind.from_pretrained`. A GGUF file, where that takes seconds, is read only once."""
+    folder, file = location(name)
+    if not file:
+        return kind.from_pretrained(folder, trust_remote_code=False)
+    changed = Path(folder, *file.values()).stat().st_mtime_ns
+    return copy.deepcopy(_read_gguf(kind, folder, file["gguf_file"], changed))
+
+
+@cache
+def _read_gguf(kind: type, folder: str, file: str, changed: int):
+    return kind.from_pretrained(folder, gguf_file=file)
 
 
 @contextmanager
@@ -76,40 +109,54 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     *,
     chat_template: str = "auto",
+    chat_template_args: dict | None = None,
     attention: str = "sdpa",
 ):
-    """(model in eval mode, tokenizer) of a folder or hub name. Raises UserError."""
-    tokenizer = load_tokenizer(name, chat_template)
-    folder = resolve(name)
+    """(model in eval mode, tokenizer) of a folder, a GGUF file or a hub name. Raises UserError."""
+    tokenizer = load_tokenizer(name, chat_template, chat_template_args)
+    folder, file = location(name)
     with readable(name):
-        lora = find_adapter_config_file(folder) is not None
-        base = lora_base(folder) if lora else folder
-        model, found = AutoModelForCausalLM.from_pretrained(
-            base,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation=attention,
-            trust_remote_code=False,
-            output_loading_info=True,
+        is_lora = not file and find_adapter_config_file(folder) is not None
+        base = lora_base(folder) if is_lora else folder
+        model, missing = load_language_model(
+            base, dtype=dtype, attn_implementation=attention, **file
         )
-        missing = sorted(found["missing_keys"])[:1]  # the library makes them up at random
-        require(not missing, f"The weights of {name!r} lack {missing}; save the model again.")
-        rows = model.get_input_embeddings().num_embeddings
-        require(len(tokenizer) <= rows, f"{name!r} has {rows} embeddings, {len(tokenizer)} tokens.")
+        # The library would make these up at random.
+        require(not missing, f"The weights of {name!r} lack {missing[:1]}; save the model again.")
+        check_vocabulary(name, tokenizer, model.get_input_embeddings().num_embeddings)
         check_supported(model)
         row_limit(model)  # refuses layers that keep more than keys and values
-        if lora:
+        if is_lora:
             load_lora(model, folder)
     return model.to(device).eval(), tokenizer
 
 
-def load_tokenizer(name: str, chat_template: str = "auto"):
-    """A folder's or hub name's, with "none" without its chat template. Raises UserError."""
+def check_vocabulary(name: str, tokenizer, rows: int) -> None:
+    """Raise UserError if text can become an id that has no row in the embedding.
+
+    Special tokens may lie beyond the rows, as the one for an image does in Gemma 3 1B: data never
+    becomes one (see `protocol.neutralize`), and the model cannot write one."""
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    beyond = [token for token, i in tokenizer.get_vocab().items() if i >= rows]
+    of_text = sorted(set(beyond) - special)
+    require(
+        not of_text,
+        f"{name!r} has {rows} embeddings, {len(tokenizer)} tokens: none for {of_text[:1]}. Its "
+        "tokenizer belongs to another model.",
+    )
+
+
+def load_tokenizer(name: str, chat_template: str = "auto", chat_template_args: dict | None = None):
+    """The tokenizer of a folder, a GGUF file or a hub name.
+
+    With `chat_template` "none" it has no chat template. `chat_template_args` become an attribute of
+    that name, and are given to the template wherever it is applied. Raises UserError."""
     check_model(name)
     with readable(name):
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), trust_remote_code=False)
+        tokenizer = read_once(AutoTokenizer, name)
     if chat_template == "none":
         tokenizer.chat_template = None
+    tokenizer.chat_template_args = dict(chat_template_args or {})
     return tokenizer
 
 
@@ -123,7 +170,7 @@ def load_prompt(name: str) -> str:
 
 
 def save_model(model, tokenizer, folder: Path, **texts: str) -> None:
-    """Write a Hugging Face folder, of the LoRA alone where the model has one, and last small text
+    """Write a Hugging Face folder, with the LoRA alone where the model has one, and then small text
     files: `prompt="..."` becomes `prompt.txt`."""
     if hasattr(model, "peft_config"):
         save_lora(model, folder)
@@ -136,11 +183,12 @@ def save_model(model, tokenizer, folder: Path, **texts: str) -> None:
 
 def choose_attention(setting: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """ "auto" is flash attention where it can run, else PyTorch's own "sdpa". Raises UserError."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    able = half and torch.device(device).type == "cuda" and is_flash_attn_2_available()
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    is_cuda = torch.device(device).type == "cuda"
+    can_run = is_half and is_cuda and is_flash_attn_2_available()
     require(
-        able or setting != "flash_attention_2",
+        can_run or setting != "flash_attention_2",
         f"--attention {setting} needs a CUDA device, "
         "bfloat16 or float16, and the package flash-attn; use --attention auto.",
     )
-    return "flash_attention_2" if able and setting != "sdpa" else "sdpa"
+    return "flash_attention_2" if can_run and setting != "sdpa" else "sdpa"

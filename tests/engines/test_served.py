@@ -145,7 +145,7 @@ def test_what_was_written_does_not_repeat_the_key():
         client = Client(url, retries=0, headers={"Authorization": "Bearer abc123"})
         engine = ServedSearch(ServedModel(client, "m"), TEMPLATE)
         with pytest.raises(ServiceError, match=r"'Your key is \(key\)'") as error:
-            engine.search([request()])
+            engine.search([request(), request()])
     assert "abc123" not in str(error.value)
 
 

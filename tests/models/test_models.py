@@ -11,9 +11,10 @@ from conftest import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from minizs import UserError
+from minizs.generate import generate
 from minizs.models import loading, weights
 from minizs.models.lora import add_lora
-from minizs.protocol import PROMPT
+from minizs.protocol import PROMPT, build_prompt, prompt_ids, vocabulary_size
 
 
 @pytest.fixture
@@ -238,3 +239,28 @@ def test_a_prompt_without_a_question_is_refused(folder):
     (folder / loading.PROMPT_FILE).write_text("Answer!")
     with pytest.raises(UserError, match="lacks the word {question}"):
         loading.load_prompt(str(folder))
+
+
+def test_a_special_token_may_lie_beyond_the_embedding(folder):
+    """Gemma 3 1B has one token more than rows, an image's. No text becomes it, so it is no reason
+    to refuse the model, and it is never sampled."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = loading.load_model(str(folder))
+    rows = model.get_input_embeddings().num_embeddings
+    assert vocabulary_size(tokenizer) == rows + 1
+    prompt = build_prompt("What is <image>?", "{question}", tokenizer)
+    [ids] = prompt_ids(tokenizer, [prompt])
+    assert max(ids) < rows
+    [written] = generate(model, [ids], 40, vocab_size=vocabulary_size(tokenizer), eos_id=())
+    assert len(written.ids) == 40 and max(written.ids) < rows
+
+
+def test_a_gguf_file_that_is_none(folder):
+    """A file with this ending is refused in one sentence, and so is a path to nothing."""
+    (folder / "model.gguf").write_text("no tensors")
+    with pytest.raises(UserError, match="model.gguf' cannot be loaded"):
+        loading.check_model(str(folder / "model.gguf"))
+    with pytest.raises(UserError, match="There is no model folder 'other.gguf'"):
+        loading.check_model("other.gguf")

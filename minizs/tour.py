@@ -49,43 +49,43 @@ LEARNING_RATE = 1e-4
 
 
 def main() -> None:
-    policy = load_policy()
-    example = load_question()
-    show_prompt(policy, example)
+    policy = tiny_policy()
+    example = tiny_question()
+    print_prompt(policy, example)
 
-    engine = Recorder(load_simulator(policy))
+    engine = Recorder(tiny_simulator(policy))
     noise = noise_probability(STEP, STEPS, start=0.0, end=0.5)
     group = rollout(policy, [example], engine, group_size=GROUP, noise=noise)
     for trajectory in group:
         trajectory.reward = f1_score(trajectory.answer, example.answers)
     best = max(group, key=lambda trajectory: (trajectory.reward, trajectory.searches > 0))
 
-    show_turn(policy, best)
+    print_turn(policy, best)
     request = engine.requests[best.turns[0].content]
-    show_request(request, noise)
-    show_documents(policy, engine.simulator, request, best)
-    show_trajectory(policy, best)
-    show_reward(group)
-    advantages = show_group(group)
-    show_update(policy, group, advantages)
+    print_request(request, noise)
+    print_documents(policy, engine.simulator, request, best)
+    print_trajectory(policy, best)
+    print_reward(group)
+    advantages = print_group(group)
+    print_update(policy, group, advantages)
 
 
 # ---- What the tour is made of --------------------------------------------------------------------
 
 
-def load_policy() -> Policy:
+def tiny_policy() -> Policy:
     """The tiny base model, with the limits that training has in the tiny world."""
     model, tokenizer = loading.load_model("tiny")
     limits = Limits(turns=6, turn_tokens=40, document_tokens=80, context=448)
     return Policy(model, tokenizer, loading.load_prompt("tiny"), limits, seed=SEED)
 
 
-def load_question() -> Example:
+def tiny_question() -> Example:
     question = embedded("train").questions()[QUESTION]
     return Example(question.text, (question.answer,), "one_hop")
 
 
-def load_simulator(policy: Policy) -> SimulatedSearch:
+def tiny_simulator(policy: Policy) -> SimulatedSearch:
     """The same model as a search engine, with a copy of the weights: one learns, the other not."""
     template = load_template(loading.resolve("tiny"))
     model = copy.deepcopy(policy.model)
@@ -108,7 +108,7 @@ class Recorder:
 # ---- The chapters --------------------------------------------------------------------------------
 
 
-def show_prompt(policy: Policy, example: Example) -> None:
+def print_prompt(policy: Policy, example: Example) -> None:
     chapter("The prompt", [build_prompt, prompt_ids])
     text = build_prompt(example.question, policy.template, policy.tokenizer)
     [ids] = prompt_ids(policy.tokenizer, [text])
@@ -116,10 +116,10 @@ def show_prompt(policy: Policy, example: Example) -> None:
         f"""The question is "{example.question}" and its gold answer "{example.answers[0]}". Only
         the reward and the simulator know the answer. The policy starts from {len(ids)} tokens:"""
     )
-    show_tokens(policy, ids, {"id": [str(number) for number in ids]})
+    print_tokens(policy, ids, {"id": [str(number) for number in ids]})
 
 
-def show_turn(policy: Policy, trajectory: Trajectory) -> None:
+def print_turn(policy: Policy, trajectory: Trajectory) -> None:
     chapter("A turn, token by token", [Decoder.turn, completes_action, parse_action])
     start = trajectory.loss_mask.index(1)
     end = start + trajectory.loss_mask[start:].index(0)
@@ -130,7 +130,7 @@ def show_turn(policy: Policy, trajectory: Trajectory) -> None:
         certain, -0.69 is one chance in two, -2.30 one in ten. The turn ends with the tag that
         completes an action."""
     )
-    show_tokens(
+    print_tokens(
         policy,
         trajectory.ids[start:end],
         {"log p": [f"{p:.2f}".replace("-0.00", "0.00") for p in logprobs]},
@@ -138,7 +138,7 @@ def show_turn(policy: Policy, trajectory: Trajectory) -> None:
     say(f'The action is "{turn.action}" and its content "{turn.content}".')
 
 
-def show_request(request: SearchRequest, noise: float) -> None:
+def print_request(request: SearchRequest, noise: float) -> None:
     chapter("The request", [make_request, noise_probability, uniform])
     say(
         f"""In step {STEP} of {STEPS} a search asks for noisy documents with probability
@@ -150,7 +150,7 @@ def show_request(request: SearchRequest, noise: float) -> None:
     print()
 
 
-def show_documents(
+def print_documents(
     policy: Policy, simulator: SimulatedSearch, request: SearchRequest, trajectory: Trajectory
 ) -> None:
     chapter("The documents", [fill_template, SimulatedSearch.search, neutralize])
@@ -163,7 +163,7 @@ def show_documents(
     print()
 
 
-def show_trajectory(policy: Policy, trajectory: Trajectory) -> None:
+def print_trajectory(policy: Policy, trajectory: Trajectory) -> None:
     chapter("Ids and mask", [Trajectory.append, wrap_documents, append_replies])
     own = sum(trajectory.loss_mask)
     say(
@@ -175,10 +175,10 @@ def show_trajectory(policy: Policy, trajectory: Trajectory) -> None:
         "id": [str(number) for number in trajectory.ids],
         "mask": [str(bit) for bit in trajectory.loss_mask],
     }
-    show_tokens(policy, trajectory.ids, rows)
+    print_tokens(policy, trajectory.ids, rows)
 
 
-def show_reward(group: Sequence[Trajectory]) -> None:
+def print_reward(group: Sequence[Trajectory]) -> None:
     chapter("The reward", [f1_score, words])
     golds = group[0].example.answers
     say(
@@ -197,7 +197,7 @@ def show_reward(group: Sequence[Trajectory]) -> None:
     print()
 
 
-def show_group(group: Sequence[Trajectory]) -> Tensor:
+def print_group(group: Sequence[Trajectory]) -> Tensor:
     """Print rewards and advantages of the group. Returns the advantages, (N,)."""
     chapter("Rewards and advantages of a group", [rollout, group_advantages])
     rewards = torch.tensor([trajectory.reward for trajectory in group])  # (N,)
@@ -218,7 +218,7 @@ def show_group(group: Sequence[Trajectory]) -> Tensor:
     return advantages
 
 
-def show_update(policy: Policy, group: Sequence[Trajectory], advantages: Tensor) -> None:
+def print_update(policy: Policy, group: Sequence[Trajectory], advantages: Tensor) -> None:
     chapter("The loss before and after one update", [token_logprobs, policy_loss, kl])
     ids = pad([trajectory.ids for trajectory in group])  # (N, T)
     attended = attention([len(trajectory.ids) for trajectory in group])  # (N, T)
@@ -283,9 +283,9 @@ def say(text: str) -> None:
     print(textwrap.fill(" ".join(text.split()), WIDTH) + "\n")
 
 
-def show_tokens(policy: Policy, ids: Sequence[int], rows: dict[str, list[str]]) -> None:
+def print_tokens(policy: Policy, ids: Sequence[int], rows: dict[str, list[str]]) -> None:
     """Tokens beside each other, in as many lines as they take, each with its cells below it."""
-    pieces = [visible(piece) for piece in decode_pieces(policy.tokenizer, list(ids))]
+    pieces = [printable(piece) for piece in decode_pieces(policy.tokenizer, list(ids))]
     columns = list(zip(pieces, *rows.values(), strict=True))
     label_width = max(map(len, rows))
     line: list[tuple[str, ...]] = []
@@ -307,7 +307,7 @@ def print_columns(columns: list[tuple[str, ...]], labels: list[str], label_width
     print()
 
 
-def visible(piece: str) -> str:
+def printable(piece: str) -> str:
     """A token's text without the spaces around it, and with line breaks that can be seen."""
     return piece.strip(" ").replace("\n", "\\n") or "·"
 

@@ -121,10 +121,16 @@ def opening_sentences(config: EvalConfig, remembered: dict, argv: list[str]) -> 
     if remembered:
         flags = ", ".join(f"--{name} {value}" for name, value in remembered.items())
         sentences.append(f"As in its training, where no flag says otherwise: {flags}.")
+    trained_on = run_folder.trained_with(Path(config.policy)).get("data", "world")
+    if config.data == trained_on != "world" and not config.ask and "data" not in remembered:
+        sentences.append(
+            "The policy was trained on nine tenths of these questions. Without --data it is tested "
+            "on the others alone."
+        )
     if "data" in remembered:
         sentences.append("It is tested on the tenth of these questions that it was not trained on.")
     return sentences
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, settings=EvalConfig)

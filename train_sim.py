@@ -123,4 +123,4 @@ def check_output(config: SimConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, settings=SimConfig)

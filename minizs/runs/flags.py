@@ -23,15 +23,12 @@ from typing import Any
 
 from minizs import UserError, brief, require
 
-# Words in an error that come from the machine, not from the code, and what the user can do.
-MACHINE = {
-    "No space left|disk is full|quota|inline_": "the disk is full; make room, then start the "
-    "command again (training goes on with --resume)",
-    "Permission denied|Read-?only|not permitted|name too long": "choose another --output or file",
-    "MemoryError|(of|enough|allocate) memory": "lower --max_context, or the size of what is "
-    "computed at once (--micro_tokens, --batch_tokens or --batch)",
-    "logits are NaN": "give a larger --temperature or a model with sound weights",
-}
+# Words in an error that come from the machine, not from the code.
+DISK_IS_FULL = "No space left|disk is full|quota|inline_"
+NOT_PERMITTED = "Permission denied|Read-?only|not permitted|name too long"
+OUT_OF_MEMORY = "MemoryError|(of|enough|allocate) memory"
+NOT_A_NUMBER = "logits are NaN"
+SIZES = ("micro_tokens", "batch_tokens", "batch", "max_context")  # what lowers the use of memory
 TRUE = ("true", "yes", "t", "y", "1")
 FALSE = ("false", "no", "f", "n", "0")
 INSTALL = "install it with: pip install -r requirements.txt"
@@ -267,11 +264,11 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(max(1, min(threads, 1024) or share))
 
 
-def run_script(main: Callable, argv: list[str] | None = None) -> None:
+def run_script(main: Callable, argv: list[str] | None = None, settings: type | None = None) -> None:
     """Call `main(argv)` and turn the ways in which it can end into a sentence and an exit status.
 
     What the user can mend becomes one line and exit status 2, Ctrl-C one line and 130. An error
-    in the code keeps its traceback.
+    in the code keeps its traceback. Only flags of the script's `settings` are advised.
     """
     sentence = ""
     status = 0
@@ -298,7 +295,7 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
         sentence = f"error: the package {error.name} is missing; {INSTALL}"
         status = 2
     except Exception as error:
-        advice = machine_advice(error)
+        advice = machine_advice(error, settings)
         if not advice:
             raise
         sentence = f"error: {brief(error)}; {advice}."
@@ -314,9 +311,18 @@ def run_script(main: Callable, argv: list[str] | None = None) -> None:
         sys.exit(status)
 
 
-def machine_advice(error: Exception) -> str:
+def machine_advice(error: Exception, settings: type | None = None) -> str:
     """What the user can do about an error that the machine caused; "" if it is another kind."""
-    for words, advice in MACHINE.items():
-        if re.search(words, brief(error)):
-            return advice
+    names = [field.name for field in dataclasses.fields(settings)] if settings else []
+    text = brief(error)
+    if re.search(DISK_IS_FULL, text):
+        flag = " with --resume" if "resume" in names else ""
+        return f"the disk is full; make room, then start the command again{flag}"
+    if re.search(NOT_PERMITTED, text):
+        return "choose another --output or file"
+    if re.search(OUT_OF_MEMORY, text):
+        sizes = [f"--{name}" for name in SIZES if name in names]
+        return f"lower {' or '.join(sizes)}" if sizes else "make what is computed at once smaller"
+    if re.search(NOT_A_NUMBER, text):
+        return "give a larger --temperature or a model with sound weights"
     return ""

@@ -1,8 +1,10 @@
 """The parts of evaluate.py: policies side by side on the same questions, or one answer shown."""
 
 import json
+import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -96,7 +98,7 @@ def compare(
 ) -> None:
     """Let each policy answer all questions; write the figures and every answer, print the table."""
     name = fingerprint(config, examples)
-    with claimed_output(config, accelerator, name) as output:
+    with goes_on_later(accelerator), claimed_output(config, accelerator, name) as output:
         config.output = str(output.figures)
         results = {}
         for policy_name, policy in policies.items():
@@ -110,6 +112,17 @@ def compare(
                 results[policy_name] = Result(trajectories, search_errors)
         if accelerator.is_main_process:
             write_results(config, output, results)
+
+
+@contextmanager
+def goes_on_later(accelerator) -> Iterator[None]:
+    """What Ctrl-C loses, and what it does not, is said."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if accelerator.is_main_process:
+            print("The answers so far are kept: the same command goes on there.", file=sys.stderr)
+        raise
 
 
 def suffix(config: EvalConfig, policy_name: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -256,10 +257,19 @@ def test_what_the_machine_lacks_is_one_line(capsys, error, words):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        flags.run_script(main)
+        flags.run_script(main, settings=train_policy.PolicyConfig)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
     assert words in said
+
+
+@pytest.mark.parametrize("kind", SCRIPTS)
+@pytest.mark.parametrize("text", ["No space left on device", "out of memory", "logits are NaN"])
+def test_advised_flags_exist(kind, text):
+    """A script advises only flags that it has: evaluate.py has no --resume and no --micro_tokens."""
+    advice = flags.machine_advice(RuntimeError(text), kind)
+    names = {field.name for field in fields(kind)}
+    assert advice and set(re.findall(r"--(\w+)", advice)) <= names
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

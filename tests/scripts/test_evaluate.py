@@ -490,6 +490,7 @@ def test_own_data_is_tested_on_what_was_held_out(work, capsys):
     assert "on the tenth of these questions that it was not trained on" in text
     evaluate.main([*flags, "--data", "q.jsonl"])  # all of them, where that is asked for
     assert figures("run/evaluation-2.json")["overall"]["n"] == 60
+    assert "was trained on nine tenths of these questions" in capsys.readouterr().out
     evaluate.main([*flags, "--data", "world", "--questions", "4"])
     world = figures("run/evaluation-3.json")
     assert world["settings"]["corpus"] == "" and world["one_hop"]["n"] == 2

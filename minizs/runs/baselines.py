@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minizs.protocol import build_prompt, neutralize, number_documents, reply_ids
-from minizs.rollout import Limits, Policy, rollout
+from minizs.rollout import ENGINE, Limits, Policy, rollout
 from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
 
 PROMPTS = Path(__file__).parent.parent / "prompts"
@@ -36,7 +36,7 @@ def answer_at_once(
     wording = (PROMPTS / f"{method}.txt").read_text(encoding="utf-8")
     replies: list[list[str] | None] = [None] * len(examples)
     if method == "rag":
-        replies = search_for_questions(policy, examples, engine)
+        replies = search_for_questions(policy, examples, engine, keys)
     prompts = [
         build_prompt(
             example.question,
@@ -56,12 +56,18 @@ def answer_at_once(
     return trajectories
 
 
-def search_for_questions(policy: Policy, examples: Sequence[Example], engine) -> list[list[str]]:
+def search_for_questions(
+    policy: Policy,
+    examples: Sequence[Example],
+    engine,
+    keys: Sequence[tuple[int, ...]] | None,
+) -> list[list[str]]:
     """The documents that the engine has for each question itself, made harmless."""
     requests = []
-    for example in examples:
+    for example, key in zip(examples, keys or [(i,) for i in range(len(examples))], strict=True):
         question = neutralize(example.question, policy.tokenizer)
-        requests.append(SearchRequest(question, question, example.answers))
+        request = SearchRequest(question, question, example.answers, key=(ENGINE, *key))
+        requests.append(request)
     replies = engine.search(requests)
     return [[neutralize(text, policy.tokenizer) for text in reply] for reply in replies]
 

@@ -16,6 +16,15 @@ from minizs.engines import bm25
 from minizs.engines.bm25 import BM25
 from minizs.engines.corpus import load_corpus
 
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """The user's cache folder: an empty one."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "minizs"
+
+
 ROWS = [
     {"title": "Ann", "text": "born in Rome ,\n1950"},
     {"title": None, "text": "Acme hires"},
@@ -53,7 +62,7 @@ def test_corpora_in_their_usual_layouts(tmp_path, name, rows):
     found = engine.search([ask("hires"), ask("rome 1950"), ask("oslo town")])
     texts = [" ".join(text.split()) for text in CONTENTS]
     assert [documents[0] for documents in found] == [texts[1], texts[0], texts[2]]
-    assert sorted(found[0]) == sorted(texts)
+    assert all(len(documents) == 1 for documents in found)  # the others share no word
     if name != "a.txt":
         assert list(load_corpus(tmp_path / name)) == CONTENTS  # as they stand
 
@@ -143,7 +152,7 @@ def test_an_index_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
     [folder] = tmp_path.glob("*.bm25")
     rmtree(folder)
     folder.write_text("in the way")
-    with pytest.raises(UserError, match="cannot be saved beside it"):
+    with pytest.warns(UserWarning, match="is kept in"):
         BM25.of_corpus(path)
 
 
@@ -159,3 +168,63 @@ def test_processes_that_make_the_same_index_share_it(tmp_path, monkeypatch):
     monkeypatch.setattr(bm25, "make_index", slowly)
     assert BM25.of_corpus(path, 1).search([ask("Oslo lies")]) == [[DOCUMENTS[8]]]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def read_only(monkeypatch, *folders):
+    """These folders, and what is below them, cannot be written to."""
+    make = bm25.TemporaryDirectory
+
+    def refusing(dir):
+        if any(dir.is_relative_to(folder) for folder in folders):
+            raise PermissionError(13, "Permission denied", str(dir))
+        return make(dir=dir)
+
+    monkeypatch.setattr(bm25, "TemporaryDirectory", refusing)
+
+
+def test_a_corpus_in_a_read_only_folder(tmp_path, monkeypatch, cache):
+    """Its index is kept in the cache folder, which a note names, and is found there again."""
+    path = write(tmp_path / "a.txt", DOCUMENTS)
+    read_only(monkeypatch, tmp_path)
+    with pytest.warns(UserWarning, match=f"cannot be written to: .* is kept in {cache}"):
+        engine = BM25.of_corpus(path, 1)
+    assert engine.search([ask("Oslo lies")]) == [[DOCUMENTS[8]]]
+    assert list(tmp_path.iterdir()) == [path] and len(list(cache.iterdir())) == 1
+    monkeypatch.setattr(bm25, "make_index", lambda texts: pytest.fail("it is there"))
+    assert BM25.of_corpus(path, 1).search([ask("Oslo lies")]) == [[DOCUMENTS[8]]]
+
+
+def test_an_index_that_can_be_saved_nowhere(tmp_path, monkeypatch, cache):
+    """It is kept in memory, and a note says so."""
+    path = write(tmp_path / "a.txt", DOCUMENTS)
+    read_only(monkeypatch, tmp_path, cache)
+    with pytest.warns(UserWarning, match="kept in memory"):
+        engine = BM25.of_corpus(path, 1)
+    assert engine.search([ask("Oslo lies")]) == [[DOCUMENTS[8]]]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- words --------------------------------------------------------------------------------------
+
+CHINESE = ["北京是中国的首都。", "鲁迅，原名周树人，是作家。", "上海是一座城市。"]
+
+
+def test_scripts_without_spaces_are_searched_by_the_character():
+    """A Chinese query finds the document that shares most of its characters."""
+    engine = BM25(CHINESE, 1)
+    assert engine.search([ask("中国的首都"), ask("《鲁迅》")]) == [[CHINESE[0]], [CHINESE[1]]]
+
+
+def test_one_spelling_of_unicode():
+    """Accents in two encodings, wide letters and curly quotation marks are the same words."""
+    engine = BM25(["Ren\u00e9e lives here", "O\u2019Brien wrote it", "nothing of it"], 1)
+    requests = [ask("RENE\u0301E"), ask("\uff22\uff52\uff49\uff45\uff4e brien")]
+    assert [reply[0][:3] for reply in engine.search(requests)] == ["Ren", "O\u2019B"]
+
+
+@pytest.mark.parametrize("query", ["zzz", "", "\n", "東西"])
+def test_what_shares_no_word_is_not_found(query):
+    """A document of score 0 is no document: the reply is shorter, or empty."""
+    assert BM25([*DOCUMENTS, *CHINESE]).search([ask(query)]) == [[]]
+    assert BM25(DOCUMENTS).search([ask("Ann zzz dogs")])[0][0] == "Bob likes dogs"
+    assert len(BM25(DOCUMENTS).search([ask("dogs")])[0]) == 1

@@ -70,7 +70,7 @@ def test_the_published_shapes(url):
 def test_how_many_documents(url):
     """The request says how many documents; else the server's default; never more than there are."""
     for more, n in (({}, 2), ({"topk": None}, 2), ({"topk": 1}, 1), ({"topk": 99}, 3)):
-        assert len(post(url, {"queries": ["Ann"]} | more)[1]["result"][0]) == n
+        assert len(post(url, {"queries": ["Ann Bob"]} | more)[1]["result"][0]) == n
 
 
 @pytest.mark.parametrize(

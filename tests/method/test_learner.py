@@ -275,9 +275,9 @@ def ratios(trajectories=None, **settings) -> list[float]:
     """The largest |log ratio| of each call of the loss."""
     seen = []
 
-    def spy(logprobs, old, advantages, mask, *rest):
+    def spy(logprobs, old, advantages, mask, *rest, **options):
         seen.append(losses.keep(logprobs - old, mask).abs().max().item())
-        return original(logprobs, old, advantages, mask, *rest)
+        return original(logprobs, old, advantages, mask, *rest, **options)
 
     original = losses.policy_loss
     with mock.patch("minizs.losses.policy_loss", spy):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from minizs import grpo, losses, ppo, reinforce
 from minizs.logprobs import Scorer
-from minizs.models.batches import Batch, by_budget, collate
+from minizs.models.batches import Batch, by_budget, make_batch
 from minizs.models.lora import lora_off
 from minizs.models.weights import cast_weights, checkpoint_layers
 from minizs.trajectory import Trajectory
@@ -159,11 +159,12 @@ class Learner:
         minibatches = []
         for first in range(s.minibatches):
             rows = range(first, len(trajectories), s.minibatches)
-            groups = by_budget([len(trajectories[row].ids) for row in rows], s.micro_tokens)
-            batches = [collate(trajectories, [rows[i] for i in group], device) for group in groups]
+            batches = []
+            for group in by_budget([len(trajectories[row].ids) for row in rows], s.micro_tokens):
+                batches.append(make_batch(trajectories, [rows[i] for i in group], device))
             counts = self.accelerator.gather(torch.tensor([len(batches)], device=device))
             for _ in range(int(counts.max()) - len(batches)):
-                filler = collate(trajectories, [first], device)
+                filler = make_batch(trajectories, [first], device)
                 filler.mask.zero_()
                 batches.append(filler)
             minibatches.append(batches)

@@ -55,7 +55,7 @@ class Batch:
     returns: Tensor | None = None
 
 
-def collate(
+def make_batch(
     trajectories: list[Trajectory], rows: list[int], device: torch.device | str = "cpu"
 ) -> Batch:
     """The batch of these rows."""

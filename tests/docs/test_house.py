@@ -39,7 +39,6 @@ SHARED_NAMES = {
     "train": "The loop of a stage, for the policy and for supervised learning.",
     "check_settings": "What a script refuses before it starts.",
     "read_settings": "What a script's flags mean, with what is silent filled in.",
-    "collate": "becomes two names",
     "load": "becomes load_model and others",
 }
 
@@ -49,6 +48,7 @@ MOST_PARAMETERS = 8  # without `self`
 LARGE = {
     "minizs.generate.Decoder.__init__": "All that can be chosen of a generation, by keywords.",
     "minizs.generate.generate": "The one call that has all that can be chosen.",
+    "minizs.losses.policy_loss": "Each option of the loss is an argument of its own.",
     "minizs.runs.flags.option": "All that there is to know about a flag, by keywords.",
 }
 

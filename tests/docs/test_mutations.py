@@ -247,7 +247,7 @@ DEFECTS = [
     ),
     Defect(
         "D11 attention guessed from ids",
-        batches.collate,
+        batches.make_batch,
         "attention(lengths)",
         "pad([trajectory.ids for trajectory in chosen]).ne(0).long()",
         test_learner.test_masks_are_never_guessed_from_ids,

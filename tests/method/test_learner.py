@@ -14,7 +14,7 @@ from conftest import EOS, VOCAB, make_model
 from minizs import losses, ppo
 from minizs.learner import Learner, PPOLearner, build_learner
 from minizs.logprobs import Scorer, score, token_logprobs
-from minizs.models.batches import attention, collate, pad
+from minizs.models.batches import attention, make_batch, pad
 from minizs.runs.settings import PolicyConfig
 from minizs.trajectory import Example, Trajectory
 
@@ -206,7 +206,7 @@ def test_masked_positions_can_hold_anything(algorithm, junk):
 def test_masks_are_never_guessed_from_ids():
     """A pad id, or eos as pad, may stand inside a prompt or at the end of a turn (D11)."""
     rows = make_trajectories()
-    batch = collate(rows, [3, 1])
+    batch = make_batch(rows, [3, 1])
     for b, i in enumerate((3, 1)):
         n = len(rows[i].ids)
         assert {0, EOS} <= set(rows[i].ids)

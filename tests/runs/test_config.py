@@ -266,7 +266,7 @@ def test_what_the_machine_lacks_is_one_line(capsys, error, words):
 @pytest.mark.parametrize("kind", SCRIPTS)
 @pytest.mark.parametrize("text", ["No space left on device", "out of memory", "logits are NaN"])
 def test_advised_flags_exist(kind, text):
-    """A script advises only flags that it has: evaluate.py has no --resume and no --micro_tokens."""
+    """A script advises only flags that it has: evaluate.py has no --resume, for instance."""
     advice = flags.machine_advice(RuntimeError(text), kind)
     names = {field.name for field in fields(kind)}
     assert advice and set(re.findall(r"--(\w+)", advice)) <= names

@@ -7,7 +7,7 @@ in good order: after a signal, when a service is gone, when too many steps had t
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,7 +36,15 @@ IN_THE_BAR = ("reward", "searches_per_question", "held_out_f1", "kl", "noise", "
 def open_run(
     config: PolicyConfig, accelerator: Accelerator, folder: Path, done: int, engine, tokenizer
 ) -> Iterator["Run"]:
-    """A run of which `done` steps are done already. Inside, signals wait for the end of a step."""
+    """A run of which `done` steps are done already. Inside, signals wait for the end of a step, and
+    no other run can have the folder. Raises UserError where one has it."""
+    with run_folder.claimed(folder) if accelerator.is_main_process else nullcontext():
+        yield from _open_run(config, accelerator, folder, done, engine, tokenizer)
+
+
+def _open_run(
+    config: PolicyConfig, accelerator: Accelerator, folder: Path, done: int, engine, tokenizer
+) -> Iterator["Run"]:
     if accelerator.is_main_process:
         print(opening_sentence(config, folder, done))
         prepare_folder(config, folder, done)

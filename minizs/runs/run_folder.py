@@ -9,7 +9,8 @@ Functions that need PyYAML import it themselves: a script tells in a sentence th
 import json
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from itertools import count
@@ -50,6 +51,29 @@ def new_folder() -> Path:
 def partial_folder(output: Path) -> Path:
     """Where train_sim.py keeps its results until they are whole."""
     return output.with_name(f"{output.name}.partial")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, no other process can claim this folder. Raises UserError where one has.
+
+    The system releases the claim when this process ends, however it ends.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.parent / f".{folder.name}.lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"Another run is writing to {folder}; wait for its end, or give another --output."
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no file that is open
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def to_resume(output: str, resume: str) -> Path:

@@ -322,6 +322,18 @@ def test_a_folder_with_a_file_of_our_name_is_no_run(tmp_path):
     assert run_folder.checkpoints(tmp_path / "run") == []
 
 
+def test_two_runs_never_write_to_one_folder(work, trained):
+    """The second is refused, also one that resumes; the claim ends with the first and leaves no
+    file."""
+    with run_folder.claimed(Path("run")):
+        refused(policy, "--output run", "Another run is writing to run", work)
+    shutil.copytree(trained, "run")
+    shutil.rmtree("run/policy")  # so that there is something left to do
+    with run_folder.claimed(Path("run")):
+        refused(policy, "--output run --resume --steps 3", "Another run is writing to run", work)
+    assert [path.name for path in work.iterdir()] == ["run"]
+
+
 # ---- losses that are not finite -----------------------------------------------------------------
 
 

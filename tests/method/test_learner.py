@@ -4,15 +4,17 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import EOS, VOCAB, make_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minizs import losses, ppo
-from minizs.learner import Learner, PPOLearner, build_learner
+from minizs.learner import Learner, PPOLearner, build_learner, prepare
 from minizs.logprobs import Scorer, score, token_logprobs
 from minizs.models.batches import attention, make_batch, pad
 from minizs.runs.settings import PolicyConfig
@@ -411,6 +413,46 @@ def test_build_learner():
     settings.kl_coef, settings.algorithm = 0.0, "grpo"
     bare = build_learner(Accelerator(cpu=True), settings, make_model(), VOCAB)
     assert bare.reference is None and not isinstance(bare, PPOLearner)
+
+
+# ---- speed --------------------------------------------------------------------------------------
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, for which a GPU has to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def test_micro_batches_do_not_wait_for_each_other():
+    """Between two micro-batches nothing is read from the device."""
+    learner = make_learner(micro_tokens=40)
+    [minibatch] = learner._split(make_trajectories())
+    assert len(minibatch) > 2
+    weights, normalizer = learner._weigh(minibatch, "token")
+
+    def loss(batch, weights, normalizer):  # without the scorer, which counts the tokens to score
+        total = sum(p.sum() for p in learner.scorer.parameters())
+        return total * weights.sum() / normalizer, losses.statistics(batch.mask)
+
+    with Reads() as reads:
+        learner._backward(learner.scorer, minibatch, weights, normalizer, loss)
+    assert reads.count == 0
+    with Reads() as reads:
+        float(torch.ones(1))
+    assert reads.count == 1  # it does count
+
+
+@pytest.mark.parametrize("device, fused", [("cuda", True), ("cpu", None)])
+def test_the_optimiser_is_fused_on_cuda(device, fused):
+    """There one kernel steps all weights; on a CPU the numbers stay those of the plain AdamW."""
+    accelerator = SimpleNamespace(device=torch.device(device), prepare=lambda *prepared: prepared)
+    _, optimizer = prepare(accelerator, make_model(), 0.1, SETTINGS)
+    assert optimizer.defaults["fused"] is fused
 
 
 # ---- every option does something ----------------------------------------------------------------

@@ -1,8 +1,11 @@
 """Stage 2 from end to end, through `main(argv)`, on a tiny model and BM25."""
 
 import json
+import re
+import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from scripts import (
 from servers import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evaluate
 import train_policy
 from benchmarks import tiny_base as base
 from minizs import UserError, simulator
@@ -106,6 +110,19 @@ def test_held_out_questions_are_shared_by_place(work, monkeypatch):
     assert sorted(keys for keys, *_ in seen) == sorted(shares * 2)
     # The model of the moment, greedily.
     assert {row[1:] for row in seen} == {(model, 0.0) for model in "abcd"}
+
+
+def test_the_command_that_a_run_ends_with_tests_its_policy(work, capsys):
+    """Pasted into a shell it works, in a folder with a space, and tests what was trained."""
+    rows = [{"question": f"when was Fota {i} born?", "answer": "January"} for i in range(40)]
+    (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    policy("--data", "q.jsonl", "--output", "my run")
+    [advice] = re.findall("Test it: python (.*)", capsys.readouterr().out)
+    script, *arguments = shlex.split(advice)
+    assert Path(script).is_file() and Path(script).name == "evaluate.py"
+    evaluate.main([*arguments, "--threads", "1"])
+    figures = json.loads((work / "my run" / "evaluation.json").read_text())
+    assert figures["overall"]["n"] == len(data.load_examples("q.jsonl", "dev"))
 
 
 def test_two_runs_started_together_take_two_folders(work):

@@ -18,9 +18,9 @@ def test_a_terminals_text_becomes_a_picture():
     assert all(sum(len(word) for _, word in line) <= pictures.COLUMNS for line in lines)
     tree = ElementTree.fromstring(pictures.terminal_picture(text))
     rows = [row for row in tree if row.tag.endswith("text")]
-    shown = ["".join(span.text or "" for span in row) for row in rows]
-    assert shown[0] == "plain <green> plain" and shown[-1] == "    noisy" and len(shown) == 5
-    assert "".join(shown[1:3]).split() == ["word"] * 40
+    texts = ["".join(span.text or "" for span in row) for row in rows]
+    assert texts[0] == "plain <green> plain" and texts[-1] == "    noisy" and len(texts) == 5
+    assert "".join(texts[1:3]).split() == ["word"] * 40
     colours = {span.text: span.get("fill") for row in rows for span in row}
     assert colours["<green>"] == pictures.COLOURS["32"] and colours["noisy"] == "#ffa657"
     assert colours["plain"] == colours["word"] == "#e6edf3"
@@ -34,6 +34,6 @@ def test_every_picture_is_made_of_a_run(work, monkeypatch):
     # The run's policy has a small context; the question is one of its world.
     monkeypatch.setattr(sys, "argv", ["pictures.py", "run", "--docs", "docs", "--ask", "who?"])
     pictures.main()
-    made = {path.name: path.stat().st_size for path in (work / "docs").iterdir()}
-    assert sorted(made) == ["ask.svg", "report-phone.png", "report.png", "trajectory.png"]
-    assert min(made.values()) > 500 and "who?" in (work / "docs" / "ask.svg").read_text()
+    sizes = {path.name: path.stat().st_size for path in (work / "docs").iterdir()}
+    assert sorted(sizes) == ["ask.svg", "report-phone.png", "report.png", "trajectory.png"]
+    assert min(sizes.values()) > 500 and "who?" in (work / "docs" / "ask.svg").read_text()

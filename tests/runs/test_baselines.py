@@ -16,10 +16,10 @@ DOCUMENTS = [["Rome is big", "it is far"], []]
 
 class Engine:
     def __init__(self):
-        self.asked = []
+        self.calls = []
 
     def search(self, requests):
-        self.asked.append(requests)
+        self.calls.append(requests)
         return DOCUMENTS
 
 
@@ -40,13 +40,13 @@ def answer(method: str, says: str, monkeypatch, **options):
         keys = [(4,), (7,)]
         rows = baselines.answer_at_once(method, policy, EXAMPLES, engine, keys=keys, **options)
     [(prompts, settings)] = seen
-    return rows, prompts, settings, engine.asked
+    return rows, prompts, settings, engine.calls
 
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_what_the_model_is_shown(method, monkeypatch):
     """The question in the wording of the method, with its own documents for rag, and one search."""
-    rows, prompts, settings, asked = answer(method, "<answer>Rome</answer>", monkeypatch)
+    rows, prompts, settings, calls = answer(method, "<answer>Rome</answer>", monkeypatch)
     assert "Question: who is it?\n" in prompts[0] and "Question: where?\n" in prompts[1]
     assert all("begins with <answer>" in text and "{" not in text for text in prompts)
     assert all(("step by step" in text) == (method == "cot") for text in prompts)
@@ -54,16 +54,16 @@ def test_what_the_model_is_shown(method, monkeypatch):
     assert ("\nDoc 1: Rome is big\nDoc 2: it is far\nQuestion" in prompts[0]) == (method == "rag")
     assert "Doc" not in prompts[1]
     if method == "rag":
-        [requests] = asked
+        [requests] = calls
         assert [(r.query, r.question, r.answers, r.noisy) for r in requests] == [
             (e.question, e.question, e.answers, False) for e in EXAMPLES
         ]
     else:
-        assert not asked
+        assert not calls
     assert settings["temperature"] == 0.0
     assert [(row.answer, row.truncated) for row in rows] == [("Rome", ""), ("Rome", "")]
-    assert [row.turns[0].documents for row in rows] == (DOCUMENTS if asked else [None, None])
-    assert [row.searches for row in rows] == ([1, 1] if asked else [0, 0])
+    assert [row.turns[0].documents for row in rows] == (DOCUMENTS if calls else [None, None])
+    assert [row.searches for row in rows] == ([1, 1] if calls else [0, 0])
 
 
 @pytest.mark.parametrize(
@@ -72,16 +72,16 @@ def test_what_the_model_is_shown(method, monkeypatch):
 )
 def test_without_an_answer_there_is_none(says, ending, monkeypatch):
     """A turn without an answer scores nothing, and a search in it is not carried out."""
-    rows, _, _, asked = answer("direct", says, monkeypatch)
+    rows, _, _, calls = answer("direct", says, monkeypatch)
     assert [(row.answer, row.truncated) for row in rows] == [(None, ending)] * 2
-    assert not asked and rows[0].turns[0].text == says
+    assert not calls and rows[0].turns[0].text == says
 
 
 def test_each_turn_is_shown(monkeypatch):
     """The turn is shown when it is written and, for rag, again with the documents."""
-    shown = []
-    rows, *_ = answer("rag", "<answer>Rome</answer>", monkeypatch, on_turn=shown.append)
-    assert shown == [row.turns[0] for row in rows] * 2  # when it is written; with its documents
+    turns = []
+    rows, *_ = answer("rag", "<answer>Rome</answer>", monkeypatch, on_turn=turns.append)
+    assert turns == [row.turns[0] for row in rows] * 2  # when it is written; with its documents
 
 
 def test_every_method_has_a_wording():

@@ -87,7 +87,7 @@ def test_wrong_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content, said",
+    "name, content, words",
     [
         ("a.jsonl", b'{"question": "q?", "answer": "Malm\xf6"}\n', "cannot be read .*utf-8"),
         ("a.json", b'[{"question": "q?", "answer": "x"}, 3]', "row 2 is no object"),
@@ -97,10 +97,10 @@ def test_wrong_files(tmp_path):
         ("a.json", b"[]", "a.json needs .* no rows"),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path, name, content, said):
+def test_files_that_cannot_be_read(tmp_path, name, content, words):
     """A file that cannot be read is one sentence, with its cause and the row."""
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=words) as error:
         data.load_examples(str(tmp_path / name), "test")
     assert "\n" not in str(error.value)
 
@@ -201,14 +201,14 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
         {"question": "q" * data.LONGEST + "?", "answer": "x", "data_source": "nq"},
     ]
     path = write(tmp_path / "mine.jsonl", rows)
-    said = []
-    kept = data.load_examples(path, "test", say=said.append)
-    assert [(e.question[:10], e.source) for e in kept] == [
+    sentences = []
+    examples = data.load_examples(path, "test", say=sentences.append)
+    assert [(e.question[:10], e.source) for e in examples] == [
         ("Who is it?", "nq"),
         ("Who is it?", "hotpot"),
         ("qqqqqqqqqq", "nq"),
     ]
-    [columns, sentence] = said
+    [columns, sentence] = sentences
     assert columns.endswith(
         "questions from 'question', golds from 'answer', source from 'data_source'."
     )
@@ -216,8 +216,8 @@ def test_what_cannot_be_trained_on_is_left_out_and_counted(tmp_path, capsys):
     assert sentence.startswith("3 questions of ") and counts in sentence
     data.load_examples(path, "dev")
     assert capsys.readouterr().out == ""  # once is enough
-    data.load_examples(write(tmp_path / "fine.jsonl", rows[:1]), "test", say=said.append)
-    assert len(said) == 3 and "left out" not in said[2]
+    data.load_examples(write(tmp_path / "fine.jsonl", rows[:1]), "test", say=sentences.append)
+    assert len(sentences) == 3 and "left out" not in sentences[2]
 
 
 def test_several_files_with_any_name(tmp_path, monkeypatch):
@@ -241,20 +241,20 @@ def hub(monkeypatch):
     """In the hub's place: a table for each name and config, and what was asked for."""
     import datasets
 
-    tables, asked = {}, []
+    tables, lookups = {}, []
     local = datasets.load_dataset
 
     def load_dataset(path, name=None, *, data_files=None, split=None):
         if data_files:
             return local(path, data_files=data_files, split=split)
-        asked.append((path, name))
+        lookups.append((path, name))
         if (path, name) not in tables:
             raise datasets.exceptions.DatasetNotFoundError(f"No dataset {path}\nthere")
         splits = tables[path, name]
         return datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in splits.items()})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return tables, asked
+    return tables, lookups
 
 
 def rows(split, n=1):
@@ -263,7 +263,7 @@ def rows(split, n=1):
 
 def test_hub_names(tmp_path, hub):
     """A test takes the hub's test split, training its train split; a configuration counts."""
-    tables, asked = hub
+    tables, lookups = hub
     splits = {name: rows(name, 40) for name in ("train", "dev", "test")}
     tables["org/name", None] = splits
     tables["org/name", "config"] = {"validation": rows("validation"), "train": rows("t")}
@@ -273,15 +273,15 @@ def test_hub_names(tmp_path, hub):
     assert len(train) + len(dev) == 40 and train and dev
     assert {e.question[:5] for e in train + dev} == {"train"}
     path = write(tmp_path / "mine.jsonl", ROWS)
-    both = data.load_examples(f"{path},org/name:config", "test")
-    assert both == [*EXPECTED, Example("validation0?", ("x",), "name:config")]
-    assert asked == [("org/name", None)] * 3 + [("org/name", "config")]
+    examples = data.load_examples(f"{path},org/name:config", "test")
+    assert examples == [*EXPECTED, Example("validation0?", ("x",), "name:config")]
+    assert lookups == [("org/name", None)] * 3 + [("org/name", "config")]
 
 
 def test_the_papers_sets_have_short_names(hub):
     """The paper's sets have short names, and a test takes the split that each of them has."""
-    tables, asked = hub
-    there = {
+    tables, lookups = hub
+    split_names = {
         "nq": "train dev test",
         "triviaqa": "train dev test",
         "popqa": "test",
@@ -290,12 +290,12 @@ def test_the_papers_sets_have_short_names(hub):
         "musique": "train dev",
         "bamboogle": "test",
     }
-    for name, splits in there.items():
+    for name, splits in split_names.items():
         key = ("RUC-NLPIR/FlashRAG_datasets", name)
         tables[key] = {split: rows(split) for split in splits.split()}
     examples = data.load_examples("paper", "test")
-    assert [e.source for e in examples] == list(there)
-    expected = ["dev0?" if "test" not in splits else "test0?" for splits in there.values()]
+    assert [e.source for e in examples] == list(split_names)
+    expected = ["dev0?" if "test" not in splits else "test0?" for splits in split_names.values()]
     assert [e.question for e in examples] == expected
     assert data.load_examples("nq,hotpotqa", "test") == [examples[0], examples[3]]
     assert {e.question for e in data.load_examples("nq,hotpotqa", "train")} == {"train0?"}
@@ -310,10 +310,10 @@ def test_a_test_whose_golds_are_hidden(hub):
     hidden = [{"question": "hidden?", "answer": {"value": "<unk>", "aliases": []}}]
     known = [{"question": "known?", "answer": {"value": "x", "aliases": ["y"]}}]
     tables["org/name", None] = {"test": hidden, "validation": known, "train": known}
-    said = []
-    [example] = data.load_examples("org/name", "test", say=said.append)
+    sentences = []
+    [example] = data.load_examples("org/name", "test", say=sentences.append)
     assert (example.question, example.answers) == ("known?", ("x", "y"))
-    assert said[0].startswith("org/name (split 'validation'): questions from 'question'")
+    assert sentences[0].startswith("org/name (split 'validation'): questions from 'question'")
 
 
 def test_a_hub_without_a_test(hub):

@@ -79,8 +79,8 @@ def test_every_row_exactly_once_and_in_order(tmp_path, monkeypatch, processes, l
     assert sorted(answers.keys) == EVERY and max(answers.sizes) <= 2
     assert (tmp_path / "kept").exists() == logged
     if logged:
-        again = Answers(stop_after=0)  # it has nothing to ask
-        call = lambda a: answer_all(again, EXAMPLES, a, 2, path)  # noqa: E731
+        unused = Answers(stop_after=0)  # it has nothing to ask
+        call = lambda a: answer_all(unused, EXAMPLES, a, 2, path)  # noqa: E731
         assert on_each(2, call, monkeypatch)[0] == EXPECTED
 
 
@@ -98,11 +98,11 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, first, then)
         run(first, before)
     assert 5 <= len(before.keys) < 11
     sorted(folder.iterdir())[0].open("a").write('{"index": 9, "exa')  # killed while it wrote
-    there = {path: path.read_text() for path in folder.iterdir()}
+    texts = {path: path.read_text() for path in folder.iterdir()}
     another = Answers()
     run(1, another, "another")  # of other settings
     assert sorted(another.keys) == EVERY
-    assert {path: path.read_text() for path in there} == there
+    assert {path: path.read_text() for path in texts} == texts
     after = Answers()
     assert run(then, after) == EXPECTED
     assert Counter(before.keys + after.keys) == Counter(EVERY)
@@ -110,19 +110,19 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, first, then)
 
 def test_interrupted_again_and_again(tmp_path, monkeypatch):
     """A second interruption loses nothing of what was there after the first."""
-    asked, path = [], tmp_path / "kept"
+    keys, path = [], tmp_path / "kept"
 
     def run(answers):
         call = lambda a: answer_all(answers, EXAMPLES, a, 2, path)  # noqa: E731
         try:
             return on_each(1, call, monkeypatch)
         finally:
-            asked.extend(answers.keys)
+            keys.extend(answers.keys)
 
     for _ in range(2):
         with pytest.raises(ConnectionError):
             run(Answers(stop_after=4))
-    assert run(Answers()) == [EXPECTED] and asked == EVERY
+    assert run(Answers()) == [EXPECTED] and keys == EVERY
 
 
 def test_figures_by_hand():

@@ -187,9 +187,9 @@ def test_squads_own_files(tmp_path, indent):
     """Questions of all paragraphs of all articles; those without an answer are counted."""
     path = tmp_path / "dev-v2.0.json"
     path.write_text(json.dumps(SQUAD, indent=indent))
-    [example], said = load(str(path))
+    [example], sentences = load(str(path))
     assert (example.question, example.answers) == PARIS
-    assert "left out: 1 unanswerable" in said
+    assert "left out: 1 unanswerable" in sentences
     version_1 = copy.deepcopy(SQUAD)
     questions = version_1["data"][0]["paragraphs"][0]["qas"]
     del questions[0]["is_impossible"], questions[1]
@@ -222,8 +222,8 @@ def test_unanswerable_questions_are_counted(tmp_path, row, suffix):
     answered |= {name: row[name] for name in row if name in ("answer", "answers")}
     if "answers" in row:
         answered["answers"] = SQUAD_HUB["answers"]
-    [example], said = load(write(tmp_path / f"mine{suffix}", [answered, row]))
-    assert example.question == "Answered?" and "left out: 1 unanswerable" in said
+    [example], sentences = load(write(tmp_path / f"mine{suffix}", [answered, row]))
+    assert example.question == "Answered?" and "left out: 1 unanswerable" in sentences
 
 
 def test_booleans_are_yes_and_no(tmp_path):
@@ -263,8 +263,8 @@ def test_lists_that_are_written_as_text(tmp_path, cell, golds):
 def test_what_was_taken_is_said_once(tmp_path):
     """One sentence names the columns of question and golds, and where the source comes from."""
     path = write(tmp_path / "musique.jsonl", [MUSIQUE])
-    _, said = load(path)
-    assert said == (
+    _, sentences = load(path)
+    assert sentences == (
         f"{path}: questions from 'question', golds from 'answer' and 'answer_aliases', "
         "source 'musique', its name."
     )

@@ -38,12 +38,12 @@ def page(folder, metrics=(), trajectories=(), tests=()) -> str:
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
-def trajectory(text: str, noisy: bool = False, answer: str | None = "", **more) -> dict:
+def trajectory(text: str, noisy: bool = False, answer: str | None = "", **columns) -> dict:
     """A row of a log: one search and an answer, with `text` wherever somebody else's can stand."""
     row = Trajectory(Example(f"q {text}", (text, "gold")), answer=text, reward=0.5)
     row.answer = text if answer == "" else answer
     row.turns = [Turn(text, "search", text, [text], noisy), Turn(text, "answer", text)]
-    return asdict(row) | more
+    return asdict(row) | columns
 
 
 def tokens(text: str, advantages: tuple[float, float] = (1.0, -2.0)) -> dict:
@@ -174,9 +174,13 @@ def test_before_and_after_stand_side_by_side(tmp_path):
     """Answers to one question before and after training stand side by side; each filter has its
     count."""
     after = trajectory("a", answer="gold")
-    again = trajectory("b", True)
-    again["turns"][1]["action"] = "search"
-    tests = [(trajectory("a", answer="no"), after), (again, again), (again, trajectory("else"))]
+    repeated = trajectory("b", True)
+    repeated["turns"][1]["action"] = "search"
+    tests = [
+        (trajectory("a", answer="no"), after),
+        (repeated, repeated),
+        (repeated, trajectory("else")),
+    ]
     html = page(tmp_path, [], [(7, trajectory("c", answer=None))], tests)
     classes = re.findall(r'<details class="([^"]*)"', html)
     assert classes == ["right test changed", "right test again", "wrong train"]
@@ -204,8 +208,8 @@ def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
     points = re.search('points="(.*?) "', html)[1].split()
     assert 400 < len(points) <= 500 and points[-1] == "314.0,20.0"
     assert html.count("step 1: ") == html.count("step 300: ") == 1 and "step 150: " not in html
-    shown = html.count("<details")
-    assert shown <= pages.FIRST + pages.LAST + pages.TESTS
+    trajectories = html.count("<details")
+    assert trajectories <= pages.FIRST + pages.LAST + pages.TESTS
     # The log of a test takes its data sets in turn: no step of an own that could miss one.
     assert [f"q t{i}<" in html.replace("\n", "<") for i in range(17)] == [True] * 16 + [False]
     assert len(html) < 100_000

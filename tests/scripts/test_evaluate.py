@@ -177,7 +177,7 @@ ANSWERED = ["--policy", "mine", "--before", "../base", *FILE, "--temperature", "
 
 
 @pytest.fixture
-def asked(work, monkeypatch) -> list:
+def questions_put(work, monkeypatch) -> list:
     """The keys of all questions that are put to a model, here a copy of `base` in `mine`. At the
     18th the user presses Ctrl-C, once."""
     seen, stopped, play = [], [], stage3.rollout
@@ -194,13 +194,13 @@ def asked(work, monkeypatch) -> list:
     return seen
 
 
-def test_a_killed_evaluation_goes_on(work, asked):
+def test_a_killed_evaluation_goes_on(work, questions_put):
     """The same command asks only what has no answer yet, and gives the figures of a whole test."""
     with pytest.raises(KeyboardInterrupt):
         evaluation(*ANSWERED, "--output", "out.json")  # amid the second of two models
     assert not Path("out.json").exists()
     evaluation(*ANSWERED, "--output", "out.json", "--batch", "9")
-    assert asked == [(i,) for _ in range(2) for i in range(9)]  # none of them twice
+    assert questions_put == [(i,) for _ in range(2) for i in range(9)]  # none of them twice
     evaluation(*ANSWERED, "--output", "whole.json")
     killed, whole = figures(), figures("whole.json")
     assert killed.pop("settings") != whole.pop("settings") and killed == whole
@@ -210,7 +210,7 @@ def test_a_killed_evaluation_goes_on(work, asked):
 
 
 @pytest.mark.parametrize("other", ["--seed 1", "--max_turns 2", "--engine_noise 1", "again", ""])
-def test_answers_of_another_test_are_not_taken(work, asked, other):
+def test_answers_of_another_test_are_not_taken(work, questions_put, other):
     """Answers of other settings, or of weights that were saved anew, are not taken."""
     with pytest.raises(KeyboardInterrupt):
         evaluation(*ANSWERED, "--output", "out.json")
@@ -219,7 +219,7 @@ def test_answers_of_another_test_are_not_taken(work, asked, other):
         os.utime("mine/model.safetensors", (1, 1))
         flags = []
     evaluation(*ANSWERED, "--output", "out.json", *flags)
-    assert len(asked) == 18 + (17 if other else 0)
+    assert len(questions_put) == 18 + (17 if other else 0)
 
 
 @pytest.mark.parametrize("method", ["direct", "cot", "rag"])
@@ -260,7 +260,7 @@ def test_two_processes_find_what_one_finds(work):
 
 def test_no_file_beside_the_figures_is_lost(work):
     """Nothing beside OUT.json is lost: neither the questions, `nq.jsonl`, nor a table."""
-    for name, more, words in (
+    for name, flags, words in (
         ("nq.jsonl", [], "nq.jsonl exists"),
         ("nq.md", [], "nq.md exists"),
         ("nq.jsonl", ["--overwrite"], "would overwrite nq.jsonl, which is read"),
@@ -269,9 +269,9 @@ def test_no_file_beside_the_figures_is_lost(work):
         with pytest.raises(UserError, match=words):
             evaluation(
                 "--data",
-                "./nq.jsonl" if more else FILE[1],
+                "./nq.jsonl" if flags else FILE[1],
                 *FILE[2:],
-                *more,
+                *flags,
                 "--policy",
                 "../base",
                 "--output",
@@ -283,10 +283,10 @@ def test_no_file_beside_the_figures_is_lost(work):
 
 def test_without_a_run_one_is_made(work, monkeypatch):
     """The first run is made at need, and only once the arguments are sound."""
-    made = []
+    commands = []
 
     def run_stage(*command):
-        made.append(command)
+        commands.append(command)
         shutil.copytree("../base", "runs/policy-1/policy")
 
     monkeypatch.setattr(build, "run_stage", run_stage)
@@ -295,9 +295,9 @@ def test_without_a_run_one_is_made(work, monkeypatch):
     for flags in (["--before", "../nowhere"], ["--engine", "web"]):
         with pytest.raises(UserError):
             evaluation(*flags)
-    assert not made
+    assert not commands
     evaluation(*FILE)
-    assert len(made) == 1 and "train_policy.py" in made[0]
+    assert len(commands) == 1 and "train_policy.py" in commands[0]
     assert figures("runs/policy-1/evaluation.json")["overall"]["n"] == 9
 
 
@@ -436,16 +436,16 @@ def test_failed_searches_are_counted(work, monkeypatch):
 
 def test_the_simulator_is_made_when_it_is_needed(work, monkeypatch):
     """The default simulator is made where it is needed, and only there."""
-    asked = []
+    calls = []
 
-    def made():
-        asked.append(1)
+    def make():
+        calls.append(1)
         return "../base"
 
-    monkeypatch.setattr(build, "make_default_simulator", made)
+    monkeypatch.setattr(build, "make_default_simulator", make)
     evaluation("--policy", "../base", *FILE, "--engine", "simulator", "--output", "out.json")
     evaluation("--policy", "../base", *FILE, "--output", "two.json")
-    assert asked == [1]
+    assert calls == [1]
 
 
 # ---- A policy remembers its training -------------------------------------------------------------
@@ -466,9 +466,9 @@ def test_flags_that_are_silent_are_those_of_the_training(work, capsys):
     evaluate.main([*flags, "--max_turns", "2"])
     settings = figures("run/evaluation.json")["settings"]
     assert (settings["max_turns"], settings["top_k"], settings["max_context"]) == (2, 2, 160)
-    said = capsys.readouterr().out.splitlines()[0]
+    sentence = capsys.readouterr().out.splitlines()[0]
     taken = "--top_k 2, --max_turn_tokens 16, --max_context 160"
-    assert said == f"As in its training, where no flag says otherwise: {taken}."
+    assert sentence == f"As in its training, where no flag says otherwise: {taken}."
     Path("own.yaml").write_text("max_context: 150")
     evaluate.main([*flags, "--config", "own.yaml"])
     assert figures("run/evaluation-2.json")["settings"]["max_context"] == 150
@@ -553,8 +553,8 @@ def test_two_evaluations_at_once_have_two_names(work):
     """The same command twice at once: two sets of files, with the same figures."""
     shutil.copytree("../base", "run/policy")
     command = [sys.executable, str(ROOT / "evaluate.py"), *EVAL, "--policy", "run/policy", *FILE]
-    both = [subprocess.Popen([*command, "--batch", "1"]) for _ in range(2)]
-    assert [process.wait(timeout=200) for process in both] == [0, 0]
+    processes = [subprocess.Popen([*command, "--batch", "1"]) for _ in range(2)]
+    assert [process.wait(timeout=200) for process in processes] == [0, 0]
     names = sorted(path.name for path in Path("run").glob("evaluation*"))
     assert names == [
         f"evaluation{number}.{suffix}"

@@ -5,6 +5,8 @@
 The loop in `train` is the method. `main` builds what it needs from the settings.
 """
 
+from dataclasses import replace
+
 from minizs import require
 from minizs.curriculum import draw_questions, noise_probability
 from minizs.reward import f1_score
@@ -108,6 +110,7 @@ def main(argv: list[str]) -> None:
     from minizs.protocol import vocabulary_size
     from minizs.rollout import rollout
     from minizs.runs import build, checkpoint, data, run
+    from minizs.runs.warm_start import warm_start
 
     accelerator = build.make_accelerator(config)
     check_shares(config, accelerator)
@@ -118,9 +121,16 @@ def main(argv: list[str]) -> None:
     build.check_lengths(config, [config.policy], examples)
 
     # The policy, and what it learns from.
+    start = config.policy
     model, tokenizer = build.load_trainable(config, accelerator)
-    template = load_prompt(config.policy)
+    template = load_prompt(start)
     engine = build.build_engine(config, "train", accelerator, examples)
+    if config.warm_start:
+        # It imitates demonstrations first; then what comes of it is loaded as any policy is.
+        config = run.claim_folder(config, accelerator, saved)
+        policy = build.make_policy(config, model, tokenizer, template, temperature=0.0)
+        start = warm_start(config, accelerator, policy, engine, examples)
+        model, tokenizer = build.load_trainable(replace(config, policy=start), accelerator)
     dtype = build.compute_dtype(config)
     writer = make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
     test = build.held_out(config, accelerator, writer, tokenizer, template)
@@ -138,7 +148,7 @@ def main(argv: list[str]) -> None:
         train(config, examples, play, learner, test, running)
     policy = writer()  # all processes take part, where the model is sharded
     if accelerator.is_main_process:
-        running.finish(policy, template)
+        running.finish(policy, template, start)
 
 
 if __name__ == "__main__":

@@ -120,13 +120,18 @@ def checkpoint_of(config) -> Path | None:
     return path
 
 
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was saved."""
+    return int(path.name.removeprefix("step-"))
+
+
 def load_checkpoint(accelerator, path: Path) -> int:
     """Restore what Accelerate prepared. Returns the step done last. Raises UserError."""
     try:
         accelerator.load_state(str(path))
     except Exception as error:
         raise UserError(f"{path} cannot be loaded, go on from another: {brief(error)}") from error
-    return int(path.name.removeprefix("step-"))
+    return step_of(path)
 
 
 @contextmanager

@@ -67,6 +67,18 @@ def _open_run(
             tracker.finish()
 
 
+def claim_folder(
+    config: PolicyConfig, accelerator: Accelerator, saved: Path | None
+) -> PolicyConfig:
+    """Make the run's folder before its first step, for what comes earlier. Returns the settings
+    with that folder as their output, of which nothing has to be overwritten any more."""
+    folder = build.agreed_folder(accelerator, config)
+    if accelerator.is_main_process:
+        prepare_folder(config, folder, checkpoint.step_of(saved) if saved else 0)
+    accelerator.wait_for_everyone()
+    return replace(config, output=str(folder), overwrite=False)
+
+
 def opening_sentence(config: PolicyConfig, folder: Path, done: int) -> str:
     """What begins, or goes on."""
     if done:
@@ -198,13 +210,14 @@ class Run:
 
     # ---- after the loop -------------------------------------------------------------------------
 
-    def finish(self, model: torch.nn.Module, template: str) -> None:
-        """Write the page, the cost and the final policy. Only one process calls this."""
+    def finish(self, model: torch.nn.Module, template: str, start: str) -> None:
+        """Write the page, the cost and the final policy. Only one process calls this. `start` is
+        the model that training started from, to which a LoRA belongs."""
         config, folder = self.config, self.folder
         if config.merge:
             loading.save_model(model, self.tokenizer, folder / "adapter")
             dtype = build.compute_dtype(config)
-            base, _ = build.load(config, config.policy, torch.device("cpu"), dtype)
+            base, _ = build.load(config, start, torch.device("cpu"), dtype)
             model = lora.merge_lora(base, folder / "adapter")
         page.write_page(folder)
         cost = metrics.cost(run_folder.read_lines(folder / "metrics.jsonl"), config.engine)

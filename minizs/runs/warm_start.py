@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from minizs import sft
+from minizs import UserError, sft
+from minizs.engines.client import ServiceError
 from minizs.models import loading, lora, weights
 from minizs.rollout import Policy, rollout
 from minizs.runs import build, checkpoint, run_folder, supervised
@@ -32,31 +33,43 @@ from minizs.runs.advice import command
 from minizs.runs.demonstrations import read_demonstrations, select, split_held_out
 from minizs.runs.evaluation import answer_all, from_row, summary
 from minizs.runs.plain_searcher import search_plainly
-from minizs.runs.settings import PolicyConfig
+from minizs.runs.settings import OWN, SCRIPTED, PolicyConfig
 from minizs.trajectory import Example, Trajectory
 
-SCRIPTED, OWN = "scripted", "own"  # sources that are no file
 PLAYED = 50  # held-out questions that the policy answers before and after, at most
+
+
+@dataclass
+class Student:
+    """The policy that imitates. `module` and `optimizer` are there once Accelerate prepared
+    them."""
+
+    policy: Policy
+    module: Any = None
+    optimizer: Any = None
 
 
 def warm_start(
     config: PolicyConfig,
     accelerator,
+    policy: Policy,
     engine,
     examples: Sequence[Example],
-    folder: Path,
-) -> Path:
-    """Make `folder`/policy, if it is not there: the policy of the settings after supervised steps.
+) -> str:
+    """The folder of a policy's model after supervised steps. It is made in the run's output if it
+    is not there.
 
-    `engine` is the training engine, and `examples` are the questions that "scripted" and "own"
-    answer with it. Raises UserError for demonstrations that cannot be used, and SystemExit, with
-    the command that goes on, after a signal. Afterwards Accelerate has nothing prepared.
+    `policy` is that of the settings, greedy, its model on the CPU. `engine` is the training
+    engine, and `examples` are the questions that "scripted" and "own" answer with it. Raises
+    UserError for demonstrations that cannot be used, and SystemExit, with the command that goes on,
+    after a signal. Afterwards Accelerate has nothing prepared.
     """
-    result = folder / "policy"
-    if (result / "prompt.txt").is_file():
+    folder = Path(config.output) / "warm_start"
+    result = str(folder / "policy")
+    if Path(result, "prompt.txt").is_file():
         return result
     folder.mkdir(parents=True, exist_ok=True)
-    student = build_student(config)
+    student = Student(policy)
     demonstrations = load_demonstrations(config, accelerator, student, engine, examples, folder)
     train, held_out = split_held_out(demonstrations, config.warm_start_held_out)
     writer = prepare_student(config, accelerator, student)
@@ -75,7 +88,7 @@ def warm_start(
         [tokens_of(trajectory) for trajectory in train],
         folder,
         done,
-        command("train_policy.py", "--output", folder.parent, "--resume"),
+        resume_command(config),
     )
     if held_out:
         report["after"] = measure(accelerator, student, writer, engine, held_out, config)
@@ -87,25 +100,8 @@ def warm_start(
     return result
 
 
-@dataclass
-class Student:
-    """The policy that imitates. `module` and `optimizer` are there once Accelerate prepared them"""
-
-    policy: Policy
-    dtype: torch.dtype  # what is computed in
-    module: Any = None
-    optimizer: Any = None
-
-
-def build_student(config: PolicyConfig) -> Student:
-    """The policy of the settings on the CPU, with a LoRA if it is trained with one."""
-    dtype = build.compute_dtype(config)
-    trained_dtype = dtype if config.lora_rank else torch.float32  # the optimiser changes it
-    model, tokenizer = build.load(config, config.policy, torch.device("cpu"), trained_dtype)
-    if config.lora_rank:
-        lora.add_lora(model, config.lora_rank, config.seed)
-    template = loading.load_prompt(config.policy)
-    return Student(build.make_policy(config, model, tokenizer, template, 0.0), dtype)
+def resume_command(config: PolicyConfig) -> str:
+    return command("train_policy.py", "--output", config.output, "--resume")
 
 
 def prepare_student(config: PolicyConfig, accelerator, student: Student) -> Callable[[], Any]:
@@ -113,7 +109,8 @@ def prepare_student(config: PolicyConfig, accelerator, student: Student) -> Call
     model = student.policy.model
     if config.gradient_checkpointing:
         weights.checkpoint_layers(model)
-    writer = weights.make_writer(model, student.dtype, accelerator.device, accelerator.is_fsdp2)
+    dtype = build.compute_dtype(config)
+    writer = weights.make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
     packed = model.config._attn_implementation == "flash_attention_2"
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learned, config.warm_start_lr, weight_decay=0.0)
@@ -150,8 +147,14 @@ def load_demonstrations(
     """The demonstrations of the source that the settings name, with their tokens. They are written
     to `folder`/demonstrations.jsonl once, and read from there ever after."""
     path = folder / "demonstrations.jsonl"
+    go_on = resume_command(config)
     if not path.is_file():
-        trajectories = make_demonstrations(config, accelerator, student, engine, examples, folder)
+        try:
+            trajectories = make_demonstrations(
+                config, accelerator, student, engine, examples, folder
+            )
+        except ServiceError as error:
+            raise UserError(f"{error} What was played is saved. Go on with: {go_on}") from error
         if accelerator.is_main_process:
             chosen = select(trajectories, student.policy, config.warm_start_reward)
             partial_path = path.with_suffix(".partial")
@@ -257,7 +260,9 @@ def save_student(
         tokenizer = student.policy.tokenizer
         if config.lora_rank:
             lora.save_lora(model, folder / "adapter")
-            base, _ = build.load(config, config.policy, torch.device("cpu"), student.dtype)
+            base, _ = build.load(
+                config, config.policy, torch.device("cpu"), build.compute_dtype(config)
+            )
             model = lora.merge_lora(base, folder / "adapter")
         loading.save_model(model, tokenizer, folder / "policy", prompt=student.policy.template)
         run_folder.remove(folder / "checkpoints")

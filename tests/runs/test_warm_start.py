@@ -1,13 +1,17 @@
 """The warm start: sources of demonstrations, supervised steps, what is measured, and resuming."""
 
 import json
+import re
+import shlex
 import signal
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scripts import POLICY, weights
+import yaml
+from scripts import POLICY, metrics, policy, refused, two_processes, weights
 
+import train_policy
 from minizs import UserError, sft
 from minizs.models import loading
 from minizs.runs import build, data
@@ -15,42 +19,40 @@ from minizs.runs.demonstrations import split_held_out
 from minizs.runs.evaluation import from_row
 from minizs.runs.flags import parse
 from minizs.runs.run_folder import read_lines
-from minizs.runs.settings import PolicyConfig, WarmStartSettings
+from minizs.runs.settings import PolicyConfig
 from minizs.runs.warm_start import mean_noise, warm_start
 
 FLAGS = """--warm_start_steps 6 --warm_start_tokens 400 --warm_start_lr 0.01 --save_every 2
     --warm_start_held_out 0.3 --max_turn_tokens 40 --top_k 1 --engine_noise 0.2""".split()
 
 
-@dataclass
-class WarmConfig(PolicyConfig, WarmStartSettings):
-    """Both groups."""
-
-
 def run(folder: str, *flags: str):
     """A warm start in this folder, as train_policy.py makes it. Returns the result's path."""
-    config = parse(WarmConfig, [*POLICY, *FLAGS, *flags])
+    config = parse(PolicyConfig, [*POLICY, *FLAGS, *flags, "--output", folder])
     accelerator = build.make_accelerator(config)
     examples = data.load_examples(config.data, "train")
     engine = build.build_engine(config, "train", accelerator, examples)
-    result = warm_start(config, accelerator, engine, examples, Path(folder))
+    model, tokenizer = build.load_trainable(config, accelerator)
+    template = loading.load_prompt(config.policy)
+    policy = build.make_policy(config, model, tokenizer, template, 0.0)
+    result = Path(warm_start(config, accelerator, policy, engine, examples))
     assert not accelerator._models and not accelerator._optimizers
     return result
 
 
 def demonstrations(folder: str) -> list[dict]:
-    return read_lines(Path(folder, "demonstrations.jsonl"))
+    return read_lines(Path(folder, "warm_start/demonstrations.jsonl"))
 
 
 def report(folder: str) -> dict:
-    return json.loads(Path(folder, "report.json").read_text())
+    return json.loads(Path(folder, "warm_start/report.json").read_text())
 
 
 def test_scripted_demonstrations_are_learned(work, capsys):
     """No model is needed for them; the loss on held-out ones falls, valid actions and F1 are
     measured before and after, and the result is a model folder with the policy's prompt."""
     result = run("warm", "--warm_start", "scripted", "--warm_start_steps", "40")
-    assert result == Path("warm/policy")
+    assert result == Path("warm/warm_start/policy")
     model, tokenizer = loading.load_model(str(result))
     assert loading.load_prompt(str(result)) == loading.load_prompt("../base")
     assert weights(result) != weights(work.parent / "base")
@@ -58,7 +60,9 @@ def test_scripted_demonstrations_are_learned(work, capsys):
     assert after["loss"] < 0.6 * before["loss"]
     assert 0 <= before["valid_rate"] <= after["valid_rate"] <= 1
     assert 0 <= before["f1"] <= 1 and 0 <= after["f1"] <= 1
-    assert [row["step"] for row in read_lines(Path("warm/metrics.jsonl"))] == [*range(1, 41)]
+    assert [row["step"] for row in read_lines(Path("warm/warm_start/metrics.jsonl"))] == [
+        *range(1, 41)
+    ]
     for row in demonstrations("warm"):
         assert row["reward"] == 1 and row["turns"][0]["action"] == "search"
         assert len(row["ids"]) == len(row["loss_mask"]) and any(row["loss_mask"])
@@ -89,7 +93,7 @@ def test_a_file_of_another_model_is_learned(work):
         row | {"example": row["example"] | {"source": row["example"]["source"]}}
         for row in demonstrations("scripted")
     ]
-    assert weights(Path("warm/policy")) == weights(Path("scripted/policy"))
+    assert weights(Path("warm/warm_start/policy")) == weights(Path("scripted/warm_start/policy"))
 
 
 def test_own_right_answers_are_learned(work):
@@ -108,7 +112,7 @@ def test_bad_files_are_refused_before_anything_is_trained(work):
         run("warm", "--warm_start", "nowhere.jsonl")
     with pytest.raises(UserError, match="Row 1 of ../questions.jsonl is no demonstration"):
         run("warm", "--warm_start", "../questions.jsonl")
-    assert not Path("warm/policy").exists()
+    assert not Path("warm/warm_start/policy").exists()
 
 
 def test_limits_without_room_are_named(work):
@@ -138,13 +142,18 @@ def test_it_goes_on_where_it_was_stopped(work, monkeypatch, number):
         with pytest.raises(MemoryError if number is None else SystemExit) as stop:
             run("warm", "--warm_start", "scripted")
     if number is not None:
-        assert "Go on with: " in str(stop.value) and "--output . --resume" in str(stop.value)
-    assert list(Path("warm/checkpoints").glob("step-*")) and not Path("warm/policy").exists()
+        assert "Go on with: " in str(stop.value) and "--output warm --resume" in str(stop.value)
+    assert (
+        list(Path("warm/warm_start/checkpoints").glob("step-*"))
+        and not Path("warm/warm_start/policy").exists()
+    )
     with monkeypatch.context() as patch:
         patch.setattr("minizs.runs.warm_start.search_plainly", lambda *_, **__: pytest.fail())
         result = run("warm", "--warm_start", "scripted")
-    assert weights(result) == weights(Path("whole/policy"))
-    assert read_lines(Path("warm/metrics.jsonl")) == read_lines(Path("whole/metrics.jsonl"))
+    assert weights(result) == weights(Path("whole/warm_start/policy"))
+    assert read_lines(Path("warm/warm_start/metrics.jsonl")) == read_lines(
+        Path("whole/warm_start/metrics.jsonl")
+    )
     assert report("warm") == report("whole")
     before = weights(result)
     run("warm", "--warm_start", "scripted")  # which has nothing left to do
@@ -161,13 +170,86 @@ def test_a_lora_is_merged(work):
 def test_nothing_is_held_out_where_none_is_wanted(work, capsys):
     """Then all demonstrations are learned from, and nothing is measured."""
     run("warm", "--warm_start", "scripted", "--warm_start_held_out", "0")
-    assert not Path("warm/report.json").exists()
+    assert not Path("warm/warm_start/report.json").exists()
     assert "were valid" not in capsys.readouterr().out
 
 
 def test_the_share_of_noise_is_that_of_the_run():
     """Demonstrations meet the noise that training will bring: the mean of the curriculum, or that
     of a real engine."""
-    config = WarmConfig(noise_start=0.1, noise_end=0.5, engine_noise=0.2)
+    config = PolicyConfig(noise_start=0.1, noise_end=0.5, engine_noise=0.2)
     assert mean_noise(replace(config, engine="simulator")) == pytest.approx(0.3)
     assert mean_noise(replace(config, engine="bm25")) == pytest.approx(0.2)
+
+
+def rows_of(run: str) -> list[dict]:
+    """The lines of metrics, without what a clock says."""
+    return metrics(Path(run))
+
+
+WARM = [*FLAGS, "--warm_start", "scripted", "--save_every", "1"]
+
+
+def test_reinforcement_learning_starts_from_the_warm_policy(work):
+    """The first step of RL is played by the warm policy, which is also the KL's reference; the run
+    ends with a policy of its own, and its settings still name the first model."""
+    policy(*WARM, "--output", "run")
+    settings = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert settings["policy"] == "../base" and settings["warm_start"] == "scripted"
+    warm = str(work / "run/warm_start/policy")
+    policy(*FLAGS, "--save_every", "1", "--policy", warm, "--output", "by-hand")
+    assert rows_of("run") == rows_of("by-hand")
+    assert rows_of("run")[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert weights(Path("run/policy")) == weights(Path("by-hand/policy"))
+    assert weights(Path("run/policy")) != weights(Path(warm))
+
+
+@pytest.mark.parametrize("in_warm_start", [True, False])
+def test_a_run_with_a_warm_start_is_resumed(work, monkeypatch, in_warm_start):
+    """Stopped in the warm start or after it, the advised command ends with the metrics and the
+    weights of an unbroken run."""
+    policy(*WARM, "--output", "whole")
+    steps = iter(range(10**6))
+    place = sft if in_warm_start else train_policy
+    name = "collate" if in_warm_start else "f1_score"
+    original = getattr(place, name)
+
+    def stopped(*arguments):
+        if next(steps) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, stopped)
+        with pytest.raises(SystemExit) as stop:
+            policy(*WARM, "--output", "my run")
+    assert Path("my run/warm_start/policy").exists() != in_warm_start
+    advised = shlex.split(re.search(r"with: (.*)", str(stop.value))[1])
+    assert "my run" in advised
+    train_policy.main(advised[2:])
+    assert rows_of("my run") == rows_of("whole")
+    assert weights(Path("my run/policy")) == weights(Path("whole/policy"))
+
+
+def test_a_lora_of_a_warm_policy_is_merged(work):
+    """The final model is the warm policy with the LoRA of reinforcement learning."""
+    policy(*WARM, "--output", "run", "--lora_rank", "4", "--merge")
+    model, _ = loading.load_model("run/policy")
+    assert not Path("run/policy/adapter_config.json").exists()
+    assert weights(Path("run/policy")) != weights(Path("run/warm_start/policy"))
+
+
+def test_two_processes_warm_a_policy(work):
+    """They share demonstrations and batches, and end with one policy."""
+    two_processes("train_policy.py", *POLICY, *WARM, "--output", "two")
+    policy(*WARM, "--output", "one")
+    assert demonstrations("two") == demonstrations("one")
+    one, two = report("one")["after"], report("two")["after"]
+    assert one["loss"] == pytest.approx(two["loss"], rel=0.02)
+    assert Path("two/policy/prompt.txt").is_file()
+
+
+def test_bad_files_leave_no_folder(work):
+    """A file that cannot be imitated is refused before the run's folder is made."""
+    refused(policy, "--warm_start nowhere.jsonl --output run", "nowhere.jsonl", work)
+    refused(policy, "--warm_start ../questions.jsonl --output run", "Row 1", work)

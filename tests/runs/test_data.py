@@ -301,7 +301,7 @@ def test_the_papers_sets_have_short_names(hub):
     assert {e.question for e in data.load_examples("nq,hotpotqa", "train")} == {"train0?"}
     with pytest.raises(UserError, match="popqa has no split 'train'; it has test"):
         data.load_examples("nq,popqa", "train")
-    assert {name for _, name in asked} == {*there}
+    assert {name for _, name in lookups} == {*split_names}
 
 
 def test_a_test_whose_golds_are_hidden(hub):

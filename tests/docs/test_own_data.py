@@ -1,17 +1,17 @@
-"""The example with one's own data in docs/real_models.md: its commands, as they stand, run small."""
+"""The example with one's own data in docs/real_models.md: its commands as they stand, run small."""
 
 import json
 import re
 import shlex
 import shutil
 
-import pytest
 from scripts import ROOT
 
 import evaluate
 import train_policy
 import train_sim
-from minizs.runs import data, outputs
+from minizs.runs import data
+from minizs.runs.run_folder import read_lines
 
 SCRIPTS = {"train_sim.py": train_sim, "train_policy.py": train_policy, "evaluate.py": evaluate}
 PAGE = (ROOT / "docs" / "real_models.md").read_text(encoding="utf-8")
@@ -59,10 +59,10 @@ def test_the_commands_of_the_page(work, capsys):
         flags = ["../base" if flag == "MODEL" else flag for flag in flags]
         capsys.readouterr()
         SCRIPTS[script].main([*flags, *small.split(), "--threads", "1"])
-    answer = capsys.readouterr().out
-    rows = [json.loads(line) for line in open("runs/shop_pairs/collected.jsonl", encoding="utf-8")]
+    printed = capsys.readouterr().out
+    assert "question how much does a lost key cost?" in printed
+    assert "--max_context 320" in printed  # the limits of the training
+    rows = read_lines(work / "runs/shop_pairs/collected.jsonl")
     assert {row["label"] for row in rows} == {"useful", "noisy"}
-    [figures] = [path for path in work.glob("runs/shop/evaluation.json")]
-    results = json.loads(figures.read_text(encoding="utf-8"))
-    assert "how much does a lost key cost?" in answer and "--max_context 320" in answer
-    assert results, outputs
+    figures = json.loads((work / "runs/shop/evaluation.json").read_text(encoding="utf-8"))
+    assert figures["overall"]["n"] == figures["before"]["overall"]["n"] == 4

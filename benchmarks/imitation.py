@@ -41,7 +41,9 @@ def main(argv: list[str]) -> None:
 
     accelerator = build.make_accelerator(config)
     examples = data.load_examples(config.data, "train")
-    model, tokenizer = build.load(config, config.policy, accelerator.device, torch.float32)
+    model, tokenizer = build.load_configured_model(
+        config, config.policy, accelerator.device, torch.float32
+    )
     template = loading.load_prompt(config.policy)
     engine = build.build_engine(config, "train", accelerator)
     require(not config.resume, "Imitation takes minutes and does not resume; start it anew.")

@@ -54,7 +54,9 @@ def compute_dtype(config: ModelSettings) -> torch.dtype:
     return weights.named_dtype(config.dtype, loading.device())
 
 
-def load(config: ModelSettings, name: str, device: torch.device, dtype: torch.dtype | None = None):
+def load_configured_model(
+    config: ModelSettings, name: str, device: torch.device, dtype: torch.dtype | None = None
+):
     """(model, tokenizer) of a policy. The weights are of `dtype`, or of the compute dtype."""
     computed = compute_dtype(config)
     attention = loading.choose_attention(config.attention, loading.device(), computed)
@@ -74,7 +76,9 @@ def load_trainable(config: PolicyConfig, accelerator):
     """
     dtype = compute_dtype(config)
     weights_dtype = dtype if config.lora_rank else torch.float32
-    model, tokenizer = load(config, config.policy, torch.device("cpu"), weights_dtype)
+    model, tokenizer = load_configured_model(
+        config, config.policy, torch.device("cpu"), weights_dtype
+    )
     accelerator.print(f"Attention by {model.config._attn_implementation}, computed in {dtype}.")
     if config.lora_rank:
         lora.add_lora(model, config.lora_rank, config.seed)

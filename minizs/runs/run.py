@@ -217,7 +217,7 @@ class Run:
         if config.merge:
             loading.save_model(model, self.tokenizer, folder / "adapter")
             dtype = build.compute_dtype(config)
-            base, _ = build.load(config, start, torch.device("cpu"), dtype)
+            base, _ = build.load_configured_model(config, start, torch.device("cpu"), dtype)
             model = lora.merge_lora(base, folder / "adapter")
         page.write_page(folder)
         cost = metrics.cost(run_folder.read_lines(folder / "metrics.jsonl"), config.engine)

@@ -316,8 +316,10 @@ def begin(folder: Path, step: int = 0, overwrite: bool = False) -> None:
 
 
 def move(folder: Path, target: Path) -> None:
-    """Rename a folder in one step. Raises OSError where the target is there and not empty."""
+    """Rename a folder in one step. Raises UserError where something has come there meanwhile."""
     if target.exists():
+        empty = target.is_dir() and not any(target.iterdir())
+        require(empty, f"{target} is not empty any more, so the whole result is in {folder}.")
         target.rmdir()  # which Windows does not do by itself
     folder.rename(target)
 

@@ -83,7 +83,7 @@ def build_sources(config: SimConfig, accelerator) -> Sources:
     policy = None
     if searches_with_policy(config):
         build.check_lengths(config, [config.policy], examples)
-        model, tokenizer = build.load(config, config.policy, loading.device())
+        model, tokenizer = build.load_configured_model(config, config.policy, loading.device())
         template = loading.load_prompt(config.policy)
         policy = build.make_policy(config, model, tokenizer, template, config.temperature)
     return Sources(examples, engine, policy, judge)
@@ -175,7 +175,9 @@ def load_rows(config: SimConfig) -> list[dict]:
 def load_base(config: SimConfig) -> Base:
     """The model to start from, on the CPU and in float32. Raises UserError for a prompt that does
     not tell useful from noisy."""
-    model, tokenizer = build.load(config, config.base, torch.device("cpu"), torch.float32)
+    model, tokenizer = build.load_configured_model(
+        config, config.base, torch.device("cpu"), torch.float32
+    )
     own_template = loading.resolve(config.base)
     template = simulator.load_template(config.simulator_template or own_template)
     require("{quality}" in template, "The prompt lacks {quality}; put it in --simulator_template.")

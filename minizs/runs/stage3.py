@@ -74,7 +74,7 @@ def policies_to_compare(config: EvalConfig, accelerator) -> list[str]:
 
 def load_policy(config: EvalConfig, name: str, accelerator) -> Policy:
     """The model, tokenizer and prompt of a name, with the limits of the settings. UserError."""
-    model, tokenizer = build.load(config, name, accelerator.device)
+    model, tokenizer = build.load_configured_model(config, name, accelerator.device)
     template = loading.load_prompt(name)
     return build.make_policy(config, model, tokenizer, template, config.temperature)
 

@@ -260,7 +260,7 @@ def save_student(
         tokenizer = student.policy.tokenizer
         if config.lora_rank:
             lora.save_lora(model, folder / "adapter")
-            base, _ = build.load(
+            base, _ = build.load_configured_model(
                 config, config.policy, torch.device("cpu"), build.compute_dtype(config)
             )
             model = lora.merge_lora(base, folder / "adapter")

@@ -39,7 +39,6 @@ SHARED_NAMES = {
     "train": "The loop of a stage, for the policy and for supervised learning.",
     "check_settings": "What a script refuses before it starts.",
     "read_settings": "What a script's flags mean, with what is silent filled in.",
-    "load": "becomes load_model and others",
 }
 
 LONGEST = 50  # lines, from the line with `def` to the last one

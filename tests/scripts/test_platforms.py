@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import minizs
+from minizs import UserError
 from minizs.models import loading, precision
 from minizs.runs import checkpoint, flags, run_folder
 
@@ -125,7 +126,7 @@ def test_a_folder_takes_the_place_of_an_empty_one(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     for name in ("new", "full"):
         (tmp_path / name / "file").write_text(name)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="the whole result is in"):
         run_folder.move(tmp_path / "new", tmp_path / "full")
     assert (tmp_path / "full" / "file").read_text() == "full"
     run_folder.move(tmp_path / "new", tmp_path / "empty")

@@ -53,7 +53,7 @@ def test_a_killed_run_leaves_no_simulator(work, collected, monkeypatch):
 
 def test_of_two_processes_the_second_waits(work, collected, monkeypatch, capsys):
     """A run waits for another one that makes the same simulator, and uses that one's."""
-    load, begun = build.load, threading.Event()
+    load, begun = build.load_configured_model, threading.Event()
 
     def other():
         with FileLock("runs/simulator.lock"):
@@ -66,7 +66,7 @@ def test_of_two_processes_the_second_waits(work, collected, monkeypatch, capsys)
         assert begun.wait(20)
         return load(*arguments)
 
-    monkeypatch.setattr(build, "load", overtaken)
+    monkeypatch.setattr(build, "load_configured_model", overtaken)
     monkeypatch.setattr(supervised, "train", lambda *_: pytest.fail("it has not waited"))
     simulator("--data", COLLECTED)
     assert "Another run has made runs/simulator" in capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_nothing_trained_is_lost(work, collected, monkeypatch):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supervised, "train", blocked)
-        with pytest.raises(OSError, match="out.partial"):
+        with pytest.raises(UserError, match="out.partial"):
             simulator("--data", COLLECTED, "--output", "out")
     loading.load_model("out.partial")
     assert [p.name for p in (work / "out").iterdir()] == ["notes.txt"]

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 MB = 2**20
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")  # has the memory in use, and its peak
+CLEAR = Path("/proc/self/clear_refs")  # begins a new peak
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Side:
 
 @contextmanager
 def together(sides: dict[str, Side]) -> Iterator[None]:
-    """Their processes end with this block."""
+    """Inside, the sides can be called. Their processes end with the block."""
     try:
         yield
     finally:
@@ -136,22 +137,24 @@ def take_turns(sides: dict[str, Side], repeats: int, *arguments) -> dict[str, li
 
 
 def seconds(runs: list[Run]) -> float:
-    """Their median."""
+    """The median of the calls."""
     return median(run.seconds for run in runs)
 
 
 def peak(runs: list[Run]) -> float:
-    """The highest, in MB."""
+    """The highest peak of the calls, in MB."""
     return max(run.peak for run in runs) / MB
 
 
 def cores() -> int:
-    ours = getattr(os, "sched_getaffinity", None)  # Linux alone has it
-    return len(ours(0)) if ours else os.cpu_count() or 1
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux alone
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def machine(threads: int) -> str:
-    """What this runs on, in a line."""
+    """The machine, and the versions of what computes, in one line."""
     import transformers
 
     names = [line.split(":")[1].strip() for line in _cpu() if line.startswith("model name")]
@@ -172,23 +175,24 @@ def _cpu() -> list[str]:
 
 def _best(work: Callable[[], Any], repeats: int = 5) -> float:
     """Seconds of the fastest of some calls, after one to warm up."""
-    taken = []
+    times = []
     for _ in range(repeats + 1):
         synchronize()
         start = time.perf_counter()
         work()
         synchronize()
-        taken.append(time.perf_counter() - start)
-    return min(taken[1:])
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 def read_rate(device: torch.device) -> float:
     """Bytes a second that can be read from memory: the better of a sum and a product with a vector,
     over 256 MB on a CPU (more than its caches hold) and 4 GB on a GPU."""
     size = 2**15 if device.type == "cuda" else 2**13
-    matrix, vector = torch.ones(size, size, device=device), torch.ones(size, device=device)
-    taken = min(_best(lambda: matrix.sum()), _best(lambda: matrix @ vector))
-    return matrix.nbytes / taken
+    matrix = torch.ones(size, size, device=device)
+    vector = torch.ones(size, device=device)
+    fastest = min(_best(lambda: matrix.sum()), _best(lambda: matrix @ vector))
+    return matrix.nbytes / fastest
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -36,7 +36,11 @@ from minizs.models import loading
 from minizs.runs import build, data
 from minizs.trajectory import Example, Trajectory
 
-GROUP, PROMPT, DOCUMENTS, VOCAB, LAYERS = 8, 64, 64, 610, 3
+GROUP = 8  # trajectories of a question
+PROMPT = 64  # tokens
+DOCUMENTS = 64  # tokens that follow each turn but the last
+VOCAB = 610
+LAYERS = 3
 
 
 @dataclass(frozen=True)
@@ -126,8 +130,10 @@ def growth(name: str, points: list[Point], sides: dict[int, measure.Side], repea
     for repeat in range(repeats + 1):
         for point, runs in calls.items():
             runs.append(sides[point.width](point, repeat))
-    for point, (_, *runs) in calls.items():  # the first has warmed up
-        rollout, update = (median(run.value[key] for run in runs) for key in ("rollout", "update"))
+    for point, all_runs in calls.items():
+        runs = all_runs[1:]  # the first has warmed up
+        rollout = median(run.value["rollout"] for run in runs)
+        update = median(run.value["update"] for run in runs)
         values = " | ".join(map(str, astuple(point)))
         tokens = runs[0].value["tokens"]
         print(
@@ -148,6 +154,7 @@ def together(sides: list[measure.Side], examples: list[Example], group: int, see
 
 
 def processes(policy: str, simulated: str, questions: int, group: int, repeats: int) -> None:
+    """Measure the rollouts of one process and of two, and print a table."""
     examples = data.load_examples("world", "train")
     # In training's order: in the file's one process would get all questions of two hops.
     examples = [examples[i] for i in draw_questions(1, len(examples), 4 * questions, seed=0)]
@@ -183,18 +190,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=2, help="measurements of each point")
     args = parser.parse_args(argv)
     print(measure.machine(args.threads))
-    base, chosen = Point(args.rows, args.response), [name for name in args.only if name in GROWS]
+    base = Point(args.rows, args.response)
+    chosen = [name for name in args.only if name in GROWS]
     if chosen:
         print(
             "\n| what grows | rows | response | turns | width | tokens | rollout s "
             "| update s | µs a token | peak MB |\n|---|---|---|---|---|---|---|---|---|---|---|"
         )
     points = {name: variants(base, name, args.factors) for name in chosen}
-    widths = {point.width for some in points.values() for point in some}
+    widths = {point.width for group in points.values() for point in group}
     sides = {width: measure.Side(make_step, width, threads=args.threads) for width in widths}
     with measure.together(sides):
-        for name, some in points.items():
-            growth(name, some, sides, args.repeats)
+        for name in chosen:
+            growth(name, points[name], sides, args.repeats)
     if "processes" in args.only:
         processes(
             args.policy, simulator_folder(args.simulator), args.questions, args.group, args.repeats

@@ -128,11 +128,14 @@ def minizs(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
         micro_tokens=task.micro_tokens,
     )
     model, tokenizer = loading.load_model(task.policy, loading.device())
-    template, engine = loading.load_prompt(task.policy), load_engine(task.engine)
+    template = loading.load_prompt(task.policy)
+    engine = load_engine(task.engine)
 
     def work(steps: int, seed: int) -> list[dict[str, float]]:
-        accelerator, clock = build.make_accelerator(config), Clock()
-        learner = build_learner(accelerator, config, model, len(tokenizer))
+        clock = Clock()
+        learner = build_learner(
+            build.make_accelerator(config), config, model, protocol.vocabulary_size(tokenizer)
+        )
         score = learner._score
 
         def timed(*arguments) -> None:
@@ -159,7 +162,8 @@ def minizs(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
 class Searching:
     """A trajectory's environment for TRL: its methods but `reset` are the tools."""
 
-    engine, keys = None, count()
+    engine = None  # set before the trainer makes the first of these
+    keys = count()  # one for each search, for the engine's random numbers
 
     def reset(self, question: str, answers: list[str], **_) -> None:
         self._question, self._answers = question, tuple(answers)
@@ -194,7 +198,8 @@ def speaking(tokenizer):
             message["tool_calls"] = [{"type": "function", "function": call}]
         return message
 
-    tokenizer.chat_template, tokenizer.response_template = CHAT, {}
+    tokenizer.chat_template = CHAT
+    tokenizer.response_template = {}
     tokenizer.parse_response = parse_response
     return tokenizer
 
@@ -209,7 +214,8 @@ def trl(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")  # of what TRL and `transformers` call experimental or old
     model, tokenizer = loading.load_model(task.policy, loading.device())
-    multi, template = task.turns > 1, loading.load_prompt(task.policy)
+    multi = task.turns > 1
+    template = loading.load_prompt(task.policy)
     Searching.engine = load_engine(task.engine)
     stops = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(protocol.STOP)]
     model.generation_config.eos_token_id = stops

@@ -22,8 +22,11 @@ import train_policy
 from minizs.runs.flags import run_script
 
 
-def lives(flags: list[str], seconds: float | None) -> bool:
-    """Whether a run with these flags comes to its end before so many seconds are over."""
+def comes_to_its_end(flags: list[str], seconds: float | None = None) -> bool:
+    """Start a run and kill it after so many seconds; without these, wait for its end.
+
+    Returns whether it ended by itself. Raises AssertionError if it failed, or hangs.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -48,19 +51,21 @@ def lives(flags: list[str], seconds: float | None) -> bool:
 
 def main(folder: str, kills: str, seed: str, *flags: str) -> None:
     os.chdir(folder)
-    rng, killed, name = random.Random(int(seed)), 0, "whole"
+    rng = random.Random(int(seed))
+    killed = 0
+    name = "whole"
     started = time.monotonic()
-    assert lives([*flags, "--output", name], None)
+    assert comes_to_its_end([*flags, "--output", name])
     whole = time.monotonic() - started
     for run in range(int(kills)):
         name = f"cut-{run}"
         while killed < int(kills):
-            if lives([*flags, "--output", name, "--resume"], rng.uniform(0, whole)):
+            if comes_to_its_end([*flags, "--output", name, "--resume"], rng.uniform(0, whole)):
                 break
             killed += 1
         if killed == int(kills):
             Path(name).mkdir(exist_ok=True)  # which may have been killed before it began
-            assert lives([*flags, "--output", name, "--resume"], None)
+            assert comes_to_its_end([*flags, "--output", name, "--resume"])
             break
     print(f"{killed} kills")
 

@@ -7,7 +7,8 @@
 Each cache row has its own length: no padding. Every token is computed once: the cache outlives the
 turn, whose last token is *pending*: sampled, but fed to the model with whatever follows it. Rows
 that have stopped leave: the live ones are swapped to the front, and the batch is `cache[:n]`.
-Left out: beam search, top-k and top-p, paged memory, compiled graphs."""
+On a GPU the steps after a turn's first one run in graphs.py: the same tokens, sooner.
+Left out: beam search, top-k and top-p, paged memory."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from minizs.cache import RowCache, row_limit
-from minizs.logprobs import check_supported, log_distribution
+from minizs import graphs
+from minizs.cache import RowCache
+from minizs.models import flash
 from minizs.models.composite import text_config
+from minizs.models.support import check_supported, row_limit
 from minizs.randomness import hash64
-from minizs.sampling import StopStrings, draw, uniforms
+from minizs.sampling import StopStrings, sample, uniforms
 
 Ints = int | Sequence[int]  # one number or several
-FORWARD_TOKENS = 2048  # most positions in one forward pass: more go in groups of rows
+# Most positions in one forward pass: more go in groups of rows.
+FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass
@@ -36,13 +40,24 @@ class Generated:
     reason: str = "length"
 
 
+@dataclass
+class Draft:
+    """A turn of one row while it is being written."""
+
+    state: int  # the hash of its keys
+    budget: int  # most tokens
+    result: Generated = field(default_factory=Generated)
+    done: bool = False  # it has stopped before its budget is used up
+
+
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """No gradients, eval mode, and SDPA: eager attention would add a boolean mask to the scores."""
+    """No gradients, eval mode, and an attention that takes boolean masks (eager attention would add
+    them to the scores) or row lengths."""
     config = text_config(model)
     attention = config._attn_implementation
     training = [module for module in model.modules() if module.training]
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = flash.ROWS if flash.can_use(model) else "sdpa"
     model.eval()
     try:
         with torch.inference_mode():
@@ -54,9 +69,12 @@ def decoding(model: nn.Module) -> Iterator[None]:
 
 
 class Decoder:
-    """Rows, one a prompt, that grow turn by turn. `eos_id`: None is the model's own, `()` is none.
-    `ends_turn` says of a turn's text whether it ends at a stop string; without it every one does.
-    `positions` counts tokens fed. Raises ValueError for what it, or the model, would get wrong."""
+    """Rows, one a prompt, that grow turn by turn.
+
+    `eos_id`: None is the model's own, `()` is none. `ends_turn` says of a turn's text whether it
+    ends at a stop string; without it every one does. `cuda_graphs`: "auto" is on a GPU "on", else
+    "off"; see graphs.py. `positions` counts tokens fed. Raises ValueError for what it, or the
+    model, would get wrong."""
 
     def __init__(
         self,
@@ -70,33 +88,42 @@ class Decoder:
         tokenizer=None,
         stop: Sequence[str] = (),
         ends_turn: Callable[[str], bool] | None = None,
+        cuda_graphs: str = "auto",
     ):
         check_supported(model)
-        self.model, self.limit, self.vocab_size = model, row_limit(model), vocab_size
-        self.temperature, self.seed, self.positions = temperature, seed, 0
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        self.stop = StopStrings(stop, tokenizer, ends_turn)
-        for source in (model.generation_config, model.config):
-            eos_id = getattr(source, "eos_token_id", None) if eos_id is None else eos_id
-        self.eos = {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
-        size = text_config(model).vocab_size
-        if not all(len(ids) and min(ids) >= 0 and max(ids) < size for ids in prompts):
-            raise ValueError(f"a prompt is empty, or outside the model's vocabulary of {size}")
-        # A prompt's last token is pending like any turn's. What is before it, its head, is computed
-        # once: different heads go through the model as if they were rows, and are then copied to
-        # their rows' slots. The longest come first, so that groups of them hold little padding.
-        rows, heads = range(len(prompts)), [tuple(ids[:-1]) for ids in prompts]
-        place = {head: i for i, head in enumerate(sorted(dict.fromkeys(heads), key=len)[::-1])}
-        self.cache = RowCache(len(rows), 2 * max(map(len, prompts), default=0))
-        # The row in each slot of the cache; each row's tokens that it holds, and those to be fed.
-        self.order, self.length, self.pending = list(rows), [0] * len(rows), list(map(list, place))
+        check_prompts(prompts, model.get_input_embeddings().num_embeddings)
+        self.model = model
+        self.limit = row_limit(model)
+        self.temperature = temperature
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.eos = eos_ids(model, eos_id)
+        self.stop = StopStrings(
+            (stop,) if isinstance(stop, str) else tuple(stop), tokenizer, ends_turn
+        )
+        self.positions = 0
+
+        # A prompt's last token is pending like any turn's; what is before it is computed now.
+        self.pending = [[ids[-1]] for ids in prompts]  # of each row: the tokens to be fed next
+        self.length = [len(ids) - 1 for ids in prompts]  # of each row: the tokens that it holds
+        self.order = list(range(len(prompts)))  # the row in each slot of the cache
+        columns = 2 * max(map(len, prompts), default=0)
+        self.steps = graphs.steps_for(model, cuda_graphs, self, len(prompts), columns)
+        self.cache = self.steps.cache if self.steps else RowCache(len(prompts), columns)
         with decoding(model):
-            if long := sum(map(bool, place)):  # prompts of more than one token
-                self._feed(range(long))
-            self.order.sort(key=lambda row: place[heads[row]])
-            if len(place) < len(rows):  # a group's rows are copies
-                self.cache.copy([place[heads[row]] for row in self.order], rows, max(self.length))
-        self.length, self.pending = list(map(len, heads)), [[ids[-1]] for ids in prompts]
+            self._prefill([tuple(ids[:-1]) for ids in prompts])
+
+    def _prefill(self, heads: list[tuple[int, ...]]) -> None:
+        """Compute each different head (a prompt but for its last token) once, and copy its keys and
+        values to the slots of all rows that begin with it."""
+        # The longest come first, so that groups of them hold little padding.
+        distinct = sorted(dict.fromkeys(heads), key=len, reverse=True)
+        slots = {head: slot for slot, head in enumerate(distinct)}
+        self._forward([(0, list(head)) for head in distinct if head])
+        self.order.sort(key=lambda row: slots[heads[row]])
+        if len(distinct) < len(heads):
+            sources = [slots[heads[row]] for row in self.order]
+            self.cache.copy(sources, range(len(heads)), max(self.length))
 
     def append(self, rows: Sequence[int], chunks: Sequence[Sequence[int]]) -> None:
         """Remember tokens (documents) that follow each row; the row's next turn feeds them."""
@@ -109,56 +136,102 @@ class Decoder:
         """Let these (distinct) rows write until a stop string, eos (both are kept) or the budget of
         `max_new_tokens`, one number or one a row. Random numbers hang on the seed, the row's
         `keys`, which must differ from turn to turn, and the position, not on the batch's layout."""
-        most = [max_new_tokens] * len(rows) if isinstance(max_new_tokens, int) else max_new_tokens
-        budget, live, position = dict(zip(rows, most, strict=True)), rows, 0
-        if any(self.length[r] + len(self.pending[r]) + budget[r] > self.limit for r in rows):
-            raise ValueError(f"a row may exceed the model's limit of {self.limit} tokens")
-        keys = [(key,) if isinstance(key, int) else key for key in keys]
-        states = {row: hash64(self.seed, *key) for row, key in zip(rows, keys, strict=True)}
-        out = {row: Generated() for row in rows}
+        drafts = self._drafts(rows, max_new_tokens, keys)
+        position, live = 0, writing(drafts, 0)
         with decoding(self.model):
-            while live := [r for r in live if out[r].reason == "length" and position < budget[r]]:
-                live, hidden = self._feed(live)
-                drawn = self._sample(hidden, uniforms([states[row] for row in live], position))
-                for row, token, logprob in zip(live, *drawn, strict=True):
-                    self.pending[row], result = [token], out[row]
-                    result.ids.append(token)
-                    result.logprobs.append(logprob)
-                    if token in self.eos or self.stop.complete(result.ids):
-                        result.reason = "eos" if token in self.eos else "stop"
+            if self.steps:
+                self.steps.prepare(self, drafts)
+            while live:
+                if self.steps and position:  # from here on one token a row is pending
+                    self.steps.finish(self, drafts, position)
+                    break
+                self._step(drafts, live, position)
                 position += 1
-        return list(out.values())
+                live = writing(drafts, position)
+        return [draft.result for draft in drafts.values()]
 
-    def _feed(self, rows: Sequence[int]) -> tuple[list[int], Tensor]:
-        """Swap these rows to the front of the cache and put their pending tokens through the model.
-        Returns the rows in the order they then have, and their last hidden states (n, d)."""
-        wanted, n = set(rows), len(rows)
+    def _drafts(
+        self, rows: Sequence[int], max_new_tokens: Ints, keys: Sequence[Ints]
+    ) -> dict[int, Draft]:
+        """A new turn of each row. Raises ValueError where one might grow too long for the model."""
+        if isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(rows)
+        drafts = {}
+        for row, budget, key in zip(rows, max_new_tokens, keys, strict=True):
+            if self.length[row] + len(self.pending[row]) + budget > self.limit:
+                raise ValueError(f"a row may exceed the model's limit of {self.limit} tokens")
+            key = (key,) if isinstance(key, int) else key
+            drafts[row] = Draft(hash64(self.seed, *key), budget)
+        return drafts
+
+    def _step(self, drafts: dict[int, Draft], live: list[int], position: int) -> None:
+        """Feed what is pending of the live rows, and add a token to the turn of each."""
+        rows = self.to_front(live)
+        hidden = self._forward([(self.length[row], self.pending[row]) for row in rows])
+        uniform = uniforms([drafts[row].state for row in rows], position)
+        ids, logprobs = sample(self.model, hidden, uniform, self.temperature, self.vocab_size)
+        # One copy to the host a step; float32 holds every id below 2^24 exactly.
+        values = torch.stack([ids.float(), logprobs.float()]).tolist()
+        for row, token, logprob in zip(rows, *values, strict=True):
+            self.accept(row, drafts[row], int(token), logprob)
+
+    def to_front(self, live: Sequence[int]) -> list[int]:
+        """Swap these rows to the first slots of the cache. Returns them in their order there."""
+        wanted, n = set(live), len(live)
         holes = [slot for slot in range(n) if self.order[slot] not in wanted]
         if holes:
             movers = [slot for slot in range(n, len(self.order)) if self.order[slot] in wanted]
             self.cache.copy(movers + holes, holes + movers, max(self.length))
-            for a, b in zip(holes, movers, strict=True):
-                self.order[a], self.order[b] = self.order[b], self.order[a]
-        rows = self.order[:n]
-        parts = [(self.length[row], self.pending[row]) for row in rows]
-        size = max(1, FORWARD_TOKENS // max(len(chunk) for _, chunk in parts))
-        states = [self.cache.feed(self.model, i, parts[i : i + size]) for i in range(0, n, size)]
-        for row in rows:
-            self.length[row] += len(self.pending[row])
-            self.positions += len(self.pending[row])
-        return rows, torch.cat(states)
+            for hole, mover in zip(holes, movers, strict=True):
+                self.order[hole], self.order[mover] = self.order[mover], self.order[hole]
+        return self.order[:n]
 
-    def _sample(self, hidden: Tensor, uniform: Tensor) -> tuple[list[int], list[float]]:
-        """A token and its log-probability for each of the hidden states (n, d)."""
-        logits = self.model.get_output_embeddings()(hidden)  # (n, V)
-        logp = log_distribution(logits, self.temperature, self.vocab_size)
-        ids = logp.argmax(-1) if self.temperature == 0 else draw(logp, uniform)
-        chosen = logp.gather(-1, ids[:, None]).squeeze(-1)
-        # One copy to the host a step; float32 holds every id below 2^24 exactly.
-        tokens, logprobs = torch.stack([ids.float(), chosen.float()]).tolist()
-        if any(map(math.isnan, logprobs)):
+    def _forward(self, parts: list[tuple[int, list[int]]]) -> Tensor:
+        """parts[slot] = (start, chunk): a chunk of tokens that continues a row of `start` tokens.
+        Returns the last hidden state of each, (n, d)."""
+        if not parts:
+            return torch.empty(0)
+        longest = max(len(chunk) for _, chunk in parts)
+        size = max(1, FORWARD_TOKENS.get(self.model.device.type, 2048) // longest)
+        states = []
+        for first in range(0, len(parts), size):
+            states.append(self.cache.feed(self.model, first, parts[first : first + size]))
+        self.positions += sum(len(chunk) for _, chunk in parts)
+        return torch.cat(states)
+
+    def accept(self, row: int, draft: Draft, token: int, logprob: float) -> None:
+        """What was pending of this row is now in the cache, and this token was sampled after it."""
+        if math.isnan(logprob):
+            graphs.release(self.model)  # its cache may hold NaNs
             raise FloatingPointError("the model's logits are NaN")
-        return list(map(int, tokens)), logprobs
+        self.length[row] += len(self.pending[row])
+        self.pending[row] = [token]
+        result = draft.result
+        result.ids.append(token)
+        result.logprobs.append(logprob)
+        if token in self.eos:
+            result.reason, draft.done = "eos", True
+        elif self.stop.complete(result.ids):
+            result.reason, draft.done = "stop", True
+
+
+def writing(drafts: dict[int, Draft], position: int) -> list[int]:
+    """The rows that go on to write a token at this position of their turns."""
+    return [row for row, draft in drafts.items() if not draft.done and position < draft.budget]
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], size: int) -> None:
+    """Raise ValueError for a prompt without tokens, or with ids that have no embedding."""
+    if not all(len(ids) and min(ids) >= 0 and max(ids) < size for ids in prompts):
+        raise ValueError(f"a prompt is empty, or outside the model's vocabulary of {size}")
+
+
+def eos_ids(model: nn.Module, eos_id: Ints | None) -> set[int]:
+    """The ids that end a turn: these, or where they are None the model's own."""
+    for source in (model.generation_config, model.config):
+        if eos_id is None:
+            eos_id = getattr(source, "eos_token_id", None)
+    return {eos_id} if isinstance(eos_id, int) else set(eos_id or ())
 
 
 def generate(
@@ -172,6 +245,7 @@ def generate(
     vocab_size: int | None = None,
     tokenizer=None,
     eos_id: Ints | None = None,
+    cuda_graphs: str = "auto",
 ) -> list[Generated]:
     """One turn for each prompt: see `Decoder`. `keys`: by default a row's index."""
     decoder = Decoder(
@@ -183,5 +257,6 @@ def generate(
         eos_id=eos_id,
         tokenizer=tokenizer,
         stop=stop,
+        cuda_graphs=cuda_graphs,
     )
     return decoder.turn(range(len(prompts)), max_new_tokens, keys or range(len(prompts)))

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from minizs import grpo, losses, ppo, reinforce
 from minizs.logprobs import Scorer
+from minizs.models import flash
 from minizs.models.batches import Batch, by_budget, make_batch
 from minizs.models.lora import lora_off
 from minizs.models.weights import cast_weights, checkpoint_layers
@@ -347,7 +348,7 @@ def build_learner(
 
     `dtype` is what the run computes in, and so the type of the reference's weights.
     """
-    packed = model.config._attn_implementation == "flash_attention_2"
+    packed = flash.takes_packed(model)
     make_scorer = partial(
         Scorer, temperature=settings.temperature, vocab_size=vocab_size, packed=packed
     )

@@ -9,18 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minizs.models import flash
 from minizs.models.composite import text_config
+from minizs.models.support import check_supported
 
-CHUNK, LOGITS = 1024, 2**24  # most positions, and logits (64 MB), that leave the head at once
-# With these settings a family changes its logits after the head (Gemma, Cohere, ...).
-AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-
-
-def check_supported(model: nn.Module) -> None:
-    """Raise ValueError where backbone-then-head would silently differ from the model's logits."""
-    for name in AFTER_THE_HEAD:
-        if (value := getattr(text_config(model), name, None)) not in (None, 1):
-            raise ValueError(f"a model that changes its logits is not supported: {name} = {value}")
+CHUNK = 1024  # most positions that go through the head at once
+LOGITS = {"cpu": 2**24, "cuda": 2**28}  # and most logits of them: 64 MB, on a GPU 1 GB in float32
 
 
 def log_distribution(logits: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
@@ -43,23 +37,50 @@ def states_before(
     packed: bool = False,
 ) -> Tensor:
     """The decoder's last hidden states just before each of the M wanted tokens: (M, d), row by row.
-    input_ids, attention_mask, wanted (bool): (B, T). `packed` computes no padding: all real tokens
-    are one row, whose sequences `transformers`, given no mask, keeps apart by their positions.
-    Raises ValueError where padding or a first token is wanted."""
+
+    input_ids, attention_mask, wanted (bool): (B, T). `packed` computes no padding. Raises
+    ValueError where padding or a first token is wanted, which nothing precedes."""
     if (wanted & ~predictable(attention_mask)).any():
         raise ValueError("the loss mask holds padding, or a first token, which nothing precedes")
-    real, seen = attention_mask.bool(), None if packed else attention_mask
-    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
-    if packed:
-        input_ids, positions = input_ids[real][None], positions[real][None]  # (1, R)
-    elif (real.int().diff() <= 0).all():  # padding is behind, which no token sees: the faster
-        seen, positions = None, torch.arange(real.shape[1], device=real.device).expand_as(real)
-    hidden = decoder(
-        input_ids=input_ids, attention_mask=seen, position_ids=positions, use_cache=False
-    ).last_hidden_state
-    hidden = hidden[0] if packed else hidden[real]  # (R, d): all real tokens, row after row
+    real = attention_mask.bool()
+    run = run_packed if packed else run_padded
+    hidden = run(decoder, input_ids, attention_mask)  # (R, d): all real tokens, row after row
     # Shifted by one: the state before a token is its neighbour's. (No first token is wanted.)
     return hidden[:-1][wanted[real][1:]]
+
+
+def run_padded(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The last hidden states of all real tokens of a padded batch (B, T), row by row: (R, d)."""
+    real = attention_mask.bool()
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
+    padding_is_behind = bool((real.int().diff() <= 0).all())
+    if padding_is_behind:  # no token sees it: without a mask attention is faster
+        attention_mask = None
+        positions = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    output = decoder(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=positions,
+        use_cache=False,
+    )
+    return output.last_hidden_state[real]
+
+
+def run_packed(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The same, with all real tokens as one row, whose positions start anew with each sequence."""
+    real = attention_mask.bool()
+    positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
+    ends = {"attention_mask": None}  # `transformers` sees from the positions where one ends
+    if decoder.config.get_text_config()._attn_implementation == flash.PACKED:
+        lengths = [length for length in attention_mask.sum(-1).tolist() if length]
+        ends = flash.packed_arguments(lengths, real.device)
+    output = decoder(
+        input_ids=input_ids[real][None],  # (1, R)
+        position_ids=positions[real][None],
+        use_cache=False,
+        **ends,
+    )
+    return output.last_hidden_state[0]
 
 
 def score(
@@ -85,7 +106,8 @@ def score(
 
     # With nothing to score there is one empty chunk: every gradient is zero, not missing, or under
     # DDP the other processes would wait for it for ever.
-    size = max(1, min(CHUNK, LOGITS // text_config(model).vocab_size))
+    most = LOGITS.get(hidden.device.type, 2**24)
+    size = max(1, min(CHUNK, most // text_config(model).vocab_size))
     pieces = zip(hidden.split(size), input_ids[wanted].split(size), strict=True)
     chunks = [checkpoint(through_head, *piece, use_reentrant=False) for piece in pieces]
     scores = map(torch.cat, zip(*chunks, strict=True))  # (M,) each

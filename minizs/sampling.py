@@ -7,10 +7,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from minizs.logprobs import log_distribution
 from minizs.models.precision import widest_float
 from minizs.randomness import GOLDEN, mix64
+
+BLOCK, SMALL = 256, 2**16  # tokens in a block of `draw`; numbers that need no blocks
 
 
 def uniforms(states: list[int], position: int) -> Tensor:
@@ -20,16 +23,52 @@ def uniforms(states: list[int], position: int) -> Tensor:
     return torch.from_numpy((hashed >> 11) / 2**53)
 
 
+def sample(
+    model: nn.Module, hidden: Tensor, uniform: Tensor, temperature: float, vocab_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """The next token and its log-probability after each of the hidden states (n, d): (n,) each."""
+    logits = model.get_output_embeddings()(hidden)  # (n, V)
+    logp = log_distribution(logits, temperature, vocab_size)
+    ids = logp.argmax(-1) if temperature == 0 else draw(logp, uniform)
+    return ids, logp.gather(-1, ids[:, None]).squeeze(-1)
+
+
 def draw(logp: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF sampling: (n, V) log-probabilities and (n,) numbers in [0, 1) -> (n,) ids."""
+    """Inverse-CDF sampling: (n, V) log-probabilities and (n,) numbers in [0, 1) -> (n,) ids.
+
+    The first token at which the cumulative probability exceeds the number is the one drawn. It is
+    found in two steps, first its block of 256 tokens and then its place there: adding up 150,000
+    numbers one after the other is slow, on a GPU above all. (Few numbers are added up at once.)"""
     wide = widest_float(logp.device)  # so that 150,000 small terms add up exactly enough
-    cdf = logp.exp().cumsum(-1, dtype=wide)  # (n, V)
+    probabilities = logp.exp()  # (n, V)
+    uniform = uniform.to(wide).to(logp.device)[:, None]
+    if probabilities.numel() <= SMALL:
+        cdf = probabilities.cumsum(1, dtype=wide)
+        return _first_above(cdf, uniform * cdf[:, -1:]).squeeze(1)
+    vocab = probabilities.shape[1]
+    whole = vocab // BLOCK * BLOCK
+    blocks = probabilities[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1, dtype=wide)
+    rest = probabilities[:, whole:].sum(-1, keepdim=True, dtype=wide)
+    cdf = torch.cat([blocks, rest], dim=1).cumsum(1)  # (n, blocks + 1), up to each block's end
+    target = uniform * cdf[:, -1:]
+    block = _first_above(cdf, target)  # (n, 1)
+
+    # What of the target is left where the block begins, and the block's own tokens.
+    before = torch.nn.functional.pad(cdf, (1, 0)).gather(1, block)
+    columns = block * BLOCK + torch.arange(BLOCK, device=logp.device)  # (n, BLOCK)
+    inside = probabilities.gather(1, columns.clamp(max=vocab - 1)).to(wide)
+    inside = inside.masked_fill(columns >= vocab, 0.0).cumsum(1)
+    return (block * BLOCK + _first_above(inside, target - before)).squeeze(1)
+
+
+def _first_above(cdf: Tensor, target: Tensor) -> Tensor:
+    """Where each row of the cumulative sums (n, k) first exceeds its target (n, 1): (n, 1) indices.
+    Rounding can put a target at the total. Strictly below the total, the first entry above it is
+    one that adds something: no token of probability 0 is drawn."""
     total = cdf[:, -1:]
-    target = uniform.to(wide).to(logp.device)[:, None] * total
-    # Strictly below the total, the first entry above the target has a probability above 0.
     target = torch.minimum(target, total.nextafter(torch.zeros_like(total)))
-    ids = torch.searchsorted(cdf, target, right=True).squeeze(-1)
-    return ids.clamp(max=logp.shape[-1] - 1)  # only NaNs get here; the caller reports them
+    place = torch.searchsorted(cdf, target.contiguous(), right=True)
+    return place.clamp(max=cdf.shape[1] - 1)  # only NaNs get here; the caller reports them
 
 
 class StopStrings:

@@ -14,10 +14,9 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available, logging
 
 from minizs import UserError, brief, require
-from minizs.cache import row_limit
-from minizs.logprobs import check_supported
 from minizs.models.composite import load_language_model
 from minizs.models.lora import load_lora, lora_base, save_lora
+from minizs.models.support import check_supported, row_limit
 from minizs.protocol import PROMPT
 
 logging.disable_progress_bar()  # a model of this size is loaded before a bar is drawn

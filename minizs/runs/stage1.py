@@ -16,10 +16,10 @@ import torch
 from filelock import FileLock
 
 from minizs import UserError, require, sft, simulator
-from minizs.cache import row_limit
 from minizs.engines.cache import Cached
 from minizs.engines.client import ServiceError
-from minizs.models import loading, weights
+from minizs.models import flash, loading, weights
+from minizs.models.support import row_limit
 from minizs.rollout import Policy, rollout
 from minizs.runs import build, checkpoint, data, quality, run_folder, supervised
 from minizs.runs.advice import command
@@ -203,7 +203,7 @@ def fine_tune(
     `begin_anew`. Returns the trained model, to be saved and used. Raises UserError if that run had
     other settings."""
     optimizer = torch.optim.AdamW(base.model.parameters(), lr=config.lr, weight_decay=0.0)
-    packed = base.model.config._attn_implementation == "flash_attention_2"
+    packed = flash.takes_packed(base.model)
     dtype = build.compute_dtype(config)
     writer = weights.make_writer(base.model, dtype, accelerator.device, accelerator.is_fsdp2)
     model, optimizer = accelerator.prepare(sft.Supervised(base.model, packed=packed), optimizer)

@@ -26,7 +26,7 @@ import torch
 
 from minizs import UserError, sft
 from minizs.engines.client import ServiceError
-from minizs.models import loading, lora, weights
+from minizs.models import flash, loading, lora, weights
 from minizs.rollout import Policy, rollout
 from minizs.runs import build, checkpoint, run_folder, supervised
 from minizs.runs.advice import command
@@ -111,7 +111,7 @@ def prepare_student(config: PolicyConfig, accelerator, student: Student) -> Call
         weights.checkpoint_layers(model)
     dtype = build.compute_dtype(config)
     writer = weights.make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
-    packed = model.config._attn_implementation == "flash_attention_2"
+    packed = flash.takes_packed(model)
     learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learned, config.warm_start_lr, weight_decay=0.0)
     student.module, student.optimizer = accelerator.prepare(

@@ -28,10 +28,7 @@ LEVELS = (
 WITHOUT_TORCH = 1  # this level and those below it import no library that does arithmetic
 
 # Imports that go up nevertheless, each with its reason.
-UPWARDS = {
-    ("minizs.models.loading", "minizs.cache"): "moves out",
-    ("minizs.models.loading", "minizs.logprobs"): "moves out",
-}
+UPWARDS: dict[tuple[str, str], str] = {}
 
 # Names that several modules have for functions or classes of their own, each with its reason.
 SHARED_NAMES = {
@@ -48,6 +45,7 @@ LARGE = {
     "minizs.generate.Decoder.__init__": "All that can be chosen of a generation, by keywords.",
     "minizs.generate.generate": "The one call that has all that can be chosen.",
     "minizs.losses.policy_loss": "Each option of the loss is an argument of its own.",
+    "minizs.models.flash.attend_packed": "What `transformers` hands to an attention, by name.",
     "minizs.runs.flags.option": "All that there is to know about a flag, by keywords.",
 }
 

@@ -48,7 +48,6 @@ import test_sft
 import test_simulator
 
 from minizs import (
-    generate,
     grpo,
     learner,
     logprobs,
@@ -58,6 +57,7 @@ from minizs import (
     reinforce,
     reward,
     rollout,
+    sampling,
     sft,
     simulator,
 )
@@ -148,8 +148,8 @@ DEFECTS = [
     ),
     Defect(
         "D5 validation is not greedy",
-        generate.Decoder._sample,
-        "if self.temperature == 0",
+        sampling.sample,
+        "if temperature == 0",
         "if False",
         partial(test_generate.test_greedy_equals_transformers, "llama"),
     ),
@@ -498,7 +498,7 @@ DEFECTS = [
     ),
     Defect(
         "packed sequences whose positions run on",
-        logprobs.states_before,
+        logprobs.run_packed,
         "positions[real][None]",
         "torch.arange(int(real.sum()))[None]",
         partial(test_packed.test_a_sequence_cannot_see_its_neighbours, "llama"),

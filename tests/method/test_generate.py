@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import EOS, VOCAB, ScriptedHead, make_model
 
-from minizs.generate import Decoder, generate
+from minizs.generate import FORWARD_TOKENS, Decoder, generate
 from minizs.logprobs import token_logprobs
 
 
@@ -18,6 +18,16 @@ def make_prompts(lengths=(9, 1, 17, 4), seed=0) -> list[list[int]]:
 def library_greedy(model, prompt, new):
     out = model.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False)
     return out[0, len(prompt) :].tolist()
+
+
+def uncached_greedy(model, prompt, new):
+    """From the model's forward on the whole text, once a token."""
+    ids = list(prompt)
+    for _ in range(new):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]), use_cache=False).logits
+        ids.append(logits[0, -1].argmax().item())
+    return ids[len(prompt) :]
 
 
 def rescored(model, prefix, pieces, **options):
@@ -125,7 +135,7 @@ def test_chunks_in_groups_of_rows(monkeypatch):
     """Guards against cache rows written at the wrong place when one forward pass is too large."""
     model, prompts = make_model(dtype=torch.float64), make_prompts((9, 8, 17, 4, 6))
     expected = generate(model, prompts, 10)
-    monkeypatch.setattr("minizs.generate.FORWARD_TOKENS", 20)
+    monkeypatch.setitem(FORWARD_TOKENS, "cpu", 20)
     assert [r.ids for r in generate(model, prompts, 10)] == [r.ids for r in expected]
 
 
@@ -153,7 +163,7 @@ def test_prompts_of_mixed_lengths_are_computed_with_little_padding(monkeypatch):
     prompts += prompts[:2]  # two of them are shared
     computed = []
     expected = [generate(model, [p], 5, keys=[i])[0].ids for i, p in enumerate(prompts)]
-    monkeypatch.setattr("minizs.generate.FORWARD_TOKENS", 60)
+    monkeypatch.setitem(FORWARD_TOKENS, "cpu", 60)
     model.model.embed_tokens.register_forward_hook(lambda _m, x, _o: computed.append(x[0].numel()))
     assert [result.ids for result in generate(model, prompts, 5)] == expected
     decoder = Decoder(model, prompts)
@@ -208,10 +218,24 @@ def test_unsupported_models_are_refused():
     model.config.logits_scaling = 8.0
     with pytest.raises(ValueError, match="logits_scaling"):
         generate(model, [[5]], 2)
-    model = make_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    assert generate(model, [[5, 6]], 6, temperature=0)[0].ids == library_greedy(model, [5, 6], 6)
-    with pytest.raises(ValueError, match="exceed"):
-        generate(model, [[5, 6]], 7)
+
+
+@pytest.mark.parametrize("cuda_graphs", ["off", "on"])
+@pytest.mark.parametrize("full_layers", [0, 1])
+def test_sliding_windows(full_layers, cuda_graphs):
+    """Layers of both kinds see what `transformers` lets them see, each row at its own length, far
+    beyond the window and over turns."""
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": full_layers}
+    model, prompts = make_model("qwen2", torch.float64, eos_token_id=None, **window), make_prompts()
+    model.generation_config.eos_token_id = None
+    decoder = Decoder(model, prompts, temperature=0, cuda_graphs=cuda_graphs)
+    texts = list(prompts)
+    for turn, documents in enumerate([make_prompts((5, 12, 1, 8), seed=1), [[]] * 4]):
+        results = decoder.turn(range(4), 20, [(row, turn) for row in range(4)])
+        for row, result in enumerate(results):
+            assert result.ids == uncached_greedy(model, texts[row], 20)
+            texts[row] = texts[row] + result.ids + documents[row]
+        decoder.append(range(4), documents)
 
 
 def test_no_prompts():

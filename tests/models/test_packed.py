@@ -8,7 +8,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from minizs import ppo, sft
 from minizs.logprobs import Scorer, score
-from minizs.models import weights
+from minizs.models import flash, weights
 from minizs.models.batches import attention, pad
 
 LENGTHS = (11, 1, 7, 4)  # one has nothing to score
@@ -190,3 +190,70 @@ def test_flash_attention_packed_equals_padded_sdpa():
     changed = batch[0].clone()
     changed[1:] = (changed[1:] + 40) % 90
     assert torch.equal(score(model, changed, *batch[1:], packed=True)[0][0], b[0])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_attention_is_defined_by_a_mask(window):
+    """No sequence sees another, nothing sees what is behind it, or what has left its window."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, h, 9, 8, generator=generator) for h in (4, 2, 2))
+    given = flash.packed_arguments([4, 5], torch.device("cpu"))
+    output, _ = flash._attend_packed_plainly(
+        None, query, key, value, sliding_window=window, **given
+    )  # (1, R, H, D)
+    for start, length in ((0, 4), (4, 5)):
+        for t in range(length):
+            first = start + max(0, t + 1 - (window or length))
+            seen = slice(first, start + t + 1)
+            for head in range(4):
+                q, k, v = query[0, head, start + t], key[0, head // 2, seen], value[0, head // 2]
+                weights = (k @ q / 8**0.5).softmax(0)
+                expected = weights @ v[seen]
+                torch.testing.assert_close(output[0, start + t, head], expected)
+
+
+def test_packed_attention_without_its_arguments_is_sdpa(monkeypatch):
+    """A model that is set to it can be run on a padded batch as well."""
+    model, batch = make_model(dtype=torch.float64), make_batch("left")
+    expected = score(model, *batch)
+    model.set_attn_implementation(flash.PACKED)
+    for a, b in zip(score(model, *batch), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_packed_attention_gets_its_arguments_through_the_model(monkeypatch):
+    """Every layer is told where sequences end; with the kernel's definition in its place, packed
+    scores and gradients are those of a padded batch."""
+    model, batch = make_model(dtype=torch.float64), make_batch()
+    expected = outputs_and_gradients(Scorer(model), batch)
+    monkeypatch.setattr(
+        flash, "varlen_attn", lambda q, k, v, edges, *_, **__: plain_varlen(q, k, v, edges)
+    )
+    model.set_attn_implementation(flash.PACKED)
+    actual = outputs_and_gradients(Scorer(model, packed=True), batch)
+    for a, b in zip(expected[0] + expected[1], actual[0] + actual[1], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def plain_varlen(query, key, value, edges):
+    """The kernel's interface, (R, H, D), with its definition behind it."""
+    inputs = [x.transpose(0, 1)[None] for x in (query, key, value)]
+    return flash._attend_packed_plainly(None, *inputs, edges)[0][0]
+
+
+@pytest.mark.gpu
+def test_pytorchs_packed_kernel_equals_padded_sdpa():
+    """The same numbers to bfloat16's rounding, and no neighbour in sight."""
+    model = weights.cast_weights(make_model(num_attention_heads=4, head_dim=32), torch.bfloat16)
+    model, batch = model.cuda(), [t.cuda() for t in make_batch()]
+    assert flash.can_pack(model, torch.bfloat16)
+    found = []
+    for kind, packed in (("sdpa", False), (flash.PACKED, True)):
+        model.set_attn_implementation(kind)
+        model.zero_grad()
+        logprobs, entropy = score(model, *batch, packed=packed)
+        (logprobs + 0.1 * entropy).sum().backward()
+        found.append((logprobs, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (a, ga), (b, gb) = found
+    assert (a - b).abs().max() < 0.3 and (a - b).abs().mean() < 0.03
+    assert torch.nn.functional.cosine_similarity(ga.float(), gb.float(), dim=0) > 0.99

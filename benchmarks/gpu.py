@@ -1,0 +1,744 @@
+"""What one GPU does with minizs, in one call of at most eight minutes: right, fast, and how near to
+what the card could do.
+
+    python benchmarks/gpu.py --output DIR                    # all parts, the most important first
+    python benchmarks/gpu.py --only machine decode_1.5b
+    python benchmarks/gpu.py --dry_run                       # tiny shapes, on any machine
+
+Each part prints lines of a table as it goes, and everything is written to DIR/gpu.json after each
+of them. A part that fails, or takes longer than its budget, is recorded as such, and the next one
+begins. Models have the shapes of Qwen2.5 and random weights in bfloat16.
+
+- `machine`: the rates at which the card reads memory and multiplies matrices, measured.
+- `correctness`: greedy tokens in float32 against `transformers`; steps as CUDA graphs against steps
+  run one by one; log-probabilities of the sampler against those of the scorer, in bfloat16.
+- `decode_*`: rows with prompts of 100 to 600 tokens. In `equal` each writes 128 tokens, in `mixed`
+  2 to 256, and leaves. Sides: minizs with CUDA graphs, without them ("eager"), and `transformers`
+  with its dynamic and its static cache, where rows stay until the last has its tokens.
+- `floor`: the share of a step that reading the weights and the keys and values once would take.
+- `profile`: the kernels that take most of a replayed step.
+- `variants`: other ways to run a step: attention with masks, pieces or all of the model compiled.
+- `rollout`: three turns with documents between them, against `generate` on the whole text a turn.
+- `update`: one optimiser step at 1.5B, against full logits.
+- `tests`: those marked `gpu`.  `job`: `train_policy.py` with its defaults.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes and amounts; the tiny ones are those of `--dry_run`."""
+
+    shapes: dict[str, tuple[int, ...]]  # hidden, layers, heads, kv heads, intermediate, ids
+    rows: int = 64
+    many_rows: int = 256
+    prompt: tuple[int, int] = (100, 600)
+    new: int = 128
+    most_new: int = 256
+    document: int = 300
+    turn: int = 80  # tokens of a rollout's turn, on average
+    micro_tokens: int = 8192
+    update_length: tuple[int, int] = (400, 1600)
+
+
+REAL = Sizes(
+    {
+        "check": (512, 8, 8, 2, 1536, 5000),
+        "0.5b": (896, 24, 14, 2, 4864, 151936),
+        "1.5b": (1536, 28, 12, 2, 8960, 151936),
+        "3b": (2048, 36, 16, 2, 11008, 151936),
+    }
+)
+TINY = Sizes(
+    {name: (32, 2, 4, 2, 48, 300) for name in REAL.shapes},
+    rows=6,
+    many_rows=9,
+    prompt=(3, 12),
+    new=6,
+    most_new=9,
+    document=5,
+    turn=4,
+    micro_tokens=256,
+    update_length=(10, 40),
+)
+
+
+LEAST = 5.0  # seconds that a part needs to be begun
+
+
+class OutOfTime(Exception):
+    """A part has used up its budget."""
+
+
+@dataclass
+class Bench:
+    """What the parts share: sizes, where results go, and the card's rates once measured."""
+
+    sizes: Sizes
+    dry: bool
+    output: Path
+    results: dict[str, dict] = field(default_factory=dict)
+    read_rate: float = 0.0
+    matrix_rate: float = 0.0
+
+    def record(self, part: str, name: str, **values) -> None:
+        """A line of the table."""
+        self.results.setdefault(part, {})[name] = values
+        shown = ", ".join(f"{key} {_brief(value)}" for key, value in values.items())
+        print(f"| {part} | {name} | {shown} |", flush=True)
+
+    def save(self) -> None:
+        text = json.dumps(self.results, indent=1, default=str)
+        (self.output / "gpu.json").write_text(text)
+
+
+def _brief(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise OutOfTime inside the block once it has taken this long."""
+
+    def ring(*_):
+        raise OutOfTime(f"cut short after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# ---- what the parts are made of -----------------------------------------------------------------
+
+
+def make_model(bench: Bench, name: str, dtype, **settings):
+    """A Qwen2 of this shape with random weights, made where it is used."""
+    hidden, layers, heads, kv_heads, intermediate, vocab = bench.sizes.shapes[name]
+    config = transformers.Qwen2Config(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=intermediate,
+        vocab_size=vocab,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+        **settings,
+    )
+    torch.manual_seed(0)
+    with loading.device():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def make_prompts(bench: Bench, rows: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    vocab = min(shape[-1] for shape in bench.sizes.shapes.values())
+    lengths = [rng.randint(*bench.sizes.prompt) for _ in range(rows)]
+    return [[rng.randrange(3, vocab) for _ in range(length)] for length in lengths]
+
+
+def mixed_budgets(rows: int, most: int, seed: int = 0) -> list[int]:
+    """Tokens to write: 2 to `most`, a fourth of it on average; one row has `most`."""
+    rng = random.Random(seed)
+    budgets = [min(most, 2 + int(rng.expovariate(4 / most))) for _ in range(rows)]
+    return [most, *budgets[1:]]
+
+
+def library_generate(model, prompts: list[list[int]], new: int, cache: str, **options):
+    """`transformers`: prompts padded on the left, pure sampling, all rows to the end."""
+    width = max(map(len, prompts))
+    ids = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    settings = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0} | options
+    out = model.generate(
+        torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        max_new_tokens=new,
+        cache_implementation=cache,
+        **settings,
+    )
+    return out[:, width:].tolist()
+
+
+def seconds(work: Callable) -> float:
+    measure.synchronize()
+    start = time.perf_counter()
+    work()
+    measure.synchronize()
+    return time.perf_counter() - start
+
+
+def fresh_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gb() -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
+
+
+def step_floor(bench: Bench, model, positions: float) -> float:
+    """Seconds to read all weights, and keys and values at so many positions (of all rows), once."""
+    config = model.config
+    width = config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * width
+    weights = sum(weight.numel() for weight in model.parameters())
+    return (weights + positions * cached) * model.dtype.itemsize / bench.read_rate
+
+
+# ---- the parts ----------------------------------------------------------------------------------
+
+
+def machine(bench: Bench) -> None:
+    device = loading.device()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bench.read_rate = measure.read_rate(device)
+    bench.matrix_rate = measure.matrix_rate(device, dtype)
+    bench.record(
+        "machine",
+        measure.machine(torch.get_num_threads()),
+        read_GB_s=bench.read_rate / 1e9,
+        matrix_TFLOP_s=bench.matrix_rate / 1e12,
+    )
+
+
+def correctness(bench: Bench) -> None:
+    sizes, part = bench.sizes, "correctness"
+    if torch.cuda.is_available():
+        right = flash.kernel_is_right(loading.device(), torch.bfloat16)
+        bench.record(part, "flash attention over rows", right=right)
+        right = flash.packing_is_right(loading.device(), torch.bfloat16)
+        bench.record(part, "flash attention over packed sequences", right=right)
+
+    # Greedy tokens, float32, against the library one prompt at a time.
+    model = make_model(bench, "check", torch.float32, initializer_range=0.08)
+    prompts = make_prompts(bench, 12)
+    new = sizes.new // 3
+    expected = [
+        library_generate(model, [prompt], new, "dynamic", do_sample=False)[0] for prompt in prompts
+    ]
+    for setting in ("off", "on"):
+        ours = generate(model, prompts, new, temperature=0, eos_id=(), cuda_graphs=setting)
+        equal = sum(a.ids == b for a, b in zip(ours, expected, strict=True))
+        bench.record(part, f"float32 greedy, graphs {setting}", equal=equal, of=len(prompts))
+
+    # Graphs against single steps, float64, rows that stop by themselves, then replayed.
+    model = make_model(bench, "check", torch.float64, initializer_range=0.08)
+    options = {"seed": 3, "eos_id": range(sizes.shapes["check"][-1] // 50)}
+    budgets = mixed_budgets(len(prompts), sizes.most_new)
+    expected = generate(model, prompts, budgets, cuda_graphs="off", **options)
+    for name in ("recorded", "replayed"):
+        ours = generate(model, prompts, budgets, cuda_graphs="on", **options)
+        equal = sum(a.ids == b.ids for a, b in zip(ours, expected, strict=True))
+        bench.record(part, f"float64 graphs, {name}", equal=equal, of=len(prompts))
+
+    # Sampler against scorer, bfloat16.
+    model = make_model(bench, "0.5b", torch.bfloat16, initializer_range=0.04)
+    prompts = make_prompts(bench, sizes.rows // 2)
+    for setting in ("off", "on"):
+        written = generate(model, prompts, sizes.new, eos_id=(), cuda_graphs=setting)
+        rows = [prompt + result.ids for prompt, result in zip(prompts, written, strict=True)]
+        mask = [[0] * len(p) + [1] * sizes.new for p in prompts]
+        sampled = torch.tensor([result.logprobs for result in written]).flatten()
+        ids, loss_mask = (batches.pad(x).to(model.device) for x in (rows, mask))
+        seen = batches.attention([len(row) for row in rows]).to(model.device)
+        with torch.no_grad():
+            scored = token_logprobs(model, ids, seen, loss_mask)[loss_mask == 1].cpu()
+        gap = (scored - sampled).abs()
+        figures = {f"q{q}": gap.quantile(q / 100).item() for q in (50, 99)}
+        name = f"bf16 |sampler - scorer|, graphs {setting}"
+        bench.record(part, name, **figures, max=gap.max().item())
+    if flash.can_pack(model, torch.bfloat16):
+        model.set_attn_implementation(flash.PACKED)
+        with torch.no_grad():
+            packed, _ = score(model, ids, seen, loss_mask, packed=True)
+        gap = (packed[loss_mask == 1].cpu() - scored).abs()
+        figures = {f"q{q}": gap.quantile(q / 100).item() for q in (50, 99)}
+        bench.record(part, "bf16 |packed - padded scorer|", **figures, max=gap.max().item())
+
+
+def decode(bench: Bench, name: str, rows: int, sides: tuple[str, ...]) -> None:
+    """Tokens a second of these sides, `equal` and `mixed`; see the top of this file."""
+    sizes = bench.sizes
+    part = f"decode {name}, {rows} rows"
+    model = make_model(bench, name, torch.bfloat16)
+    prompts = make_prompts(bench, rows)
+    equal, mixed = [sizes.new] * rows, mixed_budgets(rows, sizes.most_new)
+
+    def runner(side: str) -> Callable[[list[int]], object]:
+        if side in ("graphs", "eager"):
+            setting = "on" if side == "graphs" else "off"
+            return lambda budgets: generate(model, prompts, budgets, eos_id=(), cuda_graphs=setting)
+        options = {"disable_compile": True} if side == "static" else {}
+        cache = "static" if side.startswith("static") else "dynamic"
+        return lambda budgets: library_generate(model, prompts, max(budgets), cache, **options)
+
+    base = None
+    for side in sides:
+        run = runner(side)
+        fresh_memory()
+        first = seconds(lambda: run([min(8, sizes.new)] * rows))  # noqa: B023
+        warm = 0.0
+        if side == "graphs":  # records what is not recorded yet
+            warm = seconds(lambda: run(equal))  # noqa: B023
+        prefill = seconds(lambda: run([1] * rows))  # noqa: B023
+        taken = seconds(lambda: run(equal))  # noqa: B023
+        step = (taken - prefill) / (sizes.new - 1)
+        held = sum(len(prompt) + sizes.new / 2 for prompt in prompts)
+        floor = step_floor(bench, model, held)
+        base = base or taken
+        bench.record(
+            part,
+            f"{side}, equal",
+            tokens_s=rows * sizes.new / taken,
+            ms_a_step=1e3 * step,
+            floor_ms=1e3 * floor,
+            floor_share=floor / step,
+            prefill_s=prefill,
+            first_s=first,
+            recorded_s=warm,
+            times_the_first_side=taken / base,
+            peak_GB=peak_gb(),
+        )
+        bench.save()
+    base = None
+    for side in sides:
+        run = runner(side)
+        warm = seconds(lambda: run(mixed)) if side == "graphs" else 0.0  # noqa: B023
+        taken = seconds(lambda: run(mixed))  # noqa: B023
+        base = base or taken
+        bench.record(
+            part,
+            f"{side}, mixed",
+            tokens_s=sum(mixed) / taken,
+            recorded_s=warm,
+            times_the_first_side=taken / base,
+        )
+        bench.save()
+
+
+SIDES = ("graphs", "eager", "dynamic", "static")
+
+
+def profile(bench: Bench) -> None:
+    """The kernels of a replayed step, by the time they take."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    sizes = bench.sizes
+    model = make_model(bench, "1.5b", torch.bfloat16)
+    prompts = make_prompts(bench, sizes.rows)
+    new = 12 if not bench.dry else 4
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities = [ProfilerActivity.CUDA]
+    for setting in ("on", "off"):
+
+        def run(count: int, setting=setting):
+            return generate(model, prompts, count, eos_id=(), cuda_graphs=setting)
+
+        run(new)
+        run(new)
+        tables = []
+        for count in (2, new):  # their difference is that of new - 2 steps
+            with profiler(activities=activities) as trace:
+                run(count)
+                measure.synchronize()
+            table = {}
+            for event in trace.key_averages():
+                spent = getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total
+                table[event.key] = (spent, event.count)
+            tables.append(table)
+        few, many = tables
+        steps = new - 2
+        spent = {}
+        for key, (micro, count) in many.items():
+            before = few.get(key, (0, 0))
+            spent[key] = ((micro - before[0]) / steps, (count - before[1]) / steps)
+        top = sorted(spent.items(), key=lambda item: -item[1][0])[:25]
+        total = sum(micro for micro, _ in spent.values())
+        count = sum(count for _, count in spent.values())
+        kind = f"1.5b, {sizes.rows} rows, graphs {setting}"
+        bench.record("profile", kind, kernels_ms_a_step=total / 1e3, kernels_a_step=count)
+        for key, (micro, count) in top:
+            bench.record("profile", f"{kind}: {key[:90]}", us=micro, calls=count)
+
+
+def variants(bench: Bench) -> None:
+    """Steps of the 1.5B shape run in other ways. Each has its own model: graphs are kept by it."""
+    sizes, part = bench.sizes, "variants"
+    prompts = make_prompts(bench, sizes.rows)
+
+    def measure_steps(name: str, model) -> None:
+        def run(count: int) -> float:
+            return seconds(lambda: generate(model, prompts, count, eos_id=(), cuda_graphs="on"))
+
+        first = run(sizes.new)
+        prefill, taken = run(1), run(sizes.new)
+        step = (taken - prefill) / (sizes.new - 1)
+        bench.record(part, name, ms_a_step=1e3 * step, first_s=first)
+        bench.save()
+
+    def attempt(name: str, change: Callable) -> None:
+        model = make_model(bench, "1.5b", torch.bfloat16)
+        undo = None
+        try:
+            undo = change(model)
+            measure_steps(name, model)
+        except OutOfTime:
+            raise
+        except Exception as error:
+            bench.record(part, name, failed=repr(error)[:300])
+        finally:
+            if undo:
+                undo()
+            graphs.release(model)
+            del model
+            fresh_memory()
+
+    def with_masks(_model):
+        able, flash.can_use = flash.can_use, lambda _: False
+        return lambda: setattr(flash, "can_use", able)
+
+    def compile_pieces(model):
+        modeling = sys.modules[type(model).__module__]
+        pieces = {(modeling, "apply_rotary_pos_emb"): modeling.apply_rotary_pos_emb}
+        for module in model.modules():
+            if type(module).__name__.endswith(("RMSNorm", "MLP")):
+                pieces[type(module), "forward"] = type(module).forward
+        for (owner, name), plain in pieces.items():
+            setattr(owner, name, torch.compile(plain, dynamic=True))
+
+        def undo() -> None:
+            for (owner, name), plain in pieces.items():
+                setattr(owner, name, plain)
+
+        return undo
+
+    def compile_all(model):
+        decoder = model.get_decoder()
+        plain, fused = decoder.forward, torch.compile(decoder.forward, dynamic=False)
+
+        @functools.wraps(plain)
+        def forward(*args, input_ids=None, **more):
+            one = input_ids is not None and input_ids.shape[1] == 1
+            return (fused if one else plain)(*args, input_ids=input_ids, **more)
+
+        decoder.forward = forward
+
+    attempt("as they are", lambda _: None)
+    attempt("attention with masks", with_masks)
+    if not bench.dry:  # a compiler may be missing where it is only tried out
+        attempt("norms, MLPs and rotary positions compiled", compile_pieces)
+        attempt("the whole decoder compiled", compile_all)
+
+
+def rollout(bench: Bench) -> None:
+    """64 rows in groups of 8, three turns, documents after the first two."""
+    sizes, group = bench.sizes, 8
+    model = make_model(bench, "1.5b", torch.bfloat16)
+    starts = make_prompts(bench, max(1, sizes.rows // group))
+    prompts = [start for start in starts for _ in range(group)]
+    rows = range(len(prompts))
+    budgets = [mixed_budgets(len(prompts), 2 * sizes.turn, seed=turn) for turn in range(3)]
+    rng = random.Random(0)
+    documents = [
+        [[rng.randrange(3, 300) for _ in range(sizes.document)] for _ in rows] for _ in range(2)
+    ]
+
+    def ours(setting: str) -> None:
+        decoder = Decoder(model, prompts, eos_id=(), cuda_graphs=setting)
+        for turn in range(3):
+            decoder.turn(rows, budgets[turn], [(row, turn) for row in rows])
+            if turn < 2:
+                decoder.append(rows, documents[turn])
+
+    def plainly() -> None:
+        texts = prompts
+        for turn in range(3):
+            written = library_generate(model, texts, max(budgets[turn]), "dynamic")
+            texts = [
+                text + ids[:budget]
+                for text, ids, budget in zip(texts, written, budgets[turn], strict=True)
+            ]
+            if turn < 2:
+                texts = [text + more for text, more in zip(texts, documents[turn], strict=True)]
+
+    tokens = sum(map(sum, budgets))
+    sides = {
+        "graphs, first (records)": lambda: ours("on"),
+        "graphs": lambda: ours("on"),
+        "eager": lambda: ours("off"),
+        "plain generate": plainly,
+    }
+    taken = {}
+    for name, work in sides.items():
+        fresh_memory()
+        taken[name] = seconds(work)
+        ratio = taken[name] / taken.get("graphs", taken[name])
+        bench.record(
+            "rollout",
+            name,
+            seconds=taken[name],
+            tokens_s=tokens / taken[name],
+            times_graphs=ratio,
+            peak_GB=peak_gb(),
+        )
+        bench.save()
+
+
+def make_trajectories(bench: Bench, vocab: int) -> list:
+    """Trajectories of random tokens, half of them the policy's own, in blocks of 64."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(bench.sizes.rows):
+        row = Trajectory(Example("", ("",)))
+        row.reward = rng.random()
+        own = False
+        left = rng.randint(*bench.sizes.update_length)
+        while left > 0:
+            ids = [rng.randrange(3, vocab) for _ in range(min(64, left))]
+            row.append(ids, [-1.0] * len(ids)) if own else row.append(ids)
+            left -= len(ids)
+            own = not own
+        rows.append(row)
+    return rows
+
+
+def update(bench: Bench) -> None:
+    """One optimiser step on 64 trajectories, weights in float32, computed in bfloat16."""
+    from accelerate import Accelerator
+
+    import train_policy
+    from minizs.learner import build_learner
+
+    sizes, vocab = bench.sizes, bench.sizes.shapes["1.5b"][-1]
+    rows = make_trajectories(bench, vocab)
+    tokens = sum(len(row.ids) for row in rows)
+    marked = sum(sum(row.loss_mask) for row in rows)
+    precision = "bf16" if torch.cuda.is_available() else "no"
+
+    def report(name: str, taken: float, model, head_tokens: int) -> None:
+        config = model.config
+        head = config.hidden_size * config.vocab_size
+        body = sum(weight.numel() for weight in model.parameters()) - head
+        pairs = sum(len(row.ids) ** 2 / 2 for row in rows)
+        attention = 4 * config.num_hidden_layers * config.hidden_size * pairs
+        work = 3 * (2 * body * tokens + 2 * head * head_tokens + attention)
+        bench.record(
+            "update",
+            name,
+            seconds=taken,
+            tokens_s=tokens / taken,
+            matrix_share=work / taken / bench.matrix_rate,
+            peak_GB=peak_gb(),
+        )
+        bench.save()
+
+    def ours(name: str, packed: bool, checkpointing: bool) -> None:
+        model = make_model(bench, "1.5b", torch.float32)
+        if packed:
+            if not flash.can_pack(model, torch.bfloat16):
+                bench.record("update", name, skipped="PyTorch's packed attention does not run here")
+                return
+            model.set_attn_implementation(flash.PACKED)
+        settings = train_policy.PolicyConfig(
+            lr=1e-6,
+            group_size=8 if not bench.dry else 2,
+            kl_coef=0.0,
+            micro_tokens=sizes.micro_tokens,
+            gradient_checkpointing=checkpointing,
+        )
+        learner = build_learner(Accelerator(mixed_precision=precision), settings, model, vocab)
+        learner.scorer.options["packed"] = packed
+        learner.update(rows)  # makes the optimiser's state
+        report(name, seconds(lambda: learner.update(rows)), model, marked)
+
+    ways = {
+        "minizs, packed": (True, False),
+        "minizs, padded": (False, False),
+        "minizs, packed, checkpointing": (True, True),
+    }
+    for name, (packed, checkpointing) in ways.items():
+        fresh_memory()
+        ours(name, packed, checkpointing)
+
+    fresh_memory()
+    model = make_model(bench, "1.5b", torch.float32)
+    fused = torch.cuda.is_available()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=fused)
+    groups = batches.by_budget([len(row.ids) for row in rows], sizes.micro_tokens)
+
+    def plainly() -> None:
+        for group in groups:
+            part = batches.make_batch(rows, group, model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = model(part.ids, attention_mask=part.attention, use_cache=False).logits
+            logp = torch.log_softmax(logits[:, :-1].float(), -1)
+            chosen = logp.gather(-1, part.ids[:, 1:, None]).squeeze(-1)
+            (-(chosen * part.mask[:, 1:]).sum() / marked).backward()
+            del logits, logp, chosen
+        optimizer.step()
+        optimizer.zero_grad()
+
+    plainly()
+    report("full logits", seconds(plainly), model, tokens)
+
+
+def tests(bench: Bench) -> None:
+    """The tests that are marked `gpu`, if there is a pytest."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
+    if bench.dry:
+        command = [sys.executable, "-c", "pass"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=80)
+    lines = (done.stdout + done.stderr).strip().splitlines()[-30:]
+    bench.record("tests", "marked gpu", status=done.returncode, said=" / ".join(lines)[-1500:])
+
+
+def job(bench: Bench) -> None:
+    """`train_policy.py` as it is, its default simulator made first."""
+    folder = Path(tempfile.mkdtemp()) / "job"
+    command = [sys.executable, "train_policy.py", "--output", str(folder), "--overwrite"]
+    if bench.dry:
+        command = [sys.executable, "-c", "pass"]
+    start = time.perf_counter()
+    with open(bench.output / "job.log", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            status = process.wait(timeout=150)
+        except (subprocess.TimeoutExpired, OutOfTime):
+            process.terminate()
+            status = "cut short"
+    taken = time.perf_counter() - start
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.is_file() else []
+    last = json.loads(lines[-1]) if lines else {}
+    figures = {
+        key: last[key]
+        for key in ("reward", "seconds", "seconds_rollout", "seconds_update")
+        if key in last
+    }
+    bench.record(
+        "job", "train_policy.py", seconds=taken, status=status, steps=len(lines), **figures
+    )
+
+
+def decode_part(name: str, many: bool = False, sides: tuple[str, ...] = SIDES) -> Callable:
+    def part(bench: Bench) -> None:
+        decode(bench, name, bench.sizes.many_rows if many else bench.sizes.rows, sides)
+
+    return part
+
+
+PARTS: dict[str, tuple[Callable, float]] = {  # each with its budget in seconds
+    "machine": (machine, 20),
+    "correctness": (correctness, 60),
+    "decode_1.5b": (decode_part("1.5b"), 90),
+    "profile": (profile, 30),
+    "rollout": (rollout, 60),
+    "update": (update, 60),
+    "variants": (variants, 100),
+    "decode_1.5b_256": (decode_part("1.5b", True, ("graphs", "eager", "dynamic")), 60),
+    "decode_0.5b": (decode_part("0.5b", False, ("graphs", "eager", "dynamic")), 40),
+    "decode_3b": (decode_part("3b", False, ("graphs", "eager", "dynamic")), 50),
+    "tests": (tests, 90),
+    "job": (job, 160),
+    "decode_0.5b_256": (decode_part("0.5b", True, ("graphs", "dynamic")), 40),
+    "decode_3b_256": (decode_part("3b", True, ("graphs", "dynamic")), 50),
+    "static_compiled": (decode_part("1.5b", False, ("graphs", "static_compiled")), 90),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default=".", help="the folder for gpu.json")
+    parser.add_argument("--dry_run", action="store_true", help="tiny shapes, on any machine")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), help="default: all")
+    parser.add_argument("--seconds", type=float, default=460, help="budget of all parts together")
+    args = parser.parse_args(argv)
+    import_what_is_slow()
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    bench = Bench(TINY if args.dry_run else REAL, args.dry_run, output)
+    end = time.perf_counter() + args.seconds
+    print("| part | what | figures |\n|---|---|---|", flush=True)
+    for name in args.only or PARTS:
+        work, budget = PARTS[name]
+        start = time.perf_counter()
+        budget = min(budget, end - start)
+        if budget < LEAST:
+            bench.record("parts", name, skipped="no time left")
+            continue
+        try:
+            with time_limit(budget):
+                work(bench)
+            outcome = "done"
+        except OutOfTime as late:
+            outcome = str(late)
+        except Exception:
+            outcome = traceback.format_exc()
+            print(outcome, flush=True)
+        for model in list(graphs._steps_of):
+            graphs.release(model)
+        fresh_memory()
+        taken = time.perf_counter() - start
+        bench.record("parts", name, seconds=taken, outcome=outcome.strip().splitlines()[-1])
+        bench.results["parts"][name]["outcome"] = outcome
+        bench.save()
+    failed = [n for n, part in bench.results["parts"].items() if part.get("outcome") != "done"]
+    if args.dry_run and failed:
+        raise SystemExit(f"these parts have failed: {', '.join(failed)}")
+
+
+def import_what_is_slow() -> None:
+    """After the arguments are read, so that `--help` answers at once."""
+    global functools, gc, torch, transformers
+    global batches, flash, graphs, loading, measure
+    global Decoder, Example, Trajectory, generate, score, token_logprobs
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import functools
+    import gc
+
+    import torch
+    import transformers
+
+    from benchmarks import measure
+    from minizs import graphs
+    from minizs.generate import Decoder, generate
+    from minizs.logprobs import score, token_logprobs
+    from minizs.models import batches, flash, loading
+    from minizs.trajectory import Example, Trajectory
+
+    transformers.utils.logging.set_verbosity_error()
+
+
+if __name__ == "__main__":
+    main()

@@ -113,7 +113,7 @@ def test_cost_by_hand():
 def test_cost_is_what_a_run_learns_from(work):
     """The logged reward is the F1 less what the executed searches cost."""
     parse_or_fail(3, "--search_cost", "0.25")
-    policy("--search_cost", "0.25", "--log_trajectories", "8", "--output", "run")
+    policy("--search_cost", "0.25", "--output", "run")
     rows = [json.loads(line) for line in (work / "run" / "trajectories.jsonl").open()]
     for row in rows:
         searches = sum(turn["documents"] is not None for turn in row["turns"])

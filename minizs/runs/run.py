@@ -30,6 +30,7 @@ from minizs.trajectory import Trajectory
 
 # The metrics that stand beside the progress bar.
 IN_THE_BAR = ("reward", "searches_per_question", "held_out_f1", "kl", "noise", "entropy")
+LOGGED_TRAJECTORIES = 8  # that each step writes to trajectories.jsonl
 
 
 @contextmanager
@@ -264,7 +265,7 @@ class Run:
         """Write one trajectory of each group, and, if more are wanted, another of each."""
         places = sorted(range(len(trajectories)), key=lambda place: place % self.config.group_size)
         rows = []
-        for place in places[: self.config.log_trajectories]:
+        for place in places[:LOGGED_TRAJECTORIES]:
             trajectory = trajectories[place]
             advantages = learner.token_advantages[place][: len(trajectory.ids)].tolist()
             row = {"step": self.step} | asdict(trajectory)

@@ -422,12 +422,6 @@ class LoggingSettings:
         may_change=True,
     )
     keep: int = option(2, "The number of checkpoints that are kept.", min=1, may_change=True)
-    log_trajectories: int = option(
-        8,
-        "The number of trajectories that each step writes to trajectories.jsonl.",
-        min=0,
-        may_change=True,
-    )
     log_with: str = option(
         "",
         "A tracker that gets the metrics as well.",
@@ -556,21 +550,14 @@ class SimConfig(CollectSettings, FineTuningSettings, SearchConfig):
 
 
 @dataclass
-class EvalConfig(SearchConfig):
-    """Stage 3: test a policy with a real search engine, or ask it one question.
-
-    Without any flag it tests the newest run's policy in the tiny world, beside the model that its
-    training began with.
-    """
+class EvaluationSettings:
+    """The test: its questions, and what the policy is compared with."""
 
     ask: str | None = option(
         None, "Answer this one question and show the whole trajectory.", metavar="QUESTION"
     )
-    policy: str = option(
-        "",
-        "The policy to test: a folder or a hub name. By default that of the newest run, which is "
-        "trained if there is none.",
-        metavar="MODEL",
+    questions: int = option(
+        1000, "The number of questions, spread evenly over the data sets. 0 takes all.", min=0
     )
     before: str = option(
         "auto",
@@ -584,14 +571,22 @@ class EvalConfig(SearchConfig):
         "documents of one search for the question.",
         ("search", *BASELINES),
     )
-    engine: str = option(
-        "bm25",
-        "What answers the searches: a real engine, the simulator, which has seen the gold answers, "
-        "or nothing.",
-        ENGINES,
-    )
-    questions: int = option(
-        1000, "The number of questions, spread evenly over the data sets. 0 takes all.", min=0
+    batch: int = option(250, "The number of questions that a process answers together.", min=1)
+
+
+@dataclass
+class EvalConfig(EvaluationSettings, SearchConfig):
+    """Stage 3: test a policy with a real search engine, or ask it one question.
+
+    Without any flag it tests the newest run's policy in the tiny world, beside the model that its
+    training began with.
+    """
+
+    policy: str = option(
+        "",
+        "The policy to test: a folder or a hub name. By default that of the newest run, which is "
+        "trained if there is none.",
+        metavar="MODEL",
     )
     output: str = option(
         "",
@@ -599,10 +594,15 @@ class EvalConfig(SearchConfig):
         "evaluation-2.json and so on.",
         metavar="FILE",
     )
+    engine: str = option(
+        "bm25",
+        "What answers the searches: a real engine, the simulator, which has seen the gold answers, "
+        "or nothing.",
+        ENGINES,
+    )
     temperature: float = option(
         0.0, "The temperature at which the policy samples. 0 is greedy.", min=0
     )
-    batch: int = option(250, "The number of questions that a process answers together.", min=1)
 
 
 # ---- What concerns more than one setting ---------------------------------------------------------

@@ -39,7 +39,7 @@ LOGGED = """step reward noise searches_per_question valid_rate kl entropy second
 def test_a_run_leaves_what_it_promises(work, algorithm, capsys, caplog):
     """A folder has settings, a line for each step, trajectories, checkpoints, a page, a policy."""
     flags = ["--algorithm", algorithm, "--eval_every", "2", "--save_every", "1", "--steps", "3"]
-    policy(*flags, "--minibatches", "2", "--log_trajectories", "6")
+    policy(*flags, "--minibatches", "2")
     run = work / "runs" / "policy-1"
     assert "runs/policy-1/policy" in capsys.readouterr().out
     names = "checkpoints config.yaml cost.json metrics.jsonl policy report.html trajectories.jsonl"
@@ -53,7 +53,7 @@ def test_a_run_leaves_what_it_promises(work, algorithm, capsys, caplog):
     assert sum(row["reward"] for row in rows) > 0 and rows[0]["searches_per_question"] > 0
     assert all(0 < row["valid_rate"] <= 1 and row["entropy"] > 0 for row in rows)
     shown = [json.loads(line) for line in (run / "trajectories.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in shown] == [1] * 6 + [2] * 6 + [3] * 6
+    assert [row["step"] for row in shown] == [1] * 8 + [2] * 8 + [3] * 8
     assert len({row["example"]["question"] for row in shown[:4]}) == 4  # one of each group first
     assert {"ids", "loss_mask", "logprobs", "turns", "reward"} <= shown[0].keys()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-3"]

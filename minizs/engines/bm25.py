@@ -15,9 +15,9 @@ from minizs.engines.ranking import Judge, Ranking, holds_answer
 from minizs.reward import fold
 from minizs.trajectory import SearchRequest
 
-# Words and punctuation marks of a folded text (see `reward.fold`), which is in lower case and in one
-# spelling of Unicode; in scripts without spaces a character is a word. Words are not stemmed, and
-# none is left out.
+# Words and punctuation marks of a folded text (see `reward.fold`), which is in lower case and in
+# one spelling of Unicode; in scripts without spaces a character is a word. Words are not stemmed,
+# and none is left out.
 WORDS = {"token_pattern": r"\w+|[^\w\s]", "stopwords": [], "show_progress": False}
 
 
@@ -84,8 +84,8 @@ def make_index(documents: Sequence[str]) -> bm25s.BM25:
 
 
 def index_folders(path: Path) -> list[Path]:
-    """Where the index of a corpus may be: in a folder beside the file, or, if nothing can be written
-    there, in the user's cache folder. The names have the size and the time of the file, so that a
+    """Where the index of a corpus may be: in a folder beside the file, or, if that cannot be made,
+    in the user's cache folder. The names have the size and the time of the file, so that a
     changed corpus is indexed anew."""
     name = f"{path.name}.{path.stat().st_size}-{path.stat().st_mtime_ns}.folded.bm25"
     whole_path = zlib.crc32(str(path.resolve()).encode())

@@ -6,6 +6,7 @@ unpickled."""
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import find_adapter_config_file, is_flash_attn_2_available, logging
 
 from minizs import UserError, brief, require
+from minizs.models.chat import day_in_words, fix_day
 from minizs.models.composite import load_language_model
 from minizs.models.lora import load_lora, lora_base, save_lora
 from minizs.models.support import check_supported, row_limit
@@ -109,10 +111,11 @@ def load_model(
     *,
     chat_template: str = "auto",
     chat_template_args: dict | None = None,
+    day: date | None = None,
     attention: str = "sdpa",
 ):
     """(model in eval mode, tokenizer) of a folder, a GGUF file or a hub name. Raises UserError."""
-    tokenizer = load_tokenizer(name, chat_template, chat_template_args)
+    tokenizer = load_tokenizer(name, chat_template, chat_template_args, day)
     folder, file = location(name)
     with readable(name):
         is_lora = not file and find_adapter_config_file(folder) is not None
@@ -145,17 +148,27 @@ def check_vocabulary(name: str, tokenizer, rows: int) -> None:
     )
 
 
-def load_tokenizer(name: str, chat_template: str = "auto", chat_template_args: dict | None = None):
+def load_tokenizer(
+    name: str,
+    chat_template: str = "auto",
+    chat_template_args: dict | None = None,
+    day: date | None = None,
+):
     """The tokenizer of a folder, a GGUF file or a hub name.
 
-    With `chat_template` "none" it has no chat template. `chat_template_args` become an attribute of
-    that name, and are given to the template wherever it is applied. Raises UserError."""
+    With `chat_template` "none" it has no chat template. Its attribute `chat_template_args` holds
+    what is passed to `apply_chat_template` wherever that is called: these arguments, and what makes
+    the template print this day, not today. Raises UserError."""
     check_model(name)
     with readable(name):
         tokenizer = read_once(AutoTokenizer, name)
     if chat_template == "none":
         tokenizer.chat_template = None
-    tokenizer.chat_template_args = dict(chat_template_args or {})
+    options = dict(chat_template_args or {})
+    if day and tokenizer.chat_template:
+        options.setdefault("date_string", day_in_words(day))
+        options["chat_template"] = fix_day(tokenizer.get_chat_template(), day)
+    tokenizer.chat_template_args = options
     return tokenizer
 
 

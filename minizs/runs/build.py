@@ -24,6 +24,7 @@ from minizs.engines.served import ServedModel, ServedSearch
 from minizs.engines.web import SERPER, WebSearch
 from minizs.judge import Judge
 from minizs.models import loading, lora, weights
+from minizs.models.chat import day_in_words
 from minizs.protocol import build_prompt, prompt_ids
 from minizs.rollout import Limits, Policy, rollout
 from minizs.runs import data, run_folder
@@ -37,6 +38,8 @@ from minizs.runs.settings import (
     SearchConfig,
     ServiceSettings,
     SimConfig,
+    read_day,
+    read_template_args,
 )
 from minizs.trajectory import Example, SearchRequest
 from minizs.world.facts import embedded
@@ -66,7 +69,22 @@ def load_configured_model(
         dtype or computed,
         attention=attention,
         chat_template=config.chat_template,
+        **template_options(config),
     )
+
+
+def template_options(config: ModelSettings) -> dict:
+    """What chat templates are given besides the messages: arguments, and the day of the run."""
+    return {
+        "chat_template_args": read_template_args(config.chat_template_args),
+        "day": read_day(config.day),
+    }
+
+
+def served_template_args(config: ModelSettings) -> dict:
+    """The arguments for a server. Without any it gets no day either: some servers take none."""
+    own = read_template_args(config.chat_template_args)
+    return {"date_string": day_in_words(read_day(config.day)), **own} if own else {}
 
 
 def load_trainable(config: PolicyConfig, accelerator):
@@ -104,7 +122,7 @@ def make_policy(
 def check_lengths(config: SearchConfig, policies: list[str], examples: list[Example]) -> None:
     """Raise UserError for a question whose prompt leaves a policy no room in its context."""
     for name in policies:
-        tokenizer = loading.load_tokenizer(name, config.chat_template)
+        tokenizer = loading.load_tokenizer(name, config.chat_template, **template_options(config))
         template = loading.load_prompt(name)
         texts = [build_prompt(example.question, template, tokenizer) for example in examples]
         longest = longest_prompt(tokenizer, texts)
@@ -212,6 +230,7 @@ def served_model(config: SearchConfig, address: str) -> ServedModel:
         config.simulator_api,
         temperature=config.simulator_temperature,
         max_new_tokens=config.max_document_tokens,
+        template_args=served_template_args(config),
     )
 
 
@@ -246,7 +265,8 @@ def load_beside(config: SearchConfig, folder: str, accelerator):
     """(model, tokenizer) of a simulator or judge, on its device. Raises UserError."""
     device = config.simulator_device or accelerator.device
     with loading.readable(folder):  # on a device that may not be there
-        return loading.load_model(folder, device, weights.named_dtype(config.dtype, device))
+        dtype = weights.named_dtype(config.dtype, device)
+        return loading.load_model(folder, device, dtype, **template_options(config))
 
 
 def build_judge(config: SimConfig, accelerator) -> Judge:

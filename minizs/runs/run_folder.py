@@ -28,6 +28,8 @@ REMEMBERED = (
     "data",
     "corpus",
     "chat_template",
+    "chat_template_args",
+    "day",
     "top_k",
     "max_turns",
     "max_turn_tokens",

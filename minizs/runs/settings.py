@@ -6,11 +6,14 @@ A script's settings inherit from the groups that it needs, so that access and fl
 each number stands in its field. Nothing here imports torch.
 """
 
+import json
 from dataclasses import dataclass
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from minizs import require
+from minizs import UserError, require
 from minizs.runs import run_folder
 from minizs.runs.flags import option
 
@@ -40,6 +43,18 @@ class ModelSettings:
         "tokenizer has one.",
         ("auto", "none"),
     )
+    chat_template_args: str = option(
+        "",
+        "What chat templates are given besides the messages: a mapping in YAML or JSON, such as "
+        "'{enable_thinking: false}'. A served model gets it as chat_template_kwargs.",
+        metavar="MAPPING",
+    )
+    day: str = option(
+        "",
+        "The day that chat templates print, such as 2026-02-28. By default the one on which the "
+        "run began.",
+        metavar="DATE",
+    )
     attention: str = option(
         "auto",
         "The implementation of attention. 'auto' takes flash attention where it can run.",
@@ -50,6 +65,9 @@ class ModelSettings:
         "The number format of forward passes. 'auto' is bfloat16 on a GPU and float32 elsewhere.",
         ("auto", "float32", "bfloat16"),
     )
+
+    def __post_init__(self) -> None:
+        self.day = self.day or date.today().isoformat()  # saved with the run, which keeps it
 
 
 @dataclass
@@ -616,10 +634,37 @@ def check_search(config: SearchConfig) -> None:
     check_files(config)
 
 
+def read_template_args(text: str) -> dict[str, Any]:
+    """The mapping in `--chat_template_args`. Raises UserError."""
+    import yaml
+
+    try:
+        mapping = yaml.safe_load(text or "{}")
+        json.dumps(mapping)  # servers get it so
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError):
+        mapping = None
+    require(
+        isinstance(mapping, dict) and all(isinstance(name, str) for name in mapping),
+        f"--chat_template_args {text!r} is no mapping; write one such as "
+        "'{enable_thinking: false}', and dates in quotes.",
+    )
+    return mapping
+
+
+def read_day(text: str) -> date:
+    """The day in `--day`. Raises UserError."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise UserError(f"--day {text!r} is no date; write one such as 2026-02-28.") from error
+
+
 def check_models(config: SearchConfig) -> None:
     """The policy and a simulator that runs here have to be models with room for what they read."""
     from minizs.models import loading
 
+    read_template_args(config.chat_template_args)
+    read_day(config.day)
     loading.check_model(config.policy, config.max_context)
     served = config.simulator.startswith(URL)
     if config.engine == "simulator" and config.simulator and not served:

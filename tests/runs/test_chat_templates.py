@@ -1,0 +1,115 @@
+"""What chat templates are given besides the messages: arguments of the settings, and the day."""
+
+import shutil
+from dataclasses import asdict
+
+import pytest
+import yaml
+from scripts import EVAL, metrics, policy
+from servers import serving
+from transformers import AutoTokenizer
+
+import evaluate
+import train_policy
+from minizs import UserError
+from minizs.models import loading
+from minizs.protocol import prompt_ids
+from minizs.runs import build, settings
+from minizs.runs.settings import PolicyConfig
+from minizs.trajectory import SearchRequest
+
+# As Qwen3's has an argument, and as Llama 3.2's and SmolLM3's print the day.
+TEMPLATE = (
+    "{{ date_string }} {{ strftime_now('%B %d %Y') }} {% if not thinking %}no {% endif %}thoughts "
+    "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+)
+
+
+@pytest.fixture
+def chat(work):
+    """A folder with the tiny policy, whose tokenizer has that template."""
+    tokenizer = AutoTokenizer.from_pretrained("../base")
+    tokenizer.chat_template = TEMPLATE
+    shutil.copytree("../base", "chat")
+    tokenizer.save_pretrained("chat")
+    return work / "chat"
+
+
+def start_of_prompt(config) -> str:
+    """The words that the policy's prompt begins with, without the spaces that some tokens lose."""
+    name = config.policy
+    tokenizer = loading.load_tokenizer(name, **build.template_options(config))
+    seen = []
+    apply = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda *a, **k: seen.append(apply(*a, **k)) or seen[-1]
+    prompt_ids(tokenizer, ["x"])
+    return seen[0][0]
+
+
+def test_the_template_gets_its_arguments_and_the_day(chat):
+    """Both ways of asking for the day give the run's day, and a mapping gives the rest."""
+    config = PolicyConfig(policy=str(chat), day="2026-02-03")
+    assert start_of_prompt(config) == "03 Feb 2026 February 03 2026 no thoughts x"
+    for text in ("{thinking: true}", '{"thinking": true}', "thinking: yes"):
+        config = PolicyConfig(policy=str(chat), day="2026-02-03", chat_template_args=text)
+        assert start_of_prompt(config) == "03 Feb 2026 February 03 2026 thoughts x"
+    config.chat_template_args = "{date_string: '1 May 2025'}"
+    assert start_of_prompt(config).startswith("1 May 2025 February 03")
+
+
+@pytest.mark.parametrize("text", ["x", "[1]", "{1: 2}", "{a: ", "{day: 2026-02-03}"])
+def test_what_is_no_mapping_is_refused(work, text):
+    """In one sentence, before anything is made. A bare date could not be sent to a server."""
+    with pytest.raises(UserError, match="--chat_template_args .* is no mapping"):
+        policy("--chat_template_args", text)
+    with pytest.raises(UserError, match="--day 'tomorrow' is no date"):
+        policy("--day", "tomorrow")
+    assert not list(work.iterdir())
+
+
+def test_a_resumed_run_keeps_its_day(chat, work, monkeypatch):
+    """A run that goes on after midnight has the prompts that it began with."""
+
+    class Day(settings.date):
+        @classmethod
+        def today(cls):
+            return cls.fromisoformat(today[-1])
+
+    monkeypatch.setattr(settings, "date", Day)
+    today = ["2026-02-03"]
+    flags = ["--policy", "chat", "--save_every", "1"]
+    policy(*flags, "--steps", "2", "--output", "whole")
+    shutil.copytree(work / "whole", work / "cut")
+    shutil.rmtree(work / "cut" / "policy")
+    shutil.rmtree(work / "cut" / "checkpoints" / "step-2")
+    today.append("2026-02-04")
+    train_policy.main(["--output", "cut", "--resume"])
+    saved = yaml.safe_load((work / "cut" / "config.yaml").read_text())
+    assert saved["day"] == "2026-02-03"
+    assert metrics(work / "cut") == metrics(work / "whole")
+    policy(*flags, "--steps", "2", "--output", "later")
+    assert yaml.safe_load((work / "later" / "config.yaml").read_text())["day"] == "2026-02-04"
+    # The policy is tested with the prompts that it was trained on.
+    config, _ = evaluate.read_settings([*EVAL, "--policy", str(work / "whole" / "policy")])
+    assert config.day == "2026-02-03"
+
+
+def test_a_served_simulator_gets_the_arguments(monkeypatch):
+    """As `chat_template_kwargs`, with the day; without arguments it gets none."""
+    message = {"message": {"content": "Doc 1: a fact"}, "finish_reason": "stop"}
+    answer = lambda path, body, _: (200, {"choices": [message]}) if body else (404, "")  # noqa: E731
+    with serving(answer) as (url, seen):
+        served = {"simulator": url, "simulator_model": "m", "simulator_api": "chat"}
+        for text in ("{enable_thinking: false}", ""):
+            config = PolicyConfig(**served, chat_template_args=text, day="2026-02-03")
+            engine = build.build_engine(config, "train", None)
+            assert engine.search([SearchRequest("a", "b?", ("c",))]) == [["a fact"]]
+    first, second = [body for _, body in seen if body]
+    expected = {"enable_thinking": False, "date_string": "03 Feb 2026"}
+    assert first["chat_template_kwargs"] == expected
+    assert "chat_template_kwargs" not in second
+
+
+def test_settings_without_a_day_are_of_today():
+    """The day is decided where the settings are made, so that it is saved with them."""
+    assert asdict(PolicyConfig())["day"] == settings.date.today().isoformat()

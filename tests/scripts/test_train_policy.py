@@ -141,7 +141,7 @@ def test_weights_are_read_before_a_simulator_is_made(work, bad, monkeypatch):
 
 def test_a_question_whose_golds_leave_a_simulator_no_room(work):
     """The simulator's prompt holds gold answers; where they are too long, no run begins."""
-    row = {"question": "who?", "answers": [f"the number {i} " * 30 for i in range(8)]}
+    row = {"question": "who?", "answers": [f"the number {i} " * 200 for i in range(8)]}
     (work / "golds.jsonl").write_text(json.dumps(row))
     refused(policy, "--engine simulator --simulator tiny --data golds.jsonl", "positions", work)
 

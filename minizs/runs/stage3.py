@@ -14,14 +14,12 @@ from minizs.models import loading
 from minizs.rollout import Policy, rollout
 from minizs.runs import build, data, metrics, page, run_folder
 from minizs.runs.baselines import answer_at_once
-from minizs.runs.evaluation import answer_all, markdown, table, to_line, warnings
+from minizs.runs.evaluation import LIMITS, answer_all, markdown, table, to_line, warnings
+from minizs.runs.flags import may_change
 from minizs.runs.outputs import Output, claimed_output
 from minizs.runs.settings import EvalConfig
 from minizs.runs.terminal import paint, show_turn, visible
 from minizs.trajectory import Example, Trajectory
-
-# Settings that change no answer: an interrupted test can go on with others.
-WITHOUT_EFFECT = ("output", "overwrite", "batch", "threads")
 
 
 @dataclass
@@ -131,12 +129,16 @@ def suffix(config: EvalConfig, policy_name: str) -> str:
 
 
 def fingerprint(config: EvalConfig, examples: Sequence[Example]) -> str:
-    """Eight letters that differ where a setting, a question or a model's weights do."""
+    """Eight letters that differ where a setting, a question or a model's weights do.
+
+    Settings that change no answer are left out: an interrupted test can go on with others.
+    """
     weights = []
     for name in (config.before, config.policy):
         for file in sorted(Path(name).glob("*.safetensors")):
             weights.append((str(file), file.stat().st_mtime_ns))
-    settings = asdict(config) | dict.fromkeys(WITHOUT_EFFECT)
+    without_effect = {"output", "batch"} | may_change(config)
+    settings = asdict(config) | dict.fromkeys(without_effect)
     return f"{zlib.crc32(repr((settings, list(examples), weights)).encode()):08x}"
 
 
@@ -192,6 +194,9 @@ def answer_question(config: EvalConfig, accelerator) -> None:
 
 def answer_line(trajectory: Trajectory, config: EvalConfig) -> str:
     """The answer, or why there is none."""
-    if trajectory.answer is None:
-        return f"none: out of {trajectory.truncated}"
-    return trajectory.answer or "empty"
+    if trajectory.answer is not None:
+        return trajectory.answer or "empty"
+    if config.method != "search" and trajectory.truncated == "turns":
+        return "none: its one turn was another action"
+    setting = LIMITS[trajectory.truncated]
+    return f"none: it ended at --{setting} {getattr(config, setting)}"

@@ -336,6 +336,13 @@ def test_a_question_is_answered_as_it_unfolds(work, capsys, monkeypatch):
     assert not everything(work)
 
 
+def test_ask_says_why_there_is_no_answer(work, capsys):
+    """The limit that the answer ran into, by the name of its flag."""
+    ask = ["--policy", "../base", "--ask", "when was Fota Jourer born?"]
+    evaluation(*ask, "--max_turn_tokens", "1")
+    assert capsys.readouterr().out.endswith("answer   none: it ended at --max_turn_tokens 1\n")
+
+
 def test_ask_needs_nothing_but_the_repository(work, capsys, monkeypatch):
     """--ask trains nothing, and takes --corpus without --data."""
     monkeypatch.setattr(build, "run_stage", None)

@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node 2 benchmarks/tiny_base.py --output DIR
 
-It plays Qwen2.5: it can read, and is a poor searcher. It learns from recitals, drills,
-demonstrations and pages, with the loss on what a model would write itself. The shipped one was made
-by two processes of one thread each. It is a small Qwen3 whose matrices learn with Muon and all else
-with AdamW, in half the steps of AdamW alone.
+The base plays the part that Qwen2.5 plays in the paper: it can read, and it is a poor searcher. It
+learns from four kinds of text (recitals, drills, demonstrations and pages), with the loss on what a
+model would write itself. The shipped model was made by two processes of one thread each. It is a
+small Qwen3. Its matrices learn with Muon and all else with AdamW, which takes half the steps of
+AdamW alone.
 """
 
 import sys
@@ -15,6 +16,7 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
+import bm25s
 import torch
 from accelerate import Accelerator
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
@@ -25,97 +27,134 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minizs import protocol, require, sft
-from minizs.engines.bm25 import BM25
+from minizs.engines.bm25 import BM25, WORDS
 from minizs.models import loading
 from minizs.runs import run_folder
 from minizs.runs.flags import option, parse, run_script, save_settings, set_threads
 from minizs.sft import Segment
 from minizs.trajectory import SearchRequest
-from minizs.world.facts import RELATIONS, TWO_HOP, Question, World, names, read_fact
-from minizs.world.searchers import write_query
+from minizs.world.facts import RELATIONS, TWO_HOP, Fact, Question, World, names, read_fact
+from minizs.world.searchers import good_query, write_query
 
 PROMPT = "Question: {question}"
 SIMULATOR_PROMPT = (
     "Query: {query} Question: {question} Answer: {answers} Write {quality} documents:"
 )
+# What the searcher thinks before it searches, before it guesses, and after a useless reply.
 SEARCH, GUESS, RETRY = "I should look this up", "I know this", "that does not help"
+SPLIT = pre_tokenizers.BertPreTokenizer()  # into words and punctuation marks
 
+# A search: query, question and the share of noisy replies give up to three documents.
 Search = Callable[[str, Question, float], list[str]]
-Fact = tuple[str, str, str]  # subject, relation, object
+
+# How sloppy the searcher of the demonstrations is.
+SEARCHES = 0.62  # the share of trajectories that search at all
+GOOD_QUERY = 0.5
+EMPTY_REPLY = 0.02
+NOISY_REPLY = 0.35
+READS_RIGHT = 0.88  # where the fact was found
+TRIES_AGAIN = 0.35  # where it was not
+GOES_ON = 0.38  # to the second hop of a question that has one
+STOPS_AT_FIRST_HOP = 0.6  # of the others: answers with what it read, or else guesses
+ANSWERS_CLEANLY = 0.4  # or else with one word of several, or a sentence around it
 
 
 def think(thought: str, tag: str, content: str) -> Segment:
+    """A turn of a searcher, which the loss is on."""
     return f"<think> {thought} </think> <{tag}> {content} </{tag}>", True
 
 
 def block(documents: list[str]) -> tuple[Segment, list[Fact]]:
-    """What a searcher is shown of these documents, and the facts in it."""
+    """What a searcher reads of these documents, and the facts in it."""
     text = protocol.wrap_documents(protocol.number_documents(documents))
-    return (text, False), [fact for fact in map(read_fact, documents) if fact]
+    facts = [fact for fact in map(read_fact, documents) if fact]
+    return (text, False), facts
 
 
 def demonstration(world: World, question: Question, search: Search, rng: Random) -> list[Segment]:
     """A trajectory of at most six turns, of a searcher who is sloppy at each decision."""
     segments: list[Segment] = [(protocol.build_prompt(question.text, PROMPT), False)]
-    kind = RELATIONS[question.path[-1][1]].object
-    if rng.random() > 0.62:  # no search at all
-        return segments + [think(GUESS, "answer", world.draw(kind, rng))]
-    thought, step, subject = SEARCH, 0, question.path[0][0]
+    answer_kind = RELATIONS[question.path[-1][1]].object
+    if rng.random() > SEARCHES:
+        return [*segments, think(GUESS, "answer", world.draw(answer_kind, rng))]
+    thought = SEARCH
+    step = 0
+    subject = question.path[0][0]
     for _ in range(5):
         goal = (subject, question.path[step][1])
-        relation = RELATIONS[goal[1]]
-        query = write_query(world, goal, question, rng.random() >= 0.5, rng)
-        documents = search(query, question, 0.35) if rng.random() > 0.02 else []
-        shown, facts = block(documents)
-        segments += [think(thought, "search", query), shown]
-        found = {f[2] for f in facts if f[:2] == goal}
-        if found and rng.random() < 0.88:
-            believed = found.pop()
-        elif not found and rng.random() < 0.35:
+        query = write_query(world, goal, question, rng.random() >= GOOD_QUERY, rng)
+        documents = search(query, question, NOISY_REPLY) if rng.random() > EMPTY_REPLY else []
+        text, facts = block(documents)
+        segments += [think(thought, "search", query), text]
+        belief = read_sloppily(world, goal, facts, rng)
+        if belief is None:
             thought = RETRY
             continue
-        else:
-            # A bad reader takes something of the right kind from another fact, or from nowhere.
-            wrong = [
-                o for _, r, o in facts if RELATIONS[r].object == relation.object and o not in found
-            ]
-            believed = rng.choice(wrong) if wrong else world.draw(relation.object, rng)
-        thought = relation.wordings[0].format(s=subject, o=believed)
+        thought = RELATIONS[goal[1]].wordings[0].format(s=subject, o=belief)
         if step == len(question.path) - 1:
-            if rng.random() >= 0.4:  # one word of several, or a sentence around it
-                words = believed.split()
-                believed = words[-1] if words[1:] else f"it must be {believed}"
-            return segments + [think(thought, "answer", believed)]
-        if rng.random() > 0.38:  # no second hop, but the first one's answer or a guess
-            guess = believed if rng.random() < 0.6 else world.draw(kind, rng)
-            return segments + [think(thought, "answer", guess)]
-        step, subject = step + 1, believed
-    return segments + [think(thought, "answer", world.draw(kind, rng))]
+            return [*segments, think(thought, "answer", answer_sloppily(belief, rng))]
+        if rng.random() > GOES_ON:
+            if rng.random() >= STOPS_AT_FIRST_HOP:
+                belief = world.draw(answer_kind, rng)
+            return [*segments, think(thought, "answer", belief)]
+        step += 1
+        subject = belief
+    return [*segments, think(thought, "answer", world.draw(answer_kind, rng))]
+
+
+def read_sloppily(
+    world: World, goal: tuple[str, str], facts: list[Fact], rng: Random
+) -> str | None:
+    """What the searcher takes for the object of the fact `goal`, a (subject, relation) pair; None
+    where it sees that the documents do not help. A bad reader takes something of the right kind
+    from another fact, or from nowhere."""
+    right = {fact.object for fact in facts if (fact.subject, fact.relation) == goal}
+    if right and rng.random() < READS_RIGHT:
+        return right.pop()
+    if not right and rng.random() < TRIES_AGAIN:
+        return None
+    kind = RELATIONS[goal[1]].object
+    wrong = [
+        fact.object
+        for fact in facts
+        if RELATIONS[fact.relation].object == kind and fact.object not in right
+    ]
+    return rng.choice(wrong) if wrong else world.draw(kind, rng)
+
+
+def answer_sloppily(belief: str, rng: Random) -> str:
+    """The answer as it should be, or one word of several, or a sentence around it."""
+    if rng.random() < ANSWERS_CLEANLY:
+        return belief
+    words = belief.split()
+    return words[-1] if len(words) > 1 else f"it must be {belief}"
 
 
 def drill(world: World, question: Question, search: Search, rng: Random) -> list[Segment]:
     """Many look-ups in one block of documents, a sixth of them for a fact that is not there.
 
-    Reading is the hard skill, and recitals are where it begins.
+    Reading is the hard skill. Recitals are where it begins, and drills where it is learned.
     """
     subject, relation = rng.choice(question.path)
-    documents = search(RELATIONS[relation].query.format(s=subject), question, 0.1)
+    documents = search(good_query(subject, relation), question, 0.1)
     documents = documents + rng.sample(world.documents, rng.randint(0, 3))
     rng.shuffle(documents)
-    shown, facts = block(documents)
-    segments, stated = [shown], {f[:2] for f in facts}
-    for subject, relation, obj in rng.sample(facts, len(facts)):
-        form = RELATIONS[relation]
-        thought = form.wordings[0].format(s=subject, o=obj)
+    text, facts = block(documents)
+    stated = {(fact.subject, fact.relation) for fact in facts}
+    segments = [text]
+    for fact in rng.sample(facts, len(facts)):
+        form = RELATIONS[fact.relation]
+        thought = form.wordings[0].format(s=fact.subject, o=fact.object)
         if rng.random() < 1 / 6:
-            others = [
+            missing = [
                 other
                 for name, other in RELATIONS.items()
-                if other.subject == form.subject and (subject, name) not in stated
+                if other.subject == form.subject and (fact.subject, name) not in stated
             ]
-            if others:  # the same subject, another of its relations
-                form, thought = rng.choice(others), RETRY
-        query = form.query.format(s=subject)
+            if missing:  # the same subject, another of its relations
+                form = rng.choice(missing)
+                thought = RETRY
+        query = form.query.format(s=fact.subject)
         segments += [(f"<search> {query} </search>", True), (f"<think> {thought} </think>", True)]
     return segments
 
@@ -123,8 +162,9 @@ def drill(world: World, question: Question, search: Search, rng: Random) -> list
 def recital(world: World, size: int, rng: Random) -> list[Segment]:
     """Random documents, then the same in another order: the plainest exercise in copying."""
     documents = rng.sample(world.documents, size)
-    again = [(f"<think> {text} </think>", True) for text in rng.sample(documents, size)]
-    return [block(documents)[0], *again]
+    text, _ = block(documents)
+    copies = [(f"<think> {copy} </think>", True) for copy in rng.sample(documents, size)]
+    return [text, *copies]
 
 
 def page(world: World, question: Question, search: Search, rng: Random) -> list[Segment]:
@@ -143,14 +183,21 @@ def page(world: World, question: Question, search: Search, rng: Random) -> list[
 
 
 def searcher(world: World, rng: Random) -> Search:
-    """BM25 over this world that gives three documents, noisy ones as often as it is told."""
-    engine = BM25(world.documents, top_k=8)
+    """BM25 over this world that gives three documents, noisy ones as often as it is told.
+
+    The index is asked itself: `BM25.search` leaves out documents that share no word with the query,
+    and the shipped model has read such documents where there was nothing better.
+    """
+    engine = BM25(world.documents)
 
     def search(query: str, question: Question, noise: float) -> list[str]:
         request = SearchRequest(query, question.text)
-        [ranked] = engine.search([request])
-        noisy = rng.random() < noise
-        return [text for text in ranked if not (noisy and world.judge(text, request))][:3]
+        words = bm25s.tokenize([query.lower()], return_ids=False, **WORDS)
+        results = engine.index.retrieve(words, world.documents, k=8, show_progress=False)
+        documents = [str(document) for document in results.documents[0]]
+        if rng.random() < noise:
+            documents = [text for text in documents if not world.judge(text, request)]
+        return documents[:3]
 
     return search
 
@@ -174,29 +221,41 @@ def stream(seed: int, progress: Callable[[], float]) -> Iterator[tuple[list[Segm
         for question in world.questions()[:200]:
             [write] = rng.choices([recital, drill, demonstration, page], mixture(progress()))
             if write is recital:
-                yield recital(world, min(8, 2 + int(progress() * 60)), rng), False
+                size = min(8, 2 + int(progress() * 60))
+                yield recital(world, size, rng), False
             else:
                 yield write(world, question, search, rng), write is page
 
 
-def make_tokenizer():
-    """One token a word or tag, `Doc 1:` and its like too; saved in the Hugging Face format."""
-    pairs = ("think", "search", "information", "answer")
-    tags = [f"<{end}{name}>" for name in pairs for end in ("", "/")]
-    marks = [f"Doc {i}:" for i in range(1, 11)] + ["Query:", "Question:", "Answer:"]
-    texts = [w for r in RELATIONS.values() for w in (r.question, r.query, *r.wordings)]
-    texts += [PROMPT, SIMULATOR_PROMPT, protocol.INVALID_ACTION, SEARCH, GUESS, RETRY, "it must be"]
-    texts += ["useful noisy employer founder of ? . ,", *(text for *_, text in TWO_HOP)]
-    split = pre_tokenizers.BertPreTokenizer()
-    words = {w for text in texts for w, _ in split.pre_tokenize_str(text)}
-    words = sorted(words - set("{ } s o query question answers quality".split()))
-    words += [w for pool in names().values() for w in pool]
-    words += map(str, [*range(1, 32), *range(1900, 2000)])
-    words = dict.fromkeys(["<unk>", "<pad>", "<eos>", *words])
-    vocabulary = {word: i for i, word in enumerate(words)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = split
-    tokenizer.add_tokens([AddedToken(t, normalized=False, special=False) for t in tags + marks])
+def vocabulary() -> list[str]:
+    """Every word that a text of this world can have, in the order of the ids."""
+    texts = [PROMPT, SIMULATOR_PROMPT, protocol.INVALID_ACTION, SEARCH, GUESS, RETRY, "it must be"]
+    texts += ["useful noisy employer founder of ? . ,"]
+    texts += [text for *_, text in TWO_HOP]
+    for relation in RELATIONS.values():
+        texts += [relation.question, relation.query, *relation.wordings]
+    words = {word for text in texts for word, _ in SPLIT.pre_tokenize_str(text)}
+    words -= set("{ } s o query question answers quality".split())
+    ordered = ["<unk>", "<pad>", "<eos>", *sorted(words)]
+    for role_names in names().values():
+        ordered += role_names
+    ordered += map(str, [*range(1, 32), *range(1900, 2000)])  # of dates
+    return list(dict.fromkeys(ordered))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each word and each tag, and for `Doc 1:` and its like."""
+    tags = [
+        f"<{slash}{name}>"
+        for name in ("think", "search", "information", "answer")
+        for slash in ("", "/")
+    ]
+    marks = [f"Doc {number}:" for number in range(1, 11)] + ["Query:", "Question:", "Answer:"]
+    ids = {word: index for index, word in enumerate(vocabulary())}
+    tokenizer = Tokenizer(WordLevel(ids, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = SPLIT
+    added = [AddedToken(text, normalized=False, special=False) for text in tags + marks]
+    tokenizer.add_tokens(added)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
     )
@@ -247,42 +306,53 @@ def make_model(tokenizer, hidden: int, layers: int, seed: int):
     return model
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = parse(PretrainConfig, argv)
-    require(config.hidden % 8 == 0, "--hidden must be a multiple of 8.")
-    folder = Path(config.output)
-    ours = config.overwrite and (folder / "simulator_prompt.txt").is_file()  # as it was left
-    require(
-        ours or not folder.exists() or not any(folder.iterdir()),
-        f"{folder} is not empty; choose another --output, or --overwrite a base model.",
-    )
-    set_threads(config.threads)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, config.hidden, config.layers, config.seed)
-    trained = accelerator.prepare(sft.Supervised(model))
-    is_matrix = {w: w.ndim == 2 and "embed" not in name for name, w in model.named_parameters()}
-    muon = torch.optim.Muon([w for w in is_matrix if is_matrix[w]], weight_decay=0.0)
-    adam = torch.optim.AdamW(
-        [w for w in is_matrix if not is_matrix[w]], weight_decay=0.0, betas=(0.9, 0.95)
-    )
-    rank, progress = accelerator.process_index, 0.0
+def make_optimizers(model, lr: float) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices and AdamW for the embeddings and norms, each with its peak rate."""
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        is_matrix = weight.ndim == 2 and "embed" not in name
+        (matrices if is_matrix else others).append(weight)
+    muon = torch.optim.Muon(matrices, weight_decay=0.0)
+    adam = torch.optim.AdamW(others, weight_decay=0.0, betas=(0.9, 0.95))
+    return [(muon, lr), (adam, lr / 4)]
+
+
+class Progress:
+    """The share of the training that is done, which decides what texts are written next."""
+
+    def __init__(self) -> None:
+        self.share = 0.0
+
+    def __call__(self) -> float:
+        return self.share
+
+
+def make_batches(
+    config: PretrainConfig, tokenizer, rank: int, progress: Progress
+) -> Iterator[list]:
+    """Endless batches for one process; each process has texts of its own."""
     rng = Random(f"pretrain {config.seed} {rank}")
-    drawn = stream(config.seed * 1000 + rank, lambda: progress)
-    texts = (sft.encode(tokenizer, segments, end) for segments, end in drawn)
-    batches = sft.batches(texts, config.batch_tokens, rng, pool=256)
-    if rank == 0:
-        run_folder.begin(folder, overwrite=config.overwrite)
-        save_settings(config, folder / "config.yaml")
+    texts = stream(config.seed * 1000 + rank, progress)
+    encoded = (sft.encode(tokenizer, segments, end) for segments, end in texts)
+    return sft.batches(encoded, config.batch_tokens, rng, pool=256)
+
+
+def train(config: PretrainConfig, accelerator: Accelerator, model, tokenizer, folder: Path) -> None:
+    """All steps; the model is saved after every 500 of them and after the last."""
+    rank = accelerator.process_index
+    supervised = accelerator.prepare(sft.Supervised(model))
+    optimizers = make_optimizers(model, config.lr)
+    progress = Progress()
+    batches = make_batches(config, tokenizer, rank, progress)
     steps = tqdm(range(1, config.steps + 1), disable=rank > 0, dynamic_ncols=True, mininterval=2)
     for step in steps:
-        progress = step / config.steps
-        loss, count = trained(*sft.collate(next(batches), accelerator.device))
+        progress.share = step / config.steps
+        loss, count = supervised(*sft.collate(next(batches), accelerator.device))
         accelerator.backward(loss / count)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        share = min(1.0, step / 30, (1.02 - progress) / 0.6)
-        for optimizer, peak in ((muon, config.lr), (adam, config.lr / 4)):
-            optimizer.param_groups[0]["lr"] = peak * share
+        for optimizer, peak in optimizers:
+            rise, fall = step / 30, (1.02 - progress.share) / 0.6
+            optimizer.param_groups[0]["lr"] = peak * min(1.0, rise, fall)
             optimizer.step()
             optimizer.zero_grad()
         steps.set_postfix(loss=f"{(loss / count).item():.3f}", refresh=False)
@@ -291,6 +361,32 @@ def main(argv: list[str] | None = None) -> None:
                 model, tokenizer, folder, prompt=PROMPT, simulator_prompt=SIMULATOR_PROMPT
             )
     accelerator.wait_for_everyone()
+
+
+def check_output(config: PretrainConfig) -> None:
+    """Raise UserError for an output in which something else than a base model would be lost."""
+    folder = Path(config.output)
+    is_empty = not folder.exists() or not any(folder.iterdir())
+    is_base = (folder / "simulator_prompt.txt").is_file()
+    require(
+        is_empty or (is_base and config.overwrite),
+        f"{folder} is not empty; choose another --output, or --overwrite a base model.",
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(PretrainConfig, argv)
+    require(config.hidden % 8 == 0, "--hidden must be a multiple of 8.")
+    check_output(config)
+    set_threads(config.threads)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    tokenizer = make_tokenizer()
+    model = make_model(tokenizer, config.hidden, config.layers, config.seed)
+    folder = Path(config.output)
+    if accelerator.is_main_process:
+        run_folder.begin(folder, overwrite=config.overwrite)
+        save_settings(config, folder / "config.yaml")
+    train(config, accelerator, model, tokenizer, folder)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Each contender (`Side`) lives in a process of its own with its own copy of the model, so that
 neither its memory nor what it has warmed up touches the other's. While one works the others wait.
-Peak memory is the highest resident size during a call (on a GPU: the most that PyTorch had
-allocated) above that of the process once its modules and models were loaded. It is read from
-/proc: on other systems than Linux, only a GPU's is known.
+Peak memory is the highest resident size during a call above the size that the process had once its
+modules and models were loaded. On a GPU it is what PyTorch had allocated. The resident size is read
+from /proc, so on other systems than Linux only a GPU's memory is known.
 """
 
 import ctypes
@@ -40,8 +40,11 @@ class Run:
 
 
 class Side:
-    """A contender in a process of its own. There, `make(*settings)` is called once; it loads what
-    is needed and returns the function that is measured. Both have to be found by their names."""
+    """A contender in a process of its own.
+
+    There, `make(*settings)` is called once: it loads what is needed and returns the function that
+    is measured. Both have to stand at the top of a module, so that the process finds them by name.
+    """
 
     def __init__(self, make: Callable, *settings, threads: int) -> None:
         self.pool = ProcessPoolExecutor(
@@ -98,7 +101,9 @@ def _measure(arguments: tuple) -> Run:
     start = time.perf_counter()
     value = _work(*arguments)
     synchronize()
-    return Run(value, time.perf_counter() - start, max(0, _memory("VmHWM") - _at_start))
+    seconds = time.perf_counter() - start
+    peak = _memory("VmHWM") - _at_start
+    return Run(value, seconds, max(0, peak))
 
 
 def _forget() -> None:
@@ -114,10 +119,14 @@ def _forget() -> None:
 def _memory(name: str) -> int:
     """Bytes in use (VmRSS), or at most since the last `_forget` (VmHWM)."""
     if torch.cuda.is_available():
-        peak = name == "VmHWM"
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    lines = STATUS.read_text(encoding="utf-8").splitlines() if STATUS.exists() else []
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+        if name == "VmHWM":
+            return torch.cuda.max_memory_allocated()
+        return torch.cuda.memory_allocated()
+    if STATUS.exists():
+        for line in STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith(name):
+                return 1024 * int(line.split()[1])
+    return 0  # not known on this system
 
 
 def synchronize() -> None:
@@ -127,8 +136,10 @@ def synchronize() -> None:
 
 
 def take_turns(sides: dict[str, Side], repeats: int, *arguments) -> dict[str, list[Run]]:
-    """A B A B: every side is called `repeats` times by turns, after a call each to warm up. The
-    last argument is the repeat's number, a seed."""
+    """Call every side `repeats` times, by turns (A B A B), after one call each to warm up.
+
+    The last argument of a call is its number, which serves as a seed.
+    """
     runs: dict[str, list[Run]] = {name: [] for name in sides}
     for repeat in range(repeats + 1):
         for name, side in sides.items():

@@ -3,14 +3,16 @@
     python benchmarks/memory.py [--shapes 1.5B 3B 7B] [--tokens 2048] [--layers 1 3]
     python benchmarks/memory.py --shapes 1.5B --layers 20 28 --checkpointing yes    # 16 GB
 
-A random model with a Qwen2.5's widths and vocabulary, but few layers, scores one micro-batch, half
-of whose tokens are in the loss, in bfloat16 under autocast over float32 weights, as a run on a GPU
-does; with `--gradient_checkpointing` and without. Layers are alike, so what one more layer adds,
-measured, times the layers of the real shape, and what is there without layers give its activations.
-They hold the bfloat16 copies of weights that autocast makes. With checkpointing the peak of few
-layers is the head's, that of many the forward pass's, with all of those copies: a line through two
-small models misses it, so measure nearly the whole one. Peaks are the resident size of the process,
-on a GPU what PyTorch allocated.
+A random model with the widths and the vocabulary of a Qwen2.5 scores one micro-batch. Half of its
+tokens are in the loss. It computes in bfloat16 under autocast over float32 weights, as a run on a
+GPU does.
+
+Layers are alike. So two models with few layers are measured, and a straight line through both
+gives the activations of the real depth. They hold the bfloat16 copies of weights that autocast
+makes. With `--gradient_checkpointing` the line misses: the peak of few layers is the head's, and
+that of many layers is the forward pass's. Then measure nearly the whole model.
+
+A peak is the resident size of the process, on a GPU what PyTorch allocated.
 """
 
 import argparse
@@ -69,14 +71,47 @@ def make(shape: str, layers: int, checkpointing: bool, vocab: int):
     return work
 
 
+def peak(shape: str, layers: int, checkpointing: bool, args: argparse.Namespace) -> float:
+    """The peak of a model with so many layers, in GB, in a process of its own."""
+    side = measure.Side(make, shape, layers, checkpointing, args.vocab, threads=args.threads)
+    with measure.together({"": side}):
+        side(min(64, args.tokens), 0)  # to warm up
+        return side(args.tokens, 1).peak / 1e9
+
+
+def print_row(shape: str, checkpointing: str, args: argparse.Namespace) -> None:
+    """Measure two depths, and print the line through both at the shape's real depth."""
+    few, many = args.layers
+    peak_of_few = peak(shape, few, checkpointing == "yes", args)
+    peak_of_many = peak(shape, many, checkpointing == "yes", args)
+    layer = (peak_of_many - peak_of_few) / (many - few)
+    rest = peak_of_few - few * layer
+    real_layers = SHAPES[shape][0]
+    whole = rest + real_layers * layer
+    print(
+        f"| {shape} | {checkpointing} | {layer:.3f} | {rest:.2f} | {whole:.1f} |",
+        flush=True,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["1.5B", "3B", "7B"], choices=SHAPES)
+    parser.add_argument(
+        "--shapes", nargs="+", default=["1.5B", "3B", "7B"], choices=SHAPES, help="sizes of models"
+    )
     parser.add_argument("--tokens", type=int, default=2048, help="positions of a micro-batch")
-    parser.add_argument("--layers", type=int, nargs=2, default=[1, 3], help="of what is measured")
-    parser.add_argument("--checkpointing", nargs="+", choices=("no", "yes"), default=["no"])
-    parser.add_argument("--vocab", type=int, default=152_064)
-    parser.add_argument("--threads", type=int, default=measure.cores())
+    parser.add_argument(
+        "--layers", type=int, nargs=2, default=[1, 3], help="the two depths that are measured"
+    )
+    parser.add_argument(
+        "--checkpointing",
+        nargs="+",
+        choices=("no", "yes"),
+        default=["no"],
+        help="whether activations are computed twice instead of being kept",
+    )
+    parser.add_argument("--vocab", type=int, default=152_064, help="rows of the embedding")
+    parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads")
     args = parser.parse_args(argv)
     print(measure.machine(args.threads))
     print(f"A micro-batch of {args.tokens} positions; GB\n")
@@ -84,22 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     print("|---|---|---|---|---|")
     for shape in args.shapes:
         for checkpointing in args.checkpointing:
-            peaks = []
-            for layers in args.layers:
-                side = measure.Side(
-                    make, shape, layers, checkpointing == "yes", args.vocab, threads=args.threads
-                )
-                with measure.together({"": side}):
-                    side(min(64, args.tokens), 0)  # to warm up
-                    peaks.append(side(args.tokens, 1).peak / 1e9)
-            few, more = args.layers
-            layer = (peaks[1] - peaks[0]) / (more - few)
-            rest = peaks[0] - few * layer
-            print(
-                f"| {shape} | {checkpointing} | {layer:.3f} | {rest:.2f} | "
-                f"{rest + SHAPES[shape][0] * layer:.1f} |",
-                flush=True,
-            )
+            print_row(shape, checkpointing, args)
 
 
 if __name__ == "__main__":

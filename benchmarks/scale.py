@@ -2,14 +2,14 @@
 
     python benchmarks/scale.py [--only batch response turns model processes] [--repeats 2]
 
-All but `processes`: a random Qwen3 writes a given number of tokens in every turn of every row (with
-`Decoder`), 64 tokens of documents follow each turn but the last, and one GRPO update with a
-reference is made of these trajectories. One thing at a time differs from the base (the model in
-its width): 64 rows in groups of 8 with prompts of 64 tokens, 2 turns of 32 tokens, 3 layers x 128.
+`batch`, `response`, `turns` and `model` change one thing of a base point: 64 rows in groups of 8,
+prompts of 64 tokens, 2 turns of 32 tokens, a random Qwen3 of 3 layers of width 128. In each turn
+every row writes exactly so many tokens with `Decoder`, and 64 tokens of documents follow each turn
+but the last. These trajectories make one GRPO update with a reference.
 
-`processes`: the rollout phase of training, policy and simulator, in one process and in two that
-share the questions as `train_policy.py` shares them, one thread each; then with four times the
-questions.
+`processes` is the rollout phase of training, with policy and simulator, one thread for each
+process. One process and two play the same questions, which two share as those of `train_policy.py`
+do; then four times as many questions.
 """
 
 import argparse
@@ -36,11 +36,23 @@ from minizs.models import loading
 from minizs.runs import build, data
 from minizs.trajectory import Example, Trajectory
 
-GROUP = 8  # trajectories of a question
+GROUP = 8  # rows that share a prompt
 PROMPT = 64  # tokens
-DOCUMENTS = 64  # tokens that follow each turn but the last
+DOCUMENTS = 64  # tokens between two turns
 VOCAB = 610
 LAYERS = 3
+HEADINGS = (
+    "what grows",
+    "rows",
+    "response",
+    "turns",
+    "width",
+    "tokens",
+    "rollout s",
+    "update s",
+    "µs a token",
+    "peak MB",
+)
 
 
 @dataclass(frozen=True)
@@ -57,13 +69,14 @@ GROWS = {"batch": "rows", "response": "response", "turns": "turns", "model": "wi
 
 
 def variants(base: Point, name: str, factors: list[int]) -> list[Point]:
-    """The points at which this thing is so many times the base's."""
+    """The base with one thing multiplied by each of the factors."""
     field = GROWS[name]
     return [replace(base, **{field: getattr(base, field) * factor}) for factor in factors]
 
 
 def make_step(width: int) -> Callable[[Point, int], dict[str, float]]:
-    """A function that does a step with a model of this width: seconds of its phases."""
+    """A function that does one step at a point, with a model of this width. It returns the seconds
+    of the two phases, and the tokens of the trajectories."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCAB,
@@ -125,7 +138,7 @@ def write(model, point: Point, seed: int) -> list[Trajectory]:
 
 
 def growth(name: str, points: list[Point], sides: dict[int, measure.Side], repeats: int) -> None:
-    """Measure these points by turns, on the side of their width, and print a line for each."""
+    """Measure these points by turns and print a line for each. `sides` has one for each width."""
     calls = {point: [] for point in points}
     for repeat in range(repeats + 1):
         for point, runs in calls.items():
@@ -144,7 +157,7 @@ def growth(name: str, points: list[Point], sides: dict[int, measure.Side], repea
 
 
 def together(sides: list[measure.Side], examples: list[Example], group: int, seed: int) -> float:
-    """Trajectories a second of so many processes that share these questions."""
+    """Trajectories a second of these processes, which share the questions."""
     start = time.perf_counter()
     shares = [examples[rank :: len(sides)] for rank in range(len(sides))]
     running = [side.start(share, group, seed) for side, share in zip(sides, shares, strict=True)]
@@ -175,38 +188,47 @@ def processes(policy: str, simulated: str, questions: int, group: int, repeats: 
         )
 
 
+def grow(args: argparse.Namespace, names: list[str]) -> None:
+    """Measure what grows, one thing after the other, and print a table."""
+    print(f"\n| {' | '.join(HEADINGS)} |\n{'|---' * len(HEADINGS)}|")
+    base = Point(args.rows, args.response)
+    points = {name: variants(base, name, args.factors) for name in names}
+    widths = {point.width for group in points.values() for point in group}
+    sides = {width: measure.Side(make_step, width, threads=args.threads) for width in widths}
+    with measure.together(sides):
+        for name in names:
+            growth(name, points[name], sides, args.repeats)
+
+
 def main(argv: list[str] | None = None) -> None:
     names = [*GROWS, "processes"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
-    parser.add_argument("--rows", type=int, default=64, help="of the base, 8 a group")
-    parser.add_argument("--response", type=int, default=32, help="of the base, tokens a turn")
-    parser.add_argument("--factors", type=int, nargs="+", default=[1, 2, 4])
-    parser.add_argument("--policy", default="tiny", help="of 'processes'")
-    parser.add_argument("--simulator", default="", help="empty: runs/simulator, made if missing")
-    parser.add_argument("--questions", type=int, default=16, help="of 'processes'")
-    parser.add_argument("--group", type=int, default=8, help="trajectories a question")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, default=names, help="what is measured, by default all"
+    )
+    parser.add_argument("--rows", type=int, default=64, help="rows of the base, in groups of 8")
+    parser.add_argument("--response", type=int, default=32, help="tokens of a turn of the base")
+    parser.add_argument(
+        "--factors", type=int, nargs="+", default=[1, 2, 4], help="multiples of the base"
+    )
+    parser.add_argument("--policy", default="tiny", help="the policy of 'processes'")
+    parser.add_argument(
+        "--simulator",
+        default="",
+        help="the simulator of 'processes', by default runs/simulator, made if it is missing",
+    )
+    parser.add_argument("--questions", type=int, default=16, help="the questions of 'processes'")
+    parser.add_argument("--group", type=int, default=8, help="trajectories for each question")
     parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads")
     parser.add_argument("--repeats", type=int, default=2, help="measurements of each point")
     args = parser.parse_args(argv)
     print(measure.machine(args.threads))
-    base = Point(args.rows, args.response)
-    chosen = [name for name in args.only if name in GROWS]
-    if chosen:
-        print(
-            "\n| what grows | rows | response | turns | width | tokens | rollout s "
-            "| update s | µs a token | peak MB |\n|---|---|---|---|---|---|---|---|---|---|---|"
-        )
-    points = {name: variants(base, name, args.factors) for name in chosen}
-    widths = {point.width for group in points.values() for point in group}
-    sides = {width: measure.Side(make_step, width, threads=args.threads) for width in widths}
-    with measure.together(sides):
-        for name in chosen:
-            growth(name, points[name], sides, args.repeats)
+    growing = [name for name in args.only if name in GROWS]
+    if growing:
+        grow(args, growing)
     if "processes" in args.only:
-        processes(
-            args.policy, simulator_folder(args.simulator), args.questions, args.group, args.repeats
-        )
+        simulated = simulator_folder(args.simulator)
+        processes(args.policy, simulated, args.questions, args.group, args.repeats)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def lines(out: str) -> list[list[str]]:
 
 
 def test_sides_take_turns_and_warm_up():
-    """Guards a contender that is measured while the machine is busy with another thing."""
+    """Every side is called by turns, and its first call, which warms it up, does not count."""
     order = []
 
     def side(name: str):
@@ -54,7 +54,7 @@ def hold(megabytes: int):
 
 @pytest.mark.slow
 def test_peak_memory_is_above_the_start_and_forgotten():
-    """Guards memory of imports, models or earlier calls that is taken for that of a call."""
+    """A peak leaves out what imports, models and earlier calls took."""
     sides = {"a": measure.Side(hold, 200, threads=1)}
     with measure.together(sides):
         much = measure.take_turns(sides, 1, 100)["a"]
@@ -64,7 +64,7 @@ def test_peak_memory_is_above_the_start_and_forgotten():
 
 
 def test_tokens_of_a_group_count_its_prompt_once():
-    """Guards a ratio of positions to tokens that looks better than it is."""
+    """The trajectories of a group share one prompt, which counts as tokens once."""
     rows = [trajectory(10, 3), trajectory(10, 4, 5, 6), trajectory(7, 1), trajectory(7, 2)]
     assert rollout.tokens(rows, 2) == 10 + 3 + 15 + 7 + 1 + 2
     assert rollout.report(rows, 2, 38, 57)["fed"] == 1.0
@@ -72,7 +72,7 @@ def test_tokens_of_a_group_count_its_prompt_once():
 
 
 def test_positions_are_counted_with_padding():
-    """Guards padding that is computed but not reported."""
+    """Positions are counted with the padding that a forward pass computes."""
     model = make_model()
     positions = rollout.Positions(model)
     model(torch.ones(3, 5, dtype=torch.long))
@@ -82,7 +82,7 @@ def test_positions_are_counted_with_padding():
 
 @pytest.mark.parametrize("stops", [[], [1, 7, 50]])
 def test_the_plain_way_cuts_rows_after_what_stops_them(stops):
-    """Guards tokens after a row's end, or before its text, that count as its own."""
+    """A row ends with what stops it, and holds neither its text nor padding."""
     texts = [[5, 6, 7], [8] * 9, [9]]
     torch.manual_seed(0)
     written = rollout.write(make_model(), texts, 12, 1.0, stops or [97])
@@ -93,7 +93,7 @@ def test_the_plain_way_cuts_rows_after_what_stops_them(stops):
 
 
 def test_workloads_have_the_lengths_they_promise():
-    """Guards a workload that is easier than its name says."""
+    """Each kind has as many rows as it says, of the lengths that its name promises."""
     turns = [([5] * 9, 3), ([6] * 20, 8)]
     for kind in generate.KINDS:
         load = generate.workload(kind, 16, turns, 10)
@@ -106,7 +106,7 @@ def test_workloads_have_the_lengths_they_promise():
 
 
 def test_turns_of_real_rollouts():
-    """Guards 'mixed' workloads that miss the documents, or later turns."""
+    """The turns of real rollouts hold documents, and later turns have longer prompts."""
     turns = generate.real_turns("tiny", 4, Limits(3, 20, 80, 200))
     assert len(turns) > 4 * generate.GROUP  # some trajectories have several
     assert all(before and 0 < count <= 20 for before, count in turns)
@@ -114,7 +114,7 @@ def test_turns_of_real_rollouts():
 
 
 def test_the_floor_of_a_workload():
-    """Guards a floor that misses what must be read or computed: by hand, for a tiny model."""
+    """The floor is what must be read, or computed, for a tiny model worked out by hand."""
     model = make_model(num_hidden_layers=1)  # hidden 32, 4 heads of 8, 2 of them with keys
     load = generate.Workload([[1, 2, 3], [1, 2, 3], [4, 5]], [3, 1, 2])
     body = sum(p.numel() for p in model.model.layers[0].parameters()) + 32
@@ -127,7 +127,7 @@ def test_the_floor_of_a_workload():
 
 
 def test_a_point_has_the_lengths_it_promises():
-    """Guards growth that is measured against the wrong number of tokens."""
+    """The trajectories of a point have its turns and lengths, and groups share a prompt."""
     point = scale.Point(rows=16, response=3, turns=2)
     rows = scale.write(make_model(max_position_embeddings=1024, vocab_size=scale.VOCAB), point, 0)
     mask = [0] * scale.PROMPT + [1] * 3 + [0] * scale.DOCUMENTS + [1] * 3
@@ -137,7 +137,7 @@ def test_a_point_has_the_lengths_it_promises():
 
 
 def test_our_tags_in_trls_words():
-    """Guards a TRL whose policy reads other documents than ours, or whose searches get lost."""
+    """TRL's policy reads documents in our words, and its searches are those in our tags."""
     from transformers import AutoTokenizer
 
     from minizs.models.loading import TINY_BASE
@@ -154,7 +154,7 @@ def test_our_tags_in_trls_words():
 
 
 def test_trl_is_named_where_it_is_missing(monkeypatch):
-    """Guards a traceback where one sentence helps."""
+    """Where TRL is not installed, one sentence says what to install."""
     monkeypatch.setattr(step, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="requirements-bench"):
         step.main(["--policy", "tiny"])
@@ -162,6 +162,7 @@ def test_trl_is_named_where_it_is_missing(monkeypatch):
 
 @pytest.mark.slow
 def test_generate_runs(capsys):
+    """A row of the table for each workload and each side."""
     generate.main([*ONE, "--batch", "8", "--new", "3", "--questions", "2"])
     rows = lines(capsys.readouterr().out)
     assert [row[:3] for row in rows] == [
@@ -171,6 +172,7 @@ def test_generate_runs(capsys):
 
 @pytest.mark.slow
 def test_rollout_runs(capsys):
+    """A row for each side, which computes the fewer positions the cleverer it is."""
     rollout.main([*ONE, "--policy", "tiny", "--simulator", "tiny", "--questions", "2"])
     out = capsys.readouterr().out
     assert [row[0] for row in lines(out)] == ["minizs", "plain", "active"]
@@ -181,6 +183,7 @@ def test_rollout_runs(capsys):
 
 @pytest.mark.slow
 def test_logprobs_runs_and_both_sides_agree(capsys):
+    """Both sides compute the same loss and the same gradient norm."""
     logprobs.main([*ONE, "--vocab", "100", "300", "--batch", "2", "--length", "130"])
     rows = lines(capsys.readouterr().out)
     assert [row[:2] for row in rows] == [[v, s] for v in ("100", "300") for s in ("minizs", "full")]
@@ -190,6 +193,7 @@ def test_logprobs_runs_and_both_sides_agree(capsys):
 
 @pytest.mark.slow
 def test_memory_runs(capsys):
+    """With checkpointing a layer more takes less memory."""
     memory.main(
         [
             "--shapes",
@@ -212,6 +216,7 @@ def test_memory_runs(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("side", ["minizs", "trl"])
 def test_step_runs(capsys, side):
+    """The phases of a step add up to the whole, for each task and side."""
     if side == "trl" and importlib.util.find_spec("trl") is None:
         pytest.skip("TRL is not installed")
     sides = ["minizs"] if side == "minizs" else ["minizs", "trl"]
@@ -243,6 +248,7 @@ def test_step_runs(capsys, side):
 
 @pytest.mark.slow
 def test_scale_runs(capsys):
+    """A row for each point of what grows, and for one process and two."""
     scale.main(
         [
             *ONE,

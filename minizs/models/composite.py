@@ -36,9 +36,22 @@ def load_language_model(folder: str, **options) -> tuple[PreTrainedModel, list[s
         output_loading_info=True,
         **options,
     )
+    if "gguf_file" in options:
+        forget_quantisation(model)
     if is_composite:
         model = language_model_of(model)
     return model, sorted(info["missing_keys"])
+
+
+def forget_quantisation(model: PreTrainedModel) -> None:
+    """The weights of a GGUF file are ordinary ones once they are loaded. But `transformers` marks
+    the model as quantised, and refuses to save such a model."""
+    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    for name in ("is_quantized", "quantization_method"):
+        if hasattr(model, name):
+            setattr(model, name, None)
 
 
 def file_option(options: dict) -> dict:

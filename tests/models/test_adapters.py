@@ -44,7 +44,7 @@ def adapter(folder) -> bytes:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_starts_as_nothing_and_alone_is_trained(family, dtype):
-    """Guards a policy that is another one at once, weights that move with it, steps in bfloat16."""
+    """A new LoRA changes no logit, is float32, and alone learns."""
     model, before = make_model(family, dtype), make_model(family, dtype)
     lora.add_lora(model, 3, seed=1)
     assert torch.equal(logits(model), logits(before))
@@ -62,7 +62,7 @@ def test_it_starts_as_nothing_and_alone_is_trained(family, dtype):
 
 
 def test_switched_off_it_is_the_base():
-    """Guards a reference that is the policy itself, and a policy that stays switched off."""
+    """Inside `lora_off` the logits are the base model's, and afterwards the policy's again."""
     model = make_model()
     base = logits(model)
     lora.add_lora(model, 2)
@@ -78,7 +78,7 @@ def test_switched_off_it_is_the_base():
 
 
 def test_a_run_from_end_to_end(work, trained):
-    """Guards D-list of LoRA: base weights that move, a KL to itself, an adapter nobody can load."""
+    """The base stays, the KL is to it, and the saved LoRA gives the trained policy's logits."""
     policy(*FLAGS, "--output", "run", "--save_every", "2", "--eval_every", "4")
     rows = metrics(work / "run")
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 1e-4
@@ -98,7 +98,7 @@ def test_a_run_from_end_to_end(work, trained):
 
 
 def test_merged_it_is_a_plain_model_of_equal_logits(work, trained):
-    """Guards a merge into other weights, or one that others cannot load without peft."""
+    """A merged policy is a plain model with the same logits, which `transformers` loads."""
     policy(*FLAGS, "--merge", "True", "--output", "run")
     folder = work / "run" / "policy"
     assert not (folder / "adapter_config.json").exists()
@@ -113,7 +113,7 @@ def test_merged_it_is_a_plain_model_of_equal_logits(work, trained):
 
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
 def test_an_interrupted_run_ends_as_if_it_had_not_been(work, algorithm):
-    """Guards an addition, its optimiser or its critic that is drawn anew after a resume."""
+    """LoRA, optimiser and critic go on after a resume as if there had been no break."""
     flags = [*FLAGS, "--algorithm", algorithm, "--save_every", "2"]
     policy(*flags, "--output", "whole")
     shutil.copytree(work / "whole", work / "cut")
@@ -124,7 +124,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(work, algorithm):
 
 
 def test_in_bfloat16_small_steps_count(work, trained):
-    """Guards an addition in bfloat16, which a step of one in ten thousand does not change."""
+    """Over a base in bfloat16 the LoRA is float32, so that steps of 1e-4 change it."""
     policy(*FLAGS[:-2], "--dtype", "bfloat16", "--lr", "1e-4", "--algorithm", "ppo")
     [model] = trained
     base = [p for p in model.parameters() if not p.requires_grad]

@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def test_what_is_saved_is_loaded(folder):
-    """Guards weights, tokenizer or wording that differ after a run from what was trained."""
+    """Weights, tokenizer and wording come back as they were, in the number format asked for."""
     model, tokenizer = loading.load_model(str(folder))
     expected = make_model(vocab_size=len(tokenizer))
     assert not model.training and model.dtype == torch.float32
@@ -39,7 +39,7 @@ def test_what_is_saved_is_loaded(folder):
 
 
 def test_a_folder_without_a_wording_gets_the_papers(folder):
-    """Guards a crash on any model but the tiny one."""
+    """A model without a prompt of its own gets the paper's."""
     (folder / loading.PROMPT_FILE).unlink()
     assert loading.load_prompt(str(folder)) == PROMPT
 
@@ -52,7 +52,7 @@ def test_a_folder_without_a_wording_gets_the_papers(folder):
     ],
 )
 def test_an_incomplete_folder_is_refused(folder, missing, words):
-    """Guards an error from deep inside a library, after the minutes that came before it."""
+    """A folder without a configuration or a tokenizer is refused before anything is loaded."""
     for path in folder.glob(missing + "*"):
         path.unlink()
     for function in (loading.check_model, loading.load_model):
@@ -61,7 +61,7 @@ def test_an_incomplete_folder_is_refused(folder, missing, words):
 
 
 def test_names(folder):
-    """Guards a wrong path that is looked up on the hub, and a hub name that is taken for a path."""
+    """A hub name is left for later; what can only be a path has to be there."""
     loading.check_model("org/model")
     for name in ("./no", "/no/where", "a/b/c", ""):
         with pytest.raises(UserError, match="no model folder|config.json"):
@@ -71,7 +71,7 @@ def test_names(folder):
 
 
 def test_broken_and_unsupported_models_are_refused(folder):
-    """Guards a traceback for a truncated file, and families whose logits would be wrong."""
+    """A broken configuration is one sentence, and so is a family whose logits would be wrong."""
     (folder / "config.json").write_text(
         (folder / "config.json").read_text().replace("{", '{"logits_scaling": 8.0,', 1)
     )
@@ -85,7 +85,7 @@ def test_broken_and_unsupported_models_are_refused(folder):
 
 
 def test_truncated_weights_are_refused(folder):
-    """Guards a traceback for a file that was copied or downloaded in part."""
+    """Weights that were copied or downloaded in part are one sentence."""
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be loaded"):
@@ -93,14 +93,14 @@ def test_truncated_weights_are_refused(folder):
 
 
 def test_too_long_a_context_is_refused(folder):
-    """Guards a run that fails at its first long trajectory, hours in."""
+    """A context that is longer than the model's positions is refused at the start."""
     loading.check_model(str(folder), 256)
     with pytest.raises(UserError, match="256 positions"):
         loading.check_model(str(folder), 257)
 
 
 def test_sharded_weights_are_loaded(tmp_path):
-    """Guards the many files that any model of some size comes in, and one of them that is lost."""
+    """Weights in several files are read whole, and refused where one is lost."""
     tokenizer = make_tokenizer()
     model = make_model(vocab_size=len(tokenizer))
     model.save_pretrained(tmp_path, max_shard_size="10KB")
@@ -116,7 +116,7 @@ def test_sharded_weights_are_loaded(tmp_path):
 
 
 def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
-    """Guards LoRA folders, which hold no model, refused or loaded without their addition."""
+    """A LoRA's folder, which holds no model, gives its base model with the LoRA on it."""
     model, tokenizer = loading.load_model(str(folder))
     add_lora(model, rank=2)
     for name, weight in model.named_parameters():
@@ -134,7 +134,7 @@ def test_an_adapter_is_loaded_onto_its_base(folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["llama", "unheard_of"])
 def test_code_that_comes_with_a_model_never_runs(folder, kind, monkeypatch):
-    """Guards a model of strangers that does what it likes, or asks on the terminal whether it may.
+    """The code in a model's folder is not run, and nobody is asked whether it may be.
 
     A family that `transformers` knows is loaded without the code, any other is refused.
     """
@@ -160,7 +160,7 @@ def test_code_that_comes_with_a_model_never_runs(folder, kind, monkeypatch):
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
-    """Guards a traceback of forty lines for a wrong name or a missing network."""
+    """A wrong hub name and a missing network are one sentence."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="'org/no-model' cannot be loaded: .*connect") as error:
         loading.load_model("org/no-model")
@@ -168,7 +168,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
 
 
 def test_the_type_to_compute_in():
-    """Guards half precision on a CPU, and full precision on a GPU that nobody asked for."""
+    """ "auto" is bfloat16 on a GPU and float32 on a CPU; other names are what they say."""
     assert weights.named_dtype("auto", "cpu") == torch.float32
     assert weights.named_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
     assert weights.named_dtype("bfloat16", "cpu") == torch.bfloat16
@@ -176,7 +176,7 @@ def test_the_type_to_compute_in():
 
 
 def test_attention_is_chosen_by_what_there_is(monkeypatch):
-    """Guards a crash in the first forward, and a fast kernel that is left unused."""
+    """Flash attention is taken where it can run, and refused where it cannot and is asked for."""
     choose, half = loading.choose_attention, torch.bfloat16
     monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
     assert choose("auto", torch.device("cuda"), half) == "flash_attention_2"
@@ -192,7 +192,7 @@ def test_attention_is_chosen_by_what_there_is(monkeypatch):
 
 
 def test_attention_of_a_loaded_model_is_the_chosen_one(folder):
-    """Guards a choice that is logged and not made."""
+    """The model computes with the attention that was chosen."""
     assert loading.load_model(str(folder))[0].config._attn_implementation == "sdpa"
     assert (
         loading.load_model(str(folder), attention="eager")[0].config._attn_implementation == "eager"
@@ -200,7 +200,7 @@ def test_attention_of_a_loaded_model_is_the_chosen_one(folder):
 
 
 def test_a_pickle_is_never_opened(folder):
-    """Guards code that runs when weights are read: a folder with a .bin alone is refused."""
+    """No code runs when weights are read: a folder with a .bin alone is refused."""
     ran = folder / "ran"
 
     class Bomb:
@@ -219,7 +219,7 @@ def test_a_pickle_is_never_opened(folder):
 
 
 def test_weights_are_never_made_up(folder):
-    """Guards a layer at random, with a warning at most, where a file does not hold it."""
+    """A layer that the file lacks is named; `transformers` alone would draw it at random."""
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.1.mlp.down_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -228,14 +228,14 @@ def test_weights_are_never_made_up(folder):
 
 
 def test_another_models_tokenizer_is_refused(folder):
-    """Guards ids without a row in the embedding, which fail in the first forward that has one."""
+    """A tokenizer whose text can become an id without a row in the embedding is refused."""
     make_tokenizer(("<a>",)).save_pretrained(folder)
     with pytest.raises(UserError, match="has 102 embeddings, 103 tokens"):
         loading.load_model(str(folder))
 
 
 def test_a_prompt_without_a_question_is_refused(folder):
-    """Guards a policy that is never told what to answer."""
+    """A prompt without a place for the question is refused."""
     (folder / loading.PROMPT_FILE).write_text("Answer!")
     with pytest.raises(UserError, match="lacks the word {question}"):
         loading.load_prompt(str(folder))

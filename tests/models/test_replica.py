@@ -15,7 +15,7 @@ def spoil(model) -> None:
 
 
 def test_nothing_is_copied_where_nothing_differs():
-    """Guards twice the memory for a copy of equal weights."""
+    """A whole model in the format that is computed in generates itself, without a copy."""
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model(dtype=dtype)
         assert make_writer(model, dtype, "cpu")() is model
@@ -23,7 +23,7 @@ def test_nothing_is_copied_where_nothing_differs():
 
 @pytest.mark.parametrize("sharded, dtype", [(False, torch.bfloat16), (True, torch.float32)])
 def test_a_copy_follows_the_trained_weights(family, sharded, dtype):
-    """Guards rollouts with the weights of an earlier step, and a type that nobody asked for."""
+    """Each call brings the copy up to date with the trained weights."""
     model = make_model(family, tie_word_embeddings=True)
     writer = make_writer(model, dtype, "cpu", sharded)
     for _ in range(2):
@@ -43,7 +43,7 @@ def test_a_copy_follows_the_trained_weights(family, sharded, dtype):
 
 
 def test_the_copy_writes_what_the_model_would():
-    """Guards a copy in another mode, or one that a cast has broken."""
+    """The copy gives the model's own logits, in eval mode."""
     model = make_model(dtype=torch.float64)
     writer = make_writer(model, torch.float64, "cpu", sharded=True)
     for _ in range(2):

@@ -1,6 +1,6 @@
-"""The tests are tested: every known defect is put in, and the test that guards it has to fail.
+"""The tests are tested: each known defect is put in, and the test that guards it has to fail.
 
-The defects D1 ... D20 are those found in the paper's code and its relatives:
+The defects D1 to D20 are those found in the paper's code and its relatives:
 
 D1 another row's question, D2 KL with the wrong sign, D3 answers read from prompt and documents, D4
 EM that is a substring test, D5 validation that samples and loses questions, D6 a minibatch divided
@@ -11,22 +11,26 @@ a later tag than the first, D14 infinity times a mask of 0, D15 a simulator aske
 trusted, D16 groups by an id that is not unique, D17 settings by their place, D18 metrics of some
 steps and parts, D19 a second rollout for inference, D20 no evaluation without a service.
 
-Each row of `DEFECTS` is one as a wrong line: in this function, these words become those. Not here,
-because there is no code in which they could be made:
+A defect is a change of behaviour. A function is replaced, wherever it has been imported, by one
+that calls it with other arguments or does something else with its result. How a function is
+written inside does not matter here, so that renaming a local variable breaks nothing.
 
-- D5 drops the last validation batch, D18 logs metrics in some steps only: a matter of the scripts,
-  whose own tests count questions and lines. (D5's sampling and D18's last micro-batch are here.)
-- D15 retries a dead server for ever and swallows errors: no server is called.
-- D17 reads shell arguments by position: there are no shell scripts. (Unknown flags are here.)
-- D19 has a second rollout for inference: evaluation calls the same one. (Its second BOS is here.)
-- D20 has no offline evaluation: BM25 is the default.
+Some defects are not here, because there is no code in which they could be made:
+
+- D5 drops the last validation batch, and D18 logs metrics in some steps only. These are a matter of
+  the scripts, whose own tests count questions and lines. (D5's sampling, D18's last micro-batch and
+  D17's unknown flags are here.)
+- D15 retries a dead server for ever and swallows errors; D17 reads shell arguments by position;
+  D19 has a second rollout for inference; D20 has no offline evaluation.
 """
 
 import inspect
+import itertools
 import math
-import textwrap
+import re
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -46,8 +50,10 @@ import test_reward
 import test_rollout
 import test_sft
 import test_simulator
+import torch
 
 from minizs import (
+    generate,
     grpo,
     learner,
     logprobs,
@@ -57,213 +63,406 @@ from minizs import (
     reinforce,
     reward,
     rollout,
-    sampling,
     sft,
     simulator,
 )
 from minizs.engines import ranking
 from minizs.models import batches
 from minizs.runs import flags
+from minizs.trajectory import Trajectory
+
+Put = Callable[[pytest.MonkeyPatch], None]  # puts a defect in
+
+# ---- How a defect is put in ----------------------------------------------------------------------
+
+
+def replaced(function: Callable, defective: Callable) -> Put:
+    """`defective` in the place of a function, in every module that has imported it."""
+
+    def put(patch: pytest.MonkeyPatch) -> None:
+        for module in list(sys.modules.values()):
+            name = getattr(module, "__name__", "")
+            if not name.startswith(("minizs", "test_")):
+                continue
+            for attribute, value in list(vars(module).items()):
+                if value is function:
+                    patch.setattr(module, attribute, defective)
+
+    return put
+
+
+def with_arguments(function: Callable, **changes) -> Put:
+    """The function gets other arguments. A change is a value, or a function of all arguments."""
+    return replaced(function, changed_arguments(function, changes))
+
+
+def changed_arguments(function: Callable, changes: dict) -> Callable:
+    signature = inspect.signature(function)
+
+    def defective(*args, **options):
+        bound = signature.bind(*args, **options)
+        bound.apply_defaults()
+        original = dict(bound.arguments)
+        for name, change in changes.items():
+            bound.arguments[name] = change(original) if callable(change) else change
+        return function(*bound.args, **bound.kwargs)
+
+    return defective
+
+
+def with_result(function: Callable, change: Callable) -> Put:
+    """The function gives `change(result)`."""
+    return replaced(function, lambda *args, **options: change(function(*args, **options)))
+
+
+def method(kind: type, name: str, make: Callable[[Callable], Callable]) -> Put:
+    """The method is replaced by `make(method)`."""
+    return lambda patch: patch.setattr(kind, name, make(getattr(kind, name)))
+
+
+def value(holder, name: str, defective) -> Put:
+    """A constant has another value."""
+    return lambda patch: patch.setattr(holder, name, defective)
+
+
+# ---- Defects that take more than a line ----------------------------------------------------------
+
+
+def questions_by_place(patch: pytest.MonkeyPatch) -> None:
+    """The k-th query of a turn gets the question of the k-th row of the whole batch."""
+    start_rows, search = rollout.start_rows, rollout.search
+    everyone: list = []
+
+    def start(*args):
+        everyone[:] = start_rows(*args)
+        return everyone
+
+    def search_by_place(policy, engine, rows, requests):
+        examples = [row.trajectory.example for row in everyone]
+        wrong = [
+            replace(request, question=example.question, answers=example.answers)
+            for request, example in zip(requests, examples, strict=False)
+        ]
+        search(policy, engine, rows, wrong)
+
+    patch.setattr(rollout, "start_rows", start)
+    patch.setattr(rollout, "search", search_by_place)
+
+
+def answers_of_the_whole_text(policy, examples, engine, **options):
+    """A rollout whose answer is the last one anywhere in the context."""
+    rows = rollout.rollout(policy, examples, engine, **options)
+    for row in rows:
+        text = policy.tokenizer.decode(row.ids)
+        answers = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL)
+        row.answer = answers[-1].strip() if answers else None
+    return rows
+
+
+def actions_of_the_whole_text(patch: pytest.MonkeyPatch) -> None:
+    """An action is read from all that has been written since the prompt."""
+    read_turn, parse_action = rollout.read_turn, protocol.parse_action
+
+    def read(policy, row, generated, is_last):
+        trajectory = row.trajectory
+        start = trajectory.loss_mask.index(1) if 1 in trajectory.loss_mask else len(trajectory.ids)
+        text = policy.tokenizer.decode(trajectory.ids[start:] + generated.ids)
+        patch.setattr(protocol, "parse_action", lambda _: parse_action(text))
+        read_turn(policy, row, generated, is_last)
+
+    patch.setattr(rollout, "read_turn", read)
+
+
+def search_first(text: str) -> protocol.Action:
+    """Reads a search even behind an earlier answer."""
+    found = re.search(r"<search>(.*?)</search>", text)
+    return protocol.Action("search", found[1]) if found else protocol.Action("invalid")
+
+
+def one_search_a_query(patch: pytest.MonkeyPatch) -> None:
+    search = rollout.search
+
+    def one_by_one(policy, engine, rows, requests):
+        for row, request in zip(rows, requests, strict=True):
+            search(policy, engine, [row], [request])
+
+    patch.setattr(rollout, "search", one_by_one)
+
+
+def encoded_again(arguments: dict):
+    """What was sampled, decoded and encoded."""
+    generated, tokenizer = arguments["generated"], arguments["policy"].tokenizer
+    ids = tokenizer.encode(tokenizer.decode(generated.ids, skip_special_tokens=True))
+    return replace(generated, ids=ids, logprobs=[0.0] * len(ids))
+
+
+def without_eos(arguments: dict):
+    generated = arguments["generated"]
+    end = len(generated.ids) - (generated.reason == "eos")
+    return replace(generated, ids=generated.ids[:end], logprobs=generated.logprobs[:end])
+
+
+def without_context(arguments: dict):
+    policy = arguments["policy"]
+    return replace(policy, limits=replace(policy.limits, context=math.inf))
+
+
+def raw_documents(patch: pytest.MonkeyPatch) -> None:
+    """Documents come into the context as they are; requests are made neutral all the same."""
+    search = rollout.search
+
+    def search_raw(*args):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(rollout, "neutralize", lambda text, tokenizer: text)
+            search(*args)
+
+    patch.setattr(rollout, "search", search_raw)
+
+
+def documents_in_the_loss(patch: pytest.MonkeyPatch) -> None:
+    append_replies, append = rollout.append_replies, Trajectory.append
+
+    def append_as_own(self, ids, logprobs=None):
+        append(self, ids, logprobs or [0.0] * len(ids))
+
+    def replies(*args):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(Trajectory, "append", append_as_own)
+            append_replies(*args)
+
+    patch.setattr(rollout, "append_replies", replies)
+
+
+def noise_by_place(patch: pytest.MonkeyPatch) -> None:
+    """The number behind a noise draw depends on how many searches have been made before."""
+    numbers, uniform = itertools.count(), rollout.uniform
+    patch.setattr(rollout, "uniform", lambda seed, use, *key: uniform(seed, use, next(numbers)))
+
+
+def keys_by_place(turn: Callable) -> Callable:
+    """The random numbers of a row depend on its place in the batch."""
+    return lambda self, rows, budgets, keys: turn(self, rows, budgets, range(len(rows)))
+
+
+def neutralize_in_parts(text: str, tokenizer=None) -> str:
+    """Looks at ASCII and other letters apart, so that a tag may hide in their mixture."""
+    parts = re.findall(r"[\x00-\x7f]+|[^\x00-\x7f]+", text)
+    return "".join(protocol.neutralize(part, tokenizer) for part in parts)
+
+
+def loss_with_the_maximum(
+    logprobs, old_logprobs, advantages, *rest, policy_loss=losses.policy_loss, **options
+):
+    """max(x, y) = -min(-x, -y)"""
+    loss, stats = policy_loss(logprobs, old_logprobs, -advantages, *rest, **options)
+    return -loss, stats
+
+
+def attention_from_ids(batch: batches.Batch) -> batches.Batch:
+    batch.attention = batch.ids.ne(0).long()
+    return batch
+
+
+def without_fillers(split: Callable) -> Callable:
+    def defective(self, trajectories):
+        parts = split(self, trajectories)
+        return [[batch for batch in part if batch.mask.any()] for part in parts]
+
+    return defective
+
+
+def fillers_that_teach(split: Callable) -> Callable:
+    def defective(self, trajectories):
+        parts = split(self, trajectories)
+        for batch in (batch for part in parts for batch in part):
+            batch.mask = batches.make_batch(trajectories, batch.rows).mask
+        return parts
+
+    return defective
+
+
+def sampled_as_old(score: Callable) -> Callable:
+    def defective(self, parts):
+        score(self, parts)
+        for batch in parts:
+            batch.old_logprobs = batch.sampled_logprobs
+
+    return defective
+
+
+def positions_that_run_on(arguments: dict) -> Callable:
+    """A decoder that counts through all packed sequences."""
+    decoder = arguments["decoder"]
+
+    def run_on(input_ids, position_ids, **options):
+        return decoder(
+            input_ids=input_ids,
+            position_ids=torch.arange(input_ids.shape[1])[None],
+            **options,
+        )
+
+    return run_on
+
+
+def everything(name: str) -> Callable:
+    """A mask that is 1 everywhere, in the place of the argument `name`."""
+    return lambda arguments: torch.ones_like(arguments[name])
+
+
+# ---- The defects ---------------------------------------------------------------------------------
 
 
 @dataclass
 class Defect:
     name: str
-    function: Callable
-    right: str
-    wrong: str
+    put: Put
     test: Callable
 
 
-def rewrite(monkeypatch, function: Callable, right: str, wrong: str) -> None:
-    """Put `wrong` in the place of `right` in this function, for everyone who has imported it."""
-    function = inspect.unwrap(function)
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(right) == 1, f"{function.__qualname__} no longer reads {right!r} once"
-    names = {}
-    exec(compile(source.replace(right, wrong), "defect", "exec"), function.__globals__, names)
-    changed = inspect.unwrap(names[function.__name__])
-    monkeypatch.setattr(function, "__code__", changed.__code__)
-
-
-LEARN = learner.Learner
-PLAY = rollout.rollout
+LEARNER = learner.Learner
 GRPO, PPO = test_learner.OPTIONS[0], test_learner.OPTIONS[3]
 
 DEFECTS = [
     Defect(
         "D1 another row's question",
-        PLAY,
-        "question, row.example.answers",
-        "question, rows[len(requests)].example.answers",
+        questions_by_place,
         test_rollout.test_a_request_carries_its_own_question,
     ),
     Defect(
         "D2 KL with the wrong sign",
-        LEARN._policy_loss,
-        "loss + s.kl_coef *",
-        "loss - s.kl_coef *",
+        with_result(losses.kl, torch.neg),
         partial(test_learner.test_kl_moves_the_policy_towards_the_reference, "k3"),
     ),
     Defect(
         "D2 KL with the wrong sign, in PPO's reward",
-        ppo.token_rewards,
-        "outcome - beta",
-        "outcome + beta",
+        with_arguments(ppo.token_rewards, kl=lambda arguments: -arguments["kl"]),
         test_learner.test_ppo_puts_the_kl_into_the_reward,
     ),
-    *[
-        Defect(
-            f"D3 answers read from prompt and documents: {test.__name__}",
-            PLAY,
-            "row.reward = f1_score(row.answer,",
-            "row.reward = f1_score(protocol._ACTION.findall(tokenizer.decode(row.ids))[-1][1],",
-            test,
-        )
-        for test in (
-            test_rollout.test_the_prompts_example_is_no_answer,
-            test_rollout.test_documents_cannot_answer,
-        )
-    ],
+    Defect(
+        "D3 answers read from the prompt",
+        value(test_rollout, "rollout", answers_of_the_whole_text),
+        test_rollout.test_an_example_in_the_prompt_is_no_answer,
+    ),
+    Defect(
+        "D3 answers read from documents",
+        value(test_rollout, "rollout", answers_of_the_whole_text),
+        test_rollout.test_documents_cannot_answer,
+    ),
     Defect(
         "D3 actions read from the whole context",
-        PLAY,
-        "parse_action(text)",
-        "parse_action(tokenizer.decode(row.ids))",
+        actions_of_the_whole_text,
         test_rollout.test_an_unclosed_answer_is_none,
     ),
     Defect(
+        "tags in a thought act",
+        value(protocol, "THOUGHT", re.compile("(?!)")),
+        test_rollout.test_tags_in_a_thought_do_not_end_the_turn,
+    ),
+    Defect(
         "D4 EM is a substring test",
-        reward.exact_match,
-        "operator.eq",
-        "operator.contains",
+        replaced(reward.exact_match, reward.substring_match),
         test_reward.test_exact_match_is_not_substring_match,
     ),
     Defect(
         "D4 an empty gold answer is in everything",
-        reward._best,
-        "if predicted and gold",
-        "if True",
-        partial(test_reward.test_no_answer_scores_zero, reward.substring_match, "the"),
+        replaced(
+            reward.substring_match,
+            lambda prediction, answers: any(a.lower() in str(prediction).lower() for a in answers),
+        ),
+        lambda: test_reward.test_no_answer_scores_zero(test_reward.substring_match, ""),
     ),
     Defect(
         "D5 validation is not greedy",
-        sampling.sample,
-        "if temperature == 0",
-        "if False",
+        method(
+            generate.Decoder,
+            "__init__",
+            lambda start: changed_arguments(
+                start, {"temperature": lambda arguments: arguments["temperature"] or 1.0}
+            ),
+        ),
         partial(test_generate.test_greedy_equals_transformers, "llama"),
     ),
     Defect(
         "D6 a micro-batch normalises by itself",
-        LEARN._policy_loss,
-        "s.clip_high,\n        normalizer,",
-        "s.clip_high,\n        batch.mask.sum().clamp(min=1),",
+        with_arguments(losses.policy_loss, normalizer=None),
         partial(test_learner.test_the_split_into_micro_batches_changes_nothing, GRPO),
     ),
     Defect(
         "D6 padding counts",
-        losses.token_weights,
-        "return weights, lengths.sum()",
-        "return weights, torch.tensor(mask.numel())",
+        replaced(
+            losses.token_weights,
+            lambda mask, *_: (mask.float(), torch.tensor(mask.numel())),
+        ),
         partial(test_learner.test_the_order_of_groups_changes_nothing, GRPO),
     ),
     Defect(
         "D7 log-probabilities without the sampling temperature",
-        logprobs.score,
-        "log_distribution(logits, temperature,",
-        "log_distribution(logits, 1.0,",
+        with_arguments(logprobs.score, temperature=1.0),
         test_rollout.test_rollout_logprobs_equal_training_logprobs,
     ),
     Defect(
         "D7 log-probabilities over ids that are never sampled",
-        logprobs.score,
-        "temperature, vocab_size)\n        chosen",
-        "temperature, None)\n        chosen",
+        with_arguments(logprobs.score, vocab_size=None),
         test_rollout.test_rollout_logprobs_equal_training_logprobs,
     ),
     Defect(
         "D8 GAE walks through documents",
-        ppo.gae,
-        "torch.where(sampled[:, t], advantage, next_advantage)",
-        "advantage",
+        with_arguments(ppo.gae, mask=everything("mask")),
         test_ppo.test_gae_with_a_document_equals_gae_without_it,
     ),
     Defect(
         "D8 whitening over documents and padding",
-        ppo.moments,
-        "mask.sum().to(values.dtype)",
-        "values.new_tensor(float(mask.numel()))",
+        with_arguments(ppo.moments, mask=everything("mask")),
         test_ppo.test_whiten_sees_sampled_tokens_only,
     ),
     Defect(
         "D8 the critic learns documents",
-        ppo.value_loss,
-        "average(0.5 * torch.maximum(unclipped, clipped), mask, normalizer)",
-        "(0.5 * torch.maximum(unclipped, clipped)).mean()",
+        with_arguments(ppo.value_loss, mask=everything("mask")),
         test_ppo.test_value_loss_against_loops_and_finite_differences,
     ),
     Defect(
         "D8 whitening of a micro-batch's own",
-        learner.PPOLearner._set_advantages,
-        "batch.mask, totals)",
-        "batch.mask)",
+        with_arguments(ppo.whiten, totals=None),
         partial(test_learner.test_the_split_into_micro_batches_changes_nothing, PPO),
     ),
     Defect(
         "D9 the last turn's search is executed",
-        PLAY,
-        "elif turn == limits.turns - 1:",
-        "elif turn == limits.turns:",
+        with_arguments(rollout.read_turn, is_last=False),
         test_rollout.test_turns_count_generations_and_the_last_search_is_not_executed,
     ),
     Defect(
         "D9 no stop strings",
-        PLAY,
-        "stop=protocol.STOP",
-        "stop=()",
+        value(protocol, "STOP", ()),
         test_rollout.test_a_turn_ends_at_its_first_closing_tag,
     ),
     Defect(
         "D9 one search call a query",
-        PLAY,
-        "engine.search(list(requests.values()))",
-        "[engine.search([request])[0] for request in requests.values()]",
+        one_search_a_query,
         test_rollout.test_all_searches_of_a_turn_are_one_call,
     ),
     Defect(
         "D10 sampled ids are decoded and encoded",
-        PLAY,
-        "row.append(out.ids, out.logprobs)",
-        "out.ids = tokenizer.encode(tokenizer.decode(out.ids, skip_special_tokens=True)); "
-        "row.append(out.ids, [0.0] * len(out.ids))",
+        with_arguments(rollout.read_turn, generated=encoded_again),
         test_rollout.test_sampled_ids_are_never_tokenised_again,
     ),
     Defect(
         "D10 eos is dropped",
-        PLAY,
-        "row.append(out.ids, out.logprobs)",
-        "n = len(out.ids) - (out.reason == 'eos'); row.append(out.ids[:n], out.logprobs[:n])",
+        with_arguments(rollout.read_turn, generated=without_eos),
         test_rollout.test_only_what_the_policy_sampled_is_trained_on,
     ),
     Defect(
         "D11 attention guessed from ids",
-        batches.make_batch,
-        "attention(lengths)",
-        "pad([trajectory.ids for trajectory in chosen]).ne(0).long()",
+        with_result(batches.make_batch, attention_from_ids),
         test_learner.test_masks_are_never_guessed_from_ids,
     ),
     Defect(
         "D11 padding is attended to",
-        batches.attention,
-        "(positions < torch.tensor(lengths)[:, None]).long()",
-        "torch.ones(len(lengths), max(lengths)).long()",
+        replaced(batches.attention, lambda lengths: torch.ones(len(lengths), max(lengths)).long()),
         test_learner.test_masks_are_never_guessed_from_ids,
     ),
     Defect(
         "D12 an overlong reply loses its end",
-        PLAY,
-        "ids = ids[: limits.document_tokens - len(closing)] + closing",
-        "ids = ids[: limits.document_tokens]",
+        replaced(rollout.cut_reply, lambda tokenizer, ids, limit: ids[:limit]),
         partial(
             test_rollout.test_an_overlong_reply_is_cut_before_its_closing_tag,
             test_rollout.BLOCK_TOKENS - 1,
@@ -271,9 +470,7 @@ DEFECTS = [
     ),
     Defect(
         "D12 the context limit is not looked at",
-        PLAY,
-        "if len(rows[i].ids) + len(ids) >= limits.context:",
-        "if False:",
+        with_arguments(rollout.append_replies, policy=without_context),
         partial(
             test_rollout.test_each_limit_ends_a_trajectory_cleanly,
             rollout.Limits(context=test_rollout.EXACT - len(test_rollout.ANSWER)),
@@ -283,58 +480,55 @@ DEFECTS = [
     ),
     Defect(
         "D13 a search counts before an earlier answer",
-        protocol.parse_action,
-        "_ACTION.search(text)",
-        "re.search(r'<(search)>(.*?)</search>', text) or _ACTION.search(text)",
-        test_protocol.test_the_first_closed_pair_decides,
+        replaced(protocol.parse_action, search_first),
+        test_protocol.test_the_first_closing_tag_decides,
     ),
     Defect(
         "D13 only a search ends a turn",
-        PLAY,
-        "stop=protocol.STOP",
-        "stop=protocol.STOP[:1]",
+        value(protocol, "STOP", protocol.STOP[:1]),
         test_rollout.test_a_turn_ends_at_its_first_closing_tag,
     ),
     Defect(
         "D14 the mask is multiplied in afterwards",
-        losses.keep,
-        "torch.where(mask.bool(), values, torch.zeros_like(values))",
-        "values * mask",
+        replaced(losses.keep, lambda values, mask: values * mask),
         partial(test_losses.test_masked_positions_can_hold_anything, math.inf),
     ),
     Defect(
         "D14 the same, seen by a whole update",
-        losses.keep,
-        "torch.where(mask.bool(), values, torch.zeros_like(values))",
-        "values * mask",
+        replaced(losses.keep, lambda values, mask: values * mask),
         partial(test_learner.test_masked_positions_can_hold_anything, "grpo", math.inf),
     ),
     Defect(
         "D15 only the first gold answer",
-        simulator.prompt,
-        '" or ".join(request.answers)',
-        "request.answers[0]",
-        test_simulator.test_all_gold_answers_are_named,
+        with_arguments(
+            simulator.fill_template,
+            request=lambda arguments: replace(
+                arguments["request"], answers=arguments["request"].answers[:1]
+            ),
+        ),
+        test_simulator.test_gold_answers_are_named,
     ),
     Defect(
         "D15 a fixed number of documents",
-        simulator.prompt,
-        "str(top_k)",
-        "'5'",
+        with_arguments(simulator.fill_template, top_k=5),
         test_simulator.test_the_number_of_documents_is_the_one_asked_for,
     ),
     Defect(
         "D15 documents write control tokens",
-        protocol.reply_ids,
-        "split_special_tokens=True",
-        "split_special_tokens=False",
+        replaced(
+            protocol.reply_ids,
+            lambda tokenizer, texts: tokenizer(texts, add_special_tokens=False)["input_ids"],
+        ),
         test_rollout.test_documents_cannot_write_control_tokens,
     ),
     Defect(
+        "a thought is a document",
+        replaced(protocol.without_thoughts, lambda text: text),
+        partial(test_simulator.test_thoughts_are_no_documents, "<think>Doc 1: a draft", []),
+    ),
+    Defect(
         "documents speak for the policy",
-        PLAY,
-        "[neutralize(text, tokenizer) for text in documents]",
-        "documents",
+        raw_documents,
         partial(
             test_hostile.test_rollouts_cannot_be_steered.hypothesis.inner_test,
             ["</information>"],
@@ -346,9 +540,12 @@ DEFECTS = [
     ),
     Defect(
         "a question speaks for the model",
-        protocol.build_prompt,
-        "neutralize(question, tokenizer)",
-        "question",
+        replaced(
+            protocol.build_prompt,
+            lambda question, template=protocol.PROMPT, tokenizer=None: template.replace(
+                "{question}", question + "?"
+            ),
+        ),
         partial(
             test_hostile.test_a_question_cannot_add_to_the_prompt.hypothesis.inner_test,
             "<|im_end|>",
@@ -357,178 +554,150 @@ DEFECTS = [
     ),
     Defect(
         "tags in wide letters",
-        protocol.neutralize,
-        "if marks.search(bare) else text",
-        "if False else text",
+        lambda patch: patch.setattr(test_hostile, "neutralize", neutralize_in_parts),
         partial(test_hostile.test_examples, "café ＜answer＞", "cafe (answer>"),
     ),
     Defect(
         "D16 the whole batch is one group",
-        LEARN._outcome_advantages,
-        "everyone, s.group_size,",
-        "everyone, len(everyone),",
+        with_arguments(
+            grpo.group_advantages, group_size=lambda arguments: len(arguments["rewards"])
+        ),
         partial(test_learner.test_equal_rewards_change_nothing, "grpo"),
     ),
     Defect(
         "D16 a group of one has advantage r",
-        grpo.center,
-        "group_size < 2 or",
-        "False or",
+        replaced(grpo.group_advantages, lambda rewards, *_: rewards),
         test_grpo.test_wrong_groups_are_refused,
     ),
     Defect(
         "D16 no baseline at all",
-        reinforce.advantages,
-        'if baseline == "none":',
-        "if True:",
+        replaced(reinforce.advantages, lambda rewards, *_: rewards),
         partial(test_reinforce.test_equal_rewards_are_exactly_zero, "mean"),
     ),
     Defect(
         "D17 unknown flags are dropped",
-        flags.parse,
-        "parser.parse_args([*flags, *argv])",
-        "parser.parse_known_args([*flags, *argv])[0]",
+        with_arguments(flags.parse, argv=lambda arguments: []),  # all those of the test are unknown
         test_config.test_an_unknown_flag_is_refused,
     ),
     Defect(
         "D18 metrics of the last micro-batch",
-        LEARN._merge,
-        "losses.merge_stats(stats)",
-        "stats[-1]",
+        replaced(losses.merge_stats, lambda parts: dict(parts[-1])),
         partial(test_learner.test_the_split_into_micro_batches_changes_nothing, GRPO),
     ),
     Defect(
         "D19 a BOS before every document",
-        protocol.reply_ids,
-        "add_special_tokens=False",
-        "add_special_tokens=True",
+        replaced(protocol.reply_ids, lambda tokenizer, texts: tokenizer(texts)["input_ids"]),
         test_rollout.test_only_the_prompt_gets_a_bos,
     ),
     # ---- of others, and what could go wrong here ----
     Defect(
         "noise drawn by place in the batch",
-        PLAY,
-        "uniform(seed, NOISE, *row_keys[i], turn)",
-        "uniform(seed, NOISE, len(requests), turn)",
+        noise_by_place,
         test_rollout.test_noise_is_drawn_once_a_search,
     ),
     Defect(
         "noise drawn once a trajectory",
-        PLAY,
-        "uniform(seed, NOISE, *row_keys[i], turn)",
-        "uniform(seed, NOISE, *row_keys[i])",
+        lambda patch: patch.setattr(
+            rollout, "uniform", lambda *keys, draw=rollout.uniform: draw(*keys[:-1])
+        ),
         test_rollout.test_noise_is_drawn_once_a_search,
     ),
     Defect(
-        "the same random numbers in every turn",
-        PLAY,
-        "(TOKENS, *row_keys[i], turn)",
-        "(TOKENS, live.index(i), turn)",
+        "random numbers by place in the batch",
+        method(generate.Decoder, "turn", keys_by_place),
         test_rollout.test_trajectories_do_not_depend_on_the_batch,
     ),
     Defect(
         "no filler micro-batches",
-        LEARN._split,
-        "range(int(counts.max()) - len(batches))",
-        "range(0)",
+        method(LEARNER, "_split", without_fillers),
         partial(test_learner.test_fillers_change_nothing, GRPO),
     ),
     Defect(
         "fillers that teach",
-        LEARN._split,
-        "filler.mask.zero_()",
-        "pass",
+        method(LEARNER, "_split", fillers_that_teach),
         partial(test_learner.test_fillers_change_nothing, GRPO),
     ),
     Defect(
         "old log-probabilities from the sampler",
-        LEARN._policy_loss,
-        "old_logprobs = logprobs.detach() if",
-        "old_logprobs = batch.sampled_logprobs if",
+        method(LEARNER, "_score", sampled_as_old),
         test_learner.test_ratio_is_exactly_one_on_policy,
     ),
     Defect(
         "low and high clip exchanged",
-        losses.policy_loss,
-        "clamp(1 - clip_low, 1 + clip_high)",
-        "clamp(1 - clip_high, 1 + clip_low)",
+        with_arguments(
+            losses.policy_loss,
+            clip_low=lambda arguments: arguments["clip_high"],
+            clip_high=lambda arguments: arguments["clip_low"],
+        ),
         test_losses.test_loss_and_stats_against_loops,
     ),
     Defect(
         "tokens without their weights",
-        losses.policy_loss,
-        " * weights",
-        "",
+        with_arguments(losses.policy_loss, weights=None),
         test_losses.test_loss_and_stats_against_loops,
     ),
     Defect(
         "a maximum for the minimum",
-        losses.policy_loss,
-        "torch.minimum(unclipped, clipped)",
-        "torch.maximum(unclipped, clipped)",
+        replaced(losses.policy_loss, loss_with_the_maximum),
         partial(test_losses.test_one_token_by_hand, 1.5, 1.0, -1.28, 0.0),
     ),
     Defect(
         "trained on prompts of the simulator",
-        simulator.training_text,
-        "(text, False)",
-        "(text, True)",
+        with_result(
+            simulator.training_text, lambda segments: [(text, True) for text, _ in segments]
+        ),
         test_simulator.test_the_loss_is_on_the_documents_and_eos_alone,
     ),
     Defect(
         "no eos to learn",
-        sft.encode,
-        "[*marks, True]",
-        "[*marks, False]",
+        with_result(sft.encode, lambda tokens: (tokens[0], [*tokens[1][:-1], 0])),
         test_simulator.test_the_loss_is_on_the_documents_and_eos_alone,
     ),
     Defect(
         "a text tokenised as one piece",
-        protocol.reply_ids,
-        "add_special_tokens=False",
-        "add_special_tokens=True",
+        replaced(protocol.reply_ids, lambda tokenizer, texts: tokenizer(texts)["input_ids"]),
         test_sft.test_only_the_opening_piece_gets_a_bos,
     ),
     Defect(
         "loss of the next but one token",
-        sft.nll,
-        "input_ids[marked]",
-        "input_ids.roll(-1, 1)[marked]",
+        with_arguments(
+            sft.nll, loss_mask=lambda arguments: arguments["loss_mask"].roll(-1, dims=1)
+        ),
         test_sft.test_nll_against_loops,
     ),
     Defect(
         "packed sequences whose positions run on",
-        logprobs.run_packed,
-        "positions[real][None]",
-        "torch.arange(int(real.sum()))[None]",
+        with_arguments(logprobs.states_before, decoder=positions_that_run_on),
         partial(test_packed.test_a_sequence_cannot_see_its_neighbours, "llama"),
     ),
     Defect(
         "a chat template around the simulator's prompt in use alone",
-        sft.encode,
-        "prompt_ids(tokenizer, texts[:1])",
-        'tokenizer(texts[:1])["input_ids"]',
+        lambda patch: patch.setattr(
+            sft, "prompt_ids", lambda tokenizer, texts: tokenizer(texts)["input_ids"]
+        ),
         test_families.test_training_and_use_open_alike,
     ),
     Defect(
         "documents are trained on",
-        PLAY,
-        "rows[i].append(ids)",
-        "rows[i].append(ids, [0.0] * len(ids))",
+        documents_in_the_loss,
         test_rollout.test_only_what_the_policy_sampled_is_trained_on,
     ),
     Defect(
         "PPO's KL in the reward and in the loss",
-        LEARN._policy_loss,
-        "self.kl_in_loss and ",
-        "",
+        value(learner.PPOLearner, "kl_in_loss", True),
         test_learner.test_ppo_puts_the_kl_into_the_reward,
     ),
     Defect(
         "noisy replies that hold the answer",
-        ranking.Ranking._reply,
-        "if request.noisy:",
-        "if False:",
+        method(
+            ranking.Engine,
+            "search",
+            lambda search: (
+                lambda self, requests: search(
+                    self, [replace(request, noisy=False) for request in requests]
+                )
+            ),
+        ),
         test_ranking.test_noise_takes_the_useful_documents_out,
     ),
 ]
@@ -537,8 +706,8 @@ DEFECTS = [
 @pytest.mark.filterwarnings("ignore:std")  # of a group of one
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.name.replace(" ", "_"))
 def test_a_defect_is_found(defect, monkeypatch):
-    """Guards the guards: green without the defect, red with it."""
+    """The test passes as the code is, and fails with the defect."""
     defect.test()
-    rewrite(monkeypatch, defect.function, defect.right, defect.wrong)
+    defect.put(monkeypatch)
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         defect.test()

@@ -301,6 +301,7 @@ def positions_that_run_on(arguments: dict) -> Callable:
             **options,
         )
 
+    run_on.config = decoder.config
     return run_on
 
 
@@ -667,7 +668,7 @@ DEFECTS = [
     ),
     Defect(
         "packed sequences whose positions run on",
-        with_arguments(logprobs.states_before, decoder=positions_that_run_on),
+        with_arguments(logprobs.run_packed, decoder=positions_that_run_on),
         partial(test_packed.test_a_sequence_cannot_see_its_neighbours, "llama"),
     ),
     Defect(

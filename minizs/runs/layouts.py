@@ -103,8 +103,8 @@ class Table:
         readable = names & set(QUESTION_COLUMNS) and names & set(GOLD_COLUMNS)
         require(
             bool(readable),
-            f"{self.name} needs columns {_or(QUESTION_COLUMNS)} for the question and "
-            f"{_or(GOLD_COLUMNS)} for the gold answers; it has "
+            f"{self.name} needs columns for the question ({_or(QUESTION_COLUMNS)}) and for the "
+            f"gold answers ({_or(GOLD_COLUMNS)}); it has "
             f"{', '.join(map(repr, self.columns)) or 'no rows'}. Rename them.",
         )
 
@@ -123,7 +123,8 @@ class Table:
 
 
 def _or(names: Sequence[str]) -> str:
-    return " or ".join(map(repr, names))
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}"
 
 
 def _and(names: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from minizs.models import loading
 from minizs.rollout import Policy, rollout
 from minizs.runs import build, data, metrics, page, run_folder
 from minizs.runs.baselines import answer_at_once
-from minizs.runs.evaluation import LIMITS, answer_all, markdown, table, to_line, warnings
+from minizs.runs.evaluation import answer_all, markdown, table, to_line, warnings
 from minizs.runs.flags import may_change
 from minizs.runs.outputs import Output, claimed_output
 from minizs.runs.settings import EvalConfig
@@ -198,5 +198,5 @@ def answer_line(trajectory: Trajectory, config: EvalConfig) -> str:
         return trajectory.answer or "empty"
     if config.method != "search" and trajectory.truncated == "turns":
         return "none: its one turn was another action"
-    setting = LIMITS[trajectory.truncated]
+    setting = metrics.LIMITS[trajectory.truncated]
     return f"none: it ended at --{setting} {getattr(config, setting)}"

@@ -277,7 +277,7 @@ def test_a_refusal_says_what_it_saw_and_needs(tmp_path):
         load(path)
     sentence = str(error.value)
     assert "it has 'Query', 'Gold answer'" in sentence
-    assert "'question' or 'utterance' or 'input'" in sentence and "'golden_answers'" in sentence
+    assert "'question', 'utterance' or 'input'" in sentence and "'golden_answers'" in sentence
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ GOLD_COLUMNS = (
 )
 ALIASES = "answer_aliases"
 SOURCE = "data_source"
+OPTION_COLUMNS = ("choices", "options")  # of multiple choice; see `Table.summary`
 # Where golds stand inside an object: Search-R1, SQuAD, KILT, TriviaQA (its own files, the hub's).
 GOLD_KEYS = (
     "ground_truth",
@@ -116,10 +117,14 @@ class Table:
             source = f"source from {SOURCE!r}"
         if 0 < self.named_sources < len(self.examples) + self.unanswerable:
             source += f", or {self.default_source!r}, its name, where a row has none"
-        return (
+        sentence = (
             f"{self.name}{split}: questions from {_and(self.question_columns)}, "
             f"golds from {_and(self.gold_columns)}, {source}."
         )
+        options = [name for name in self.columns if name.strip().lower() in OPTION_COLUMNS]
+        if options:
+            sentence += f" {_and(options)} is not read: options have to stand in the question."
+        return sentence
 
 
 def _or(names: Sequence[str]) -> str:

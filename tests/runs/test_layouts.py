@@ -270,6 +270,14 @@ def test_what_was_taken_is_said_once(tmp_path):
     )
 
 
+def test_options_beside_the_question(tmp_path):
+    """A letter as the gold means nothing to a policy that is not shown the options: that is said."""
+    row = {"question": PARIS[0], "choices": ["Oslo", "Paris"], "answer": "B"}
+    [example], sentence = load(write(tmp_path / "mmlu.jsonl", [row]))
+    assert example.answers == ("B",)
+    assert sentence.endswith("'choices' is not read: options have to stand in the question.")
+
+
 def test_a_refusal_says_what_it_saw_and_needs(tmp_path):
     """The columns as they are written in the file, and those that would be read."""
     path = write(tmp_path / "mine.csv", [{"Query": "a", "Gold answer": "b"}])

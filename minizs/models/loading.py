@@ -72,8 +72,12 @@ def positions(name: str) -> int | None:
     path = Path(resolve(name))
     if not path.exists() or (path / "adapter_config.json").is_file():
         return None
-    has_model = path.is_file() or (path / "config.json").is_file()
-    require(has_model, f"{name!r} holds no model: it has no config.json; check the path.")
+    is_gguf = path.is_file() and path.suffix == GGUF
+    require(
+        is_gguf or (path / "config.json").is_file(),
+        f"{name!r} holds no model: it is neither a folder with a config.json nor a {GGUF} file; "
+        "check the path.",
+    )
     with readable(name):
         config = read_once(AutoConfig, name)
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)

@@ -41,8 +41,7 @@ OWN_DOCUMENTS = (
 )
 ELSEWHERE = {
     "python -m pytest -q": "",
-    "ruff check .": "",
-    "ruff format --check .": "",
+    "ruff check . && ruff format --check .": "",
     "python -m minizs.tour": "test_tour.",
     "python -m pytest tests/exercises.py -k advantage": "test_exercises.",
     "python -m pytest -m slow tests/scripts/test_survival.py": "test_survival.",
@@ -86,7 +85,7 @@ def commands(text: str) -> list[str]:
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     pieces = [part for line in lines for part in re.split(r"&&|\s#", line)[: 1 + line.count("&&")]]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    starts = r"(?:[A-Z_]+=\S+ )?(?:python|accelerate|torchrun|pip|transformers) |\w+\.py --"
+    starts = r"(?:[A-Z_]+=\S+ )?(?:python|accelerate|torchrun|pip|transformers|ruff) |\w+\.py --"
     pieces += [code for code in re.findall(r"`([^`]+)`", prose) if re.match(starts, code)]
     found = [" ".join(piece.replace("\\|", "|").split()) for piece in pieces]
     return [piece for piece in found if piece and not piece.startswith("#")]

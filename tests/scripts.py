@@ -1,7 +1,11 @@
 """What the tests of the three scripts share: a tiny model, a tiny data set, and how to run them.
 
-The model (2 layers x 32) has seen a few dozen texts: it mostly searches once, reads nothing and
-answers January or February. So rewards, searches and gradients are there, in a second or two.
+The model (2 layers x 32) has seen a few hundred texts about the births of nine people. It mostly
+searches once, reads nothing and answers January or February. So there are searches, rewards and
+gradients, and a run takes a second or two.
+
+`home` is a folder with the model and the data, made once; `work` is a new folder beside them, in
+which a test runs. `policy`, `simulator` and `evaluation` run the scripts with small settings.
 """
 
 import json
@@ -31,6 +35,7 @@ from minizs.models import loading
 ROOT = Path(__file__).parent.parent
 NAMES = [f"{a} {b}" for a in ("Fota", "Holo", "Mirka") for b in ("Jourer", "Gulmer", "Drexow")]
 MONTHS = ("January", "February")
+# What differs from run to run in a line of metrics.
 TIMINGS = ("seconds", "seconds_rollout", "seconds_update", "seconds_test", "tokens_per_second")
 POLICY = """--batch_questions 4 --group_size 2 --steps 2 --max_turns 3 --max_turn_tokens 16
     --max_context 160 --eval_every 0 --save_every 0 --engine bm25 --data ../questions.jsonl
@@ -42,17 +47,20 @@ FILE = ["--data", "../questions.jsonl", "--corpus", "../corpus.txt"]
 COLLECTED = "../collected/collected.jsonl"
 
 
-def born(name: str, rng: random.Random) -> list[sft.Segment]:
-    """A trajectory: the question, often a search and its documents, and an answer by chance."""
+# ---- The model and the data ----------------------------------------------------------------------
+
+
+def trajectory_text(name: str, rng: random.Random) -> list[sft.Segment]:
+    """The question, often a search and its documents, and an answer by chance."""
     text = [(protocol.build_prompt(f"when was {name} born?", base.PROMPT), False)]
     if rng.random() < 0.6:
-        found = protocol.number_documents([f"{name} was born on {rng.choice(MONTHS)}"])
+        documents = protocol.number_documents([f"{name} was born on {rng.choice(MONTHS)}"])
         text.append((f"<search> {name} born on </search>", True))
-        text.append((protocol.wrap_documents(found), False))
+        text.append((protocol.wrap_documents(documents), False))
     return [*text, (f"<answer> {rng.choice(MONTHS)} </answer>", True)]
 
 
-def written(name: str, rng: random.Random) -> list[sft.Segment]:
+def simulator_text(name: str, rng: random.Random) -> list[sft.Segment]:
     """A simulator's prompt and one document."""
     prompt = base.SIMULATOR_PROMPT.format(
         query=f"{name} born on",
@@ -63,41 +71,62 @@ def written(name: str, rng: random.Random) -> list[sft.Segment]:
     return [(prompt, False), (f"Doc 1: {name} was born on January", True)]
 
 
-@pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Iterator[Path]:
-    """A folder with `base` (a policy and simulator), `questions.jsonl` and `corpus.txt`."""
-    folder, rng = tmp_path_factory.mktemp("scripts"), random.Random(0)
-    # Where `datasets` keeps a copy of what it reads: not in the user's home.
-    cache = tmp_path_factory.mktemp("cache")
-    patch = pytest.MonkeyPatch()
-    patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
-    patch.setenv("HF_DATASETS_CACHE", str(cache))  # of other processes
+def make_base(folder: Path) -> None:
+    """Train the tiny model, which is a policy and a simulator, and save it with both prompts."""
+    rng = random.Random(0)
     tokenizer = base.make_tokenizer()
     model = base.make_model(tokenizer, hidden=32, layers=2, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    texts = [
-        sft.encode(tokenizer, kind(rng.choice(NAMES), rng), end=kind is written)
-        for kind in (born, written, born) * 500
-    ]
+    texts = []
+    for write in (trajectory_text, simulator_text, trajectory_text) * 500:
+        segments = write(rng.choice(NAMES), rng)
+        texts.append(sft.encode(tokenizer, segments, end=write is simulator_text))
     for batch in sft.batches(texts, 600, rng):
         loss, count = sft.nll(model, *sft.collate(batch))
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
-    loading.save_model(
-        model,
-        tokenizer,
-        folder / "base",
-        prompt=base.PROMPT,
-        simulator_prompt=base.SIMULATOR_PROMPT,
-    )
-    rows = [(f"when was {name} born?", MONTHS[i % 2]) for i, name in enumerate(NAMES)]
-    lines = [json.dumps({"question": q, "answer": a, "data_source": a}) for q, a in rows]
-    (folder / "questions.jsonl").write_text("\n".join(lines))
-    documents = [f"{name} was born on {MONTHS[i % 2]}" for i, name in enumerate(NAMES)]
-    (folder / "corpus.txt").write_text("\n".join(documents + ["Fota Labs was founded by Holo"]))
+    prompts = {"prompt": base.PROMPT, "simulator_prompt": base.SIMULATOR_PROMPT}
+    loading.save_model(model, tokenizer, folder, **prompts)
+
+
+def make_data(folder: Path) -> None:
+    """`questions.jsonl`, one for each name, and `corpus.txt`, whose documents answer them."""
+    questions, documents = [], []
+    for place, name in enumerate(NAMES):
+        month = MONTHS[place % 2]
+        question = {"question": f"when was {name} born?", "answer": month, "data_source": month}
+        questions.append(json.dumps(question))
+        documents.append(f"{name} was born on {month}")
+    documents.append("Fota Labs was founded by Holo")
+    (folder / "questions.jsonl").write_text("\n".join(questions))
+    (folder / "corpus.txt").write_text("\n".join(documents))
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory) -> Iterator[Path]:
+    """A folder with `base` (a policy and simulator), `questions.jsonl` and `corpus.txt`."""
+    folder = tmp_path_factory.mktemp("scripts")
+    # Where `datasets` keeps a copy of what it reads: not in the user's home.
+    cache = tmp_path_factory.mktemp("cache")
+    patch = pytest.MonkeyPatch()
+    patch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+    patch.setenv("HF_DATASETS_CACHE", str(cache))  # of other processes
+    make_base(folder / "base")
+    make_data(folder)
     yield folder
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def collected(home) -> list[dict]:
+    """The rows of a small `--collect`, in `collected/collected.jsonl`."""
+    with pytest.MonkeyPatch.context() as patch:
+        (home / "elsewhere").mkdir()
+        patch.chdir(home / "elsewhere")
+        simulator("--collect", "--output", "../collected")
+    text = (home / "collected" / "collected.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -134,25 +163,32 @@ def work(home, monkeypatch, request) -> Iterator[Path]:
     AcceleratorState._reset_state(reset_partial_state=True)  # the next may compute in another type
 
 
+# ---- Running the scripts, and what they leave ----------------------------------------------------
+
+
 def policy(*flags: str) -> None:
+    """Train a policy, in this process."""
     train_policy.main([*POLICY, *flags])
 
 
 def simulator(*flags: str) -> None:
+    """Train a simulator, or collect, in this process."""
     train_sim.main([*SIM, *flags])
 
 
 def evaluation(*flags: str) -> None:
+    """Evaluate policies, in this process."""
     evaluate.main([*EVAL, *flags])
 
 
 def metrics(run: Path) -> list[dict]:
     """The lines of a run, without what a clock says."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in rows]
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in rows]
 
 
 def weights(folder: Path) -> bytes:
+    """The file of a model's weights, to be compared bit for bit."""
     return (folder / "model.safetensors").read_bytes()
 
 
@@ -191,20 +227,26 @@ def two_processes(script: str, *flags: str) -> str:
 
 
 def on_each(processes: int, call: Callable, monkeypatch) -> list:
-    """What `call(accelerator)` gives on each of some processes, which threads play."""
-    barrier, rank_of, gathered = threading.Barrier(processes, timeout=20), threading.local(), {}
+    """What `call(accelerator)` returns on each of some processes, which threads play. An error on
+    one of them is raised, and ends the others."""
+    barrier = threading.Barrier(processes, timeout=20)
+    thread = threading.local()  # holds the rank of each
+    gathered = {}
 
     def gather_object(rows):
-        gathered[rank_of.value] = rows
+        gathered[thread.rank] = rows
         barrier.wait()
-        everyone = [row for rank in range(processes) for row in gathered[rank]]
+        all_rows = [row for rank in range(processes) for row in gathered[rank]]
         barrier.wait()
-        return everyone
+        return all_rows
 
-    def play(rank):
-        rank_of.value = rank
+    def run_as(rank):
+        thread.rank = rank
         accelerator = SimpleNamespace(
-            process_index=rank, num_processes=processes, print=print, wait_for_everyone=barrier.wait
+            process_index=rank,
+            num_processes=processes,
+            print=print,
+            wait_for_everyone=barrier.wait,
         )
         try:
             return call(accelerator)
@@ -214,23 +256,14 @@ def on_each(processes: int, call: Callable, monkeypatch) -> list:
 
     with monkeypatch.context() as patch, ThreadPoolExecutor(processes) as pool:
         patch.setattr("accelerate.utils.gather_object", gather_object)
-        played = [pool.submit(play, rank) for rank in range(processes)]
-    errors = [error for future in played if (error := future.exception())]
-    for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
-        raise error  # that of one, not of those who waited for it
-    return [future.result() for future in played]
+        futures = [pool.submit(run_as, rank) for rank in range(processes)]
+    errors = [future.exception() for future in futures if future.exception()]
+    # The error of the one that failed comes before those of the others, who waited for it.
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]
 
 
-@pytest.fixture(scope="session")
-def collected(home):
-    """The rows of a small `--collect`, in `collected/collected.jsonl`."""
-    with pytest.MonkeyPatch.context() as patch:
-        (home / "elsewhere").mkdir()
-        patch.chdir(home / "elsewhere")
-        simulator("--collect", "--output", "../collected")
-    text = (home / "collected" / "collected.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def losses(folder) -> list[dict]:
+def losses(folder: Path | str) -> list[dict]:
+    """The lines of a simulator's training."""
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]

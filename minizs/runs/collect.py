@@ -14,6 +14,7 @@ from random import Random
 from minizs import require
 from minizs.engines.bm25 import BM25
 from minizs.engines.ranking import Judge, holds_answer
+from minizs.reward import JUDGEMENTS, normalize_answer
 from minizs.runs.run_folder import read_lines, write_lines
 from minizs.trajectory import Example, SearchRequest, Trajectory
 from minizs.world.facts import World
@@ -112,6 +113,8 @@ def collect_from_searches(
         rows = [row for trajectory in trajectories for row in rows_of(trajectory)]
         if judge:
             rows = judge_rows(rows, judge)
+        else:
+            rows = [row for row in rows if can_be_found(row["answers"])]
         collection.add(rows, len(questions))
     counts = collection.counts()
     advice = "give more questions or another searcher"
@@ -122,6 +125,12 @@ def collect_from_searches(
         f"To learn from, both useful and noisy replies are needed; there are {counts}: {advice}. "
         f"The rows are in {collection.file}.",
     )
+
+
+def can_be_found(answers: Sequence[str]) -> bool:
+    """Whether a document can hold one of these gold answers. None holds "yes" or "no": by the golds
+    all replies to such a question would be noisy, those that settle it too."""
+    return any(normalize_answer(answer) not in JUDGEMENTS | {""} for answer in answers)
 
 
 def rows_of(trajectory: Trajectory) -> list[dict]:

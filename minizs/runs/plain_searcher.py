@@ -18,14 +18,13 @@ from typing import NamedTuple
 
 from minizs.protocol import neutralize
 from minizs.randomness import uniform
-from minizs.reward import f1_score, normalize_answer
+from minizs.reward import JUDGEMENTS, f1_score, normalize_answer
 from minizs.trajectory import Example, SearchRequest, Trajectory, Turn
 
 FIRST_THOUGHT = "I should look this up"  # words that the tiny world's model knows as well
 NEXT_THOUGHT = "that does not help"
 THOUGHT_WORDS = 20  # at most, of the sentence that is noted before an answer
 NOISE, ENGINE = 0, 1  # what a random number is for is part of its key
-UNSTATED = {"yes", "no", "noanswer"}  # answers that are judgements, which no document states
 COMMON_WORDS = frozenset(
     """a an and are as at be been but by can could did do does for from had has have he her him his
     how i if in into is it its me my of on or our she should so than that the their them then there
@@ -151,7 +150,7 @@ def find_answer(documents: list[str], answers: Sequence[str]) -> tuple[str, str]
 def is_stated(answer: str, text: str) -> bool:
     """Whether a text holds an answer as whole words. "yes" and "no" are stated by nothing."""
     words = normalize_answer(answer)
-    if not words or words in UNSTATED:
+    if not words or words in JUDGEMENTS:
         return False
     return f" {words} " in f" {normalize_answer(text)} "
 

@@ -219,6 +219,16 @@ def test_empty_replies_are_left_out(run):
         run(policy_with("Rome"), EXAMPLES, NoDocuments())
 
 
+def test_replies_to_a_yes_or_no_question_need_a_judge(run):
+    """The gold answers cannot tell which of them are useful, and a language model can."""
+    examples = [*EXAMPLES, Example("is Rome big?", ("yes",))]
+    rows = run(policy_with("Rome big", "Oslo"), examples, Engine())
+    assert {row["question"] for row in rows} == {"q0?", "q1?", "q2?", "q3?"}
+    judge = Judge(["useful", "noisy"] * 5)
+    rows = run(policy_with("Rome big", "Oslo"), examples, Engine(), judge=judge)
+    assert "is Rome big?" in {row["question"] for row in rows} and len(rows) == 10
+
+
 class Judge:
     """Says its words, one for each search, and remembers the searches."""
 

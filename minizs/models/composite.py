@@ -14,21 +14,28 @@ from transformers import (
     PreTrainedModel,
 )
 
+from minizs.models.gguf import forget_quantisation, read_once
+
 
 def text_config(model: nn.Module):
     """The configuration of the language model that this model is, or that is a part of it."""
     return model.config.get_text_config(decoder=True)
 
 
-def load_language_model(folder: str, **options) -> tuple[PreTrainedModel, list[str]]:
-    """The language model of a folder or hub name, and the names of weights that it lacks there.
+def load_language_model(
+    folder: str, gguf_file: str | None = None, **options
+) -> tuple[PreTrainedModel, list[str]]:
+    """The language model of a folder, of a GGUF file in it or of a hub name, and the names of the
+    weights that it lacks there.
 
     `options` are those of `from_pretrained`. Raises what the library raises."""
-    config = AutoConfig.from_pretrained(folder, **file_option(options), trust_remote_code=False)
+    config = read_once(AutoConfig, folder, gguf_file)
     is_composite = config.get_text_config(decoder=True) is not config
     kind = AutoModelForCausalLM
     if is_composite and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         kind = AutoModelForImageTextToText
+    if gguf_file:
+        options.update(gguf_file=gguf_file, config=config)
     model, info = kind.from_pretrained(
         folder,
         use_safetensors=True,
@@ -36,26 +43,11 @@ def load_language_model(folder: str, **options) -> tuple[PreTrainedModel, list[s
         output_loading_info=True,
         **options,
     )
-    if "gguf_file" in options:
+    if gguf_file:
         forget_quantisation(model)
     if is_composite:
         model = language_model_of(model)
     return model, sorted(info["missing_keys"])
-
-
-def forget_quantisation(model: PreTrainedModel) -> None:
-    """The weights of a GGUF file are ordinary ones once they are loaded. But `transformers` marks
-    the model as quantised, and refuses to save such a model."""
-    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    for name in ("is_quantized", "quantization_method"):
-        if hasattr(model, name):
-            setattr(model, name, None)
-
-
-def file_option(options: dict) -> dict:
-    return {name: options[name] for name in options if name == "gguf_file"}
 
 
 def language_model_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,11 +3,9 @@
 Code that comes with a model is never run, and weights are safetensors or GGUF: nothing is
 unpickled."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +15,7 @@ from transformers.utils import find_adapter_config_file, is_flash_attn_2_availab
 from minizs import UserError, brief, require
 from minizs.models.chat import day_in_words, fix_day
 from minizs.models.composite import load_language_model
+from minizs.models.gguf import read_once
 from minizs.models.lora import load_lora, lora_base, save_lora
 from minizs.models.support import check_supported, row_limit
 from minizs.protocol import PROMPT
@@ -39,13 +38,13 @@ def resolve(name: str) -> str:
     return str(path.absolute()) if path.exists() else name
 
 
-def location(name: str) -> tuple[str, dict[str, str]]:
-    """Where `transformers` finds a model: a folder or hub name, and the option that names the file
-    in it if it is a GGUF file."""
+def location(name: str) -> tuple[str, str | None]:
+    """Where `transformers` finds a model: a folder or hub name, and the name of the GGUF file in
+    the folder if it is one."""
     path = Path(resolve(name))
     if path.suffix == GGUF and path.is_file():
-        return str(path.parent), {"gguf_file": path.name}
-    return resolve(name), {}
+        return str(path.parent), path.name
+    return resolve(name), None
 
 
 def check_model(name: str, context: int = 0) -> None:
@@ -79,22 +78,8 @@ def positions(name: str) -> int | None:
         "check the path.",
     )
     with readable(name):
-        config = read_once(AutoConfig, name)
+        config = read_once(AutoConfig, *location(name))
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
-def read_once(kind: type, name: str):
-    """`kind.from_pretrained`. A GGUF file, where that takes seconds, is read only once."""
-    folder, file = location(name)
-    if not file:
-        return kind.from_pretrained(folder, trust_remote_code=False)
-    changed = Path(folder, *file.values()).stat().st_mtime_ns
-    return copy.deepcopy(_read_gguf(kind, folder, file["gguf_file"], changed))
-
-
-@cache
-def _read_gguf(kind: type, folder: str, file: str, changed: int):
-    return kind.from_pretrained(folder, gguf_file=file)
 
 
 @contextmanager
@@ -122,11 +107,9 @@ def load_model(
     tokenizer = load_tokenizer(name, chat_template, chat_template_args, day)
     folder, file = location(name)
     with readable(name):
-        is_lora = not file and find_adapter_config_file(folder) is not None
+        is_lora = file is None and find_adapter_config_file(folder) is not None
         base = lora_base(folder) if is_lora else folder
-        model, missing = load_language_model(
-            base, dtype=dtype, attn_implementation=attention, **file
-        )
+        model, missing = load_language_model(base, file, dtype=dtype, attn_implementation=attention)
         # The library would make these up at random.
         require(not missing, f"The weights of {name!r} lack {missing[:1]}; save the model again.")
         check_vocabulary(name, tokenizer, model.get_input_embeddings().num_embeddings)
@@ -165,7 +148,7 @@ def load_tokenizer(
     the template print this day, not today. Raises UserError."""
     check_model(name)
     with readable(name):
-        tokenizer = read_once(AutoTokenizer, name)
+        tokenizer = read_once(AutoTokenizer, *location(name))
     if chat_template == "none":
         tokenizer.chat_template = None
     options = dict(chat_template_args or {})

@@ -12,12 +12,13 @@ begins. Models have the shapes of Qwen2.5 and random weights in bfloat16.
 - `machine`: the rates at which the card reads memory and multiplies matrices, measured.
 - `correctness`: greedy tokens in float32 against `transformers`; steps as CUDA graphs against steps
   run one by one; log-probabilities of the sampler against those of the scorer, in bfloat16.
-- `decode_*`: rows with prompts of 100 to 600 tokens. In `equal` each writes 128 tokens, in `mixed`
-  2 to 256, and leaves. Sides: minizs with CUDA graphs, without them ("eager"), and `transformers`
-  with its dynamic and its static cache, where rows stay until the last has its tokens.
+- `decode_*`: rows with prompts of 100 to 600 tokens. In `equal` each writes 128 tokens or 48, in
+  `mixed` 2 to 256, and leaves. Sides: minizs with CUDA graphs, with the model's pieces compiled or
+  not, without graphs ("eager"), and `transformers` with its dynamic and its static cache, where
+  rows stay until the last has its tokens.
 - `floor`: the share of a step that reading the weights and the keys and values once would take.
 - `profile`: the kernels that take most of a replayed step.
-- `variants`: other ways to run a step: attention with masks, pieces or all of the model compiled.
+- `variants`: other ways to run a step: attention with masks, all of the model compiled.
 - `rollout`: three turns with documents between them, against `generate` on the whole text a turn.
 - `update`: one optimiser step at 1.5B, against full logits.
 - `tests`: those marked `gpu`.  `job`: `train_policy.py` with its defaults.
@@ -25,9 +26,11 @@ begins. Models have the shapes of Qwen2.5 and random weights in bfloat16.
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +39,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +57,7 @@ class Sizes:
     new: int = 128
     most_new: int = 256
     document: int = 300
-    turn: int = 80  # tokens of a rollout's turn, on average
+    turn: int = 40  # tokens of a rollout's turn, on average
     micro_tokens: int = 8192
     update_length: tuple[int, int] = (400, 1600)
 
@@ -83,8 +87,8 @@ TINY = Sizes(
 LEAST = 5.0  # seconds that a part needs to be begun
 
 
-class OutOfTime(Exception):
-    """A part has used up its budget."""
+class OutOfTime(BaseException):
+    """A part has used up its budget. No `except Exception` on the way may keep it."""
 
 
 @dataclass
@@ -284,67 +288,91 @@ def correctness(bench: Bench) -> None:
         bench.record(part, "bf16 |packed - padded scorer|", **figures, max=gap.max().item())
 
 
-def decode(bench: Bench, name: str, rows: int, sides: tuple[str, ...]) -> None:
+@dataclass(frozen=True)
+class Work:
+    """What a decode part compares, and how much each row writes."""
+
+    sides: tuple[str, ...] = ("graphs", "dynamic")
+    new: int = 128
+    mixed: bool = False
+    many_rows: bool = False
+
+
+def decode(bench: Bench, name: str, work: Work) -> None:
     """Tokens a second of these sides, `equal` and `mixed`; see the top of this file."""
     sizes = bench.sizes
+    rows = sizes.many_rows if work.many_rows else sizes.rows
+    new = min(work.new, sizes.new)
     part = f"decode {name}, {rows} rows"
     model = make_model(bench, name, torch.bfloat16)
     prompts = make_prompts(bench, rows)
-    equal, mixed = [sizes.new] * rows, mixed_budgets(rows, sizes.most_new)
-
-    def runner(side: str) -> Callable[[list[int]], object]:
-        if side in ("graphs", "eager"):
-            setting = "on" if side == "graphs" else "off"
-            return lambda budgets: generate(model, prompts, budgets, eos_id=(), cuda_graphs=setting)
-        options = {"disable_compile": True} if side == "static" else {}
-        cache = "static" if side.startswith("static") else "dynamic"
-        return lambda budgets: library_generate(model, prompts, max(budgets), cache, **options)
-
-    base = None
-    for side in sides:
-        run = runner(side)
+    equal, mixed = [new] * rows, mixed_budgets(rows, sizes.most_new)
+    held = sum(len(prompt) + new / 2 for prompt in prompts)
+    floor = step_floor(bench, model, held)
+    first_side: dict[str, float] = {}
+    for side in work.sides:
+        run = generator(model, prompts, side)
+        graphs.release(model)
         fresh_memory()
-        first = seconds(lambda: run([min(8, sizes.new)] * rows))  # noqa: B023
-        warm = 0.0
-        if side == "graphs":  # records what is not recorded yet
-            warm = seconds(lambda: run(equal))  # noqa: B023
+        first = seconds(lambda: run([min(8, new)] * rows))  # noqa: B023
+        warm = seconds(lambda: run(equal)) if side.startswith("graphs") else 0.0  # noqa: B023
         prefill = seconds(lambda: run([1] * rows))  # noqa: B023
         taken = seconds(lambda: run(equal))  # noqa: B023
-        step = (taken - prefill) / (sizes.new - 1)
-        held = sum(len(prompt) + sizes.new / 2 for prompt in prompts)
-        floor = step_floor(bench, model, held)
-        base = base or taken
+        step = (taken - prefill) / (new - 1)
         bench.record(
             part,
             f"{side}, equal",
-            tokens_s=rows * sizes.new / taken,
+            tokens_s=rows * new / taken,
             ms_a_step=1e3 * step,
             floor_ms=1e3 * floor,
             floor_share=floor / step,
             prefill_s=prefill,
             first_s=first,
             recorded_s=warm,
-            times_the_first_side=taken / base,
+            times_the_first_side=taken / first_side.setdefault("equal", taken),
+            new=new,
             peak_GB=peak_gb(),
         )
         bench.save()
-    base = None
-    for side in sides:
-        run = runner(side)
-        warm = seconds(lambda: run(mixed)) if side == "graphs" else 0.0  # noqa: B023
+        if not work.mixed:
+            continue
+        warm = seconds(lambda: run(mixed)) if side.startswith("graphs") else 0.0  # noqa: B023
         taken = seconds(lambda: run(mixed))  # noqa: B023
-        base = base or taken
         bench.record(
             part,
             f"{side}, mixed",
             tokens_s=sum(mixed) / taken,
             recorded_s=warm,
-            times_the_first_side=taken / base,
+            times_the_first_side=taken / first_side.setdefault("mixed", taken),
         )
         bench.save()
 
 
-SIDES = ("graphs", "eager", "dynamic", "static")
+def generator(model, prompts: list[list[int]], side: str) -> Callable[[list[int]], object]:
+    """A function from each row's budget to what this side writes."""
+    if side.startswith(("graphs", "eager")):
+        setting = "off" if side == "eager" else "on"
+
+        def ours(budgets: list[int]):
+            with compiling(side == "graphs"):
+                return generate(model, prompts, budgets, eos_id=(), cuda_graphs=setting)
+
+        return ours
+    options = {"disable_compile": True} if side == "static" else {}
+    cache = "static" if side.startswith("static") else "dynamic"
+    return lambda budgets: library_generate(model, prompts, max(budgets), cache, **options)
+
+
+@contextmanager
+def compiling(allowed: bool) -> Iterator[None]:
+    """Whether minizs may compile a large model's pieces inside the block."""
+    large = fusion.LARGE
+    if not allowed:
+        fusion.LARGE = math.inf
+    try:
+        yield
+    finally:
+        fusion.LARGE = large
 
 
 def profile(bench: Bench) -> None:
@@ -398,7 +426,8 @@ def variants(bench: Bench) -> None:
 
     def measure_steps(name: str, model) -> None:
         def run(count: int) -> float:
-            return seconds(lambda: generate(model, prompts, count, eos_id=(), cuda_graphs="on"))
+            with compiling(False):
+                return seconds(lambda: generate(model, prompts, count, eos_id=(), cuda_graphs="on"))
 
         first = run(sizes.new)
         prefill, taken = run(1), run(sizes.new)
@@ -427,21 +456,6 @@ def variants(bench: Bench) -> None:
         able, flash.can_use = flash.can_use, lambda _: False
         return lambda: setattr(flash, "can_use", able)
 
-    def compile_pieces(model):
-        modeling = sys.modules[type(model).__module__]
-        pieces = {(modeling, "apply_rotary_pos_emb"): modeling.apply_rotary_pos_emb}
-        for module in model.modules():
-            if type(module).__name__.endswith(("RMSNorm", "MLP")):
-                pieces[type(module), "forward"] = type(module).forward
-        for (owner, name), plain in pieces.items():
-            setattr(owner, name, torch.compile(plain, dynamic=True))
-
-        def undo() -> None:
-            for (owner, name), plain in pieces.items():
-                setattr(owner, name, plain)
-
-        return undo
-
     def compile_all(model):
         decoder = model.get_decoder()
         plain, fused = decoder.forward, torch.compile(decoder.forward, dynamic=False)
@@ -456,7 +470,6 @@ def variants(bench: Bench) -> None:
     attempt("as they are", lambda _: None)
     attempt("attention with masks", with_masks)
     if not bench.dry:  # a compiler may be missing where it is only tried out
-        attempt("norms, MLPs and rotary positions compiled", compile_pieces)
         attempt("the whole decoder compiled", compile_all)
 
 
@@ -495,7 +508,6 @@ def rollout(bench: Bench) -> None:
     sides = {
         "graphs, first (records)": lambda: ours("on"),
         "graphs": lambda: ours("on"),
-        "eager": lambda: ours("off"),
         "plain generate": plainly,
     }
     taken = {}
@@ -532,74 +544,112 @@ def make_trajectories(bench: Bench, vocab: int) -> list:
     return rows
 
 
+@dataclass(frozen=True)
+class Way:
+    """How the update is computed. Compiled is "nothing", the "head" (as minizs does by itself), or
+    with the head also the norms and MLPs ("pieces") or the whole "layers"."""
+
+    packed: bool = False
+    compiled: str = "head"
+    checkpointing: bool = False
+
+
+WAYS = {  # the most important first; None is the plain way, with all logits at once
+    "padded, nothing compiled": Way(compiled="nothing"),
+    "padded": Way(),
+    "padded, pieces compiled": Way(compiled="pieces"),
+    "full logits": None,
+    "packed": Way(packed=True),
+    "padded, layers compiled": Way(compiled="layers"),
+    "padded, pieces compiled, checkpointing": Way(compiled="pieces", checkpointing=True),
+}
+
+
 def update(bench: Bench) -> None:
     """One optimiser step on 64 trajectories, weights in float32, computed in bfloat16."""
+    rows = make_trajectories(bench, bench.sizes.shapes["1.5b"][-1])
+    for name, way in WAYS.items():
+        compiles_modules = way is not None and way.compiled in ("pieces", "layers")
+        if compiles_modules and bench.dry:
+            continue  # a compiler may be missing where it is only tried out
+        if compiles_modules:
+            torch._dynamo.reset()  # what was compiled before counts against a limit
+        fresh_memory()
+        try:
+            measure_update(bench, name, way, rows)
+        except Exception as error:
+            bench.record("update", name, failed=repr(error)[:500])
+        bench.save()
+
+
+def measure_update(bench: Bench, name: str, way: Way | None, rows: list) -> None:
+    model = make_model(bench, "1.5b", torch.float32)
+    work = full_logits(bench, model, rows) if way is None else learn(bench, model, rows, way)
+    with compiling(way is not None and way.compiled != "nothing"):
+        first = seconds(work)  # makes the optimiser's state
+        times = [seconds(work) for _ in range(2)]
+    tokens = sum(len(row.ids) for row in rows)
+    head_tokens = tokens if way is None else sum(sum(row.loss_mask) for row in rows)
+    bench.record(
+        "update",
+        name,
+        seconds=min(times),
+        slower_of_two=max(times),
+        first_s=first,
+        tokens_s=tokens / min(times),
+        matrix_share=arithmetic(model, rows, head_tokens) / min(times) / bench.matrix_rate,
+        peak_GB=peak_gb(),
+    )
+
+
+def arithmetic(model, rows: list, head_tokens: int) -> float:
+    """The floating-point operations of a forward and a backward pass, nothing computed twice."""
+    config = model.config
+    head = config.hidden_size * config.vocab_size
+    body = sum(weight.numel() for weight in model.parameters()) - head
+    pairs = sum(len(row.ids) ** 2 / 2 for row in rows)
+    attention = 4 * config.num_hidden_layers * config.hidden_size * pairs
+    return 3 * (2 * body * sum(len(row.ids) for row in rows) + 2 * head * head_tokens + attention)
+
+
+def learn(bench: Bench, model, rows: list, way: Way) -> Callable:
+    """An update of minizs. Raises RuntimeError where this way does not run on this machine."""
     from accelerate import Accelerator
 
     import train_policy
     from minizs.learner import build_learner
 
-    sizes, vocab = bench.sizes, bench.sizes.shapes["1.5b"][-1]
-    rows = make_trajectories(bench, vocab)
-    tokens = sum(len(row.ids) for row in rows)
-    marked = sum(sum(row.loss_mask) for row in rows)
+    if way.packed:
+        if not flash.can_pack(model, torch.bfloat16):
+            raise RuntimeError("PyTorch's packed attention does not run here")
+        model.set_attn_implementation(flash.PACKED)
+    if way.compiled in ("pieces", "layers"):
+        fusion.compile_modules(model, whole_layers=way.compiled == "layers")
+    settings = train_policy.PolicyConfig(
+        lr=1e-6,
+        group_size=8 if not bench.dry else 2,
+        kl_coef=0.0,
+        micro_tokens=bench.sizes.micro_tokens,
+        gradient_checkpointing=way.checkpointing,
+    )
     precision = "bf16" if torch.cuda.is_available() else "no"
+    accelerator = Accelerator(mixed_precision=precision)
+    learner = build_learner(accelerator, settings, model, model.config.vocab_size)
+    learner.scorer.options["packed"] = way.packed
+    return lambda: learner.update(rows)
 
-    def report(name: str, taken: float, model, head_tokens: int) -> None:
-        config = model.config
-        head = config.hidden_size * config.vocab_size
-        body = sum(weight.numel() for weight in model.parameters()) - head
-        pairs = sum(len(row.ids) ** 2 / 2 for row in rows)
-        attention = 4 * config.num_hidden_layers * config.hidden_size * pairs
-        work = 3 * (2 * body * tokens + 2 * head * head_tokens + attention)
-        bench.record(
-            "update",
-            name,
-            seconds=taken,
-            tokens_s=tokens / taken,
-            matrix_share=work / taken / bench.matrix_rate,
-            peak_GB=peak_gb(),
-        )
-        bench.save()
 
-    def ours(name: str, packed: bool, checkpointing: bool) -> None:
-        model = make_model(bench, "1.5b", torch.float32)
-        if packed:
-            if not flash.can_pack(model, torch.bfloat16):
-                bench.record("update", name, skipped="PyTorch's packed attention does not run here")
-                return
-            model.set_attn_implementation(flash.PACKED)
-        settings = train_policy.PolicyConfig(
-            lr=1e-6,
-            group_size=8 if not bench.dry else 2,
-            kl_coef=0.0,
-            micro_tokens=sizes.micro_tokens,
-            gradient_checkpointing=checkpointing,
-        )
-        learner = build_learner(Accelerator(mixed_precision=precision), settings, model, vocab)
-        learner.scorer.options["packed"] = packed
-        learner.update(rows)  # makes the optimiser's state
-        report(name, seconds(lambda: learner.update(rows)), model, marked)
+def full_logits(bench: Bench, model, rows: list) -> Callable:
+    """The plain way: all logits of a micro-batch at once, in float32."""
+    on_gpu = torch.cuda.is_available()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=on_gpu)
+    groups = batches.by_budget([len(row.ids) for row in rows], bench.sizes.micro_tokens)
+    marked = sum(sum(row.loss_mask) for row in rows)
 
-    ways = {
-        "minizs, packed": (True, False),
-        "minizs, padded": (False, False),
-        "minizs, packed, checkpointing": (True, True),
-    }
-    for name, (packed, checkpointing) in ways.items():
-        fresh_memory()
-        ours(name, packed, checkpointing)
-
-    fresh_memory()
-    model = make_model(bench, "1.5b", torch.float32)
-    fused = torch.cuda.is_available()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=fused)
-    groups = batches.by_budget([len(row.ids) for row in rows], sizes.micro_tokens)
-
-    def plainly() -> None:
+    def work() -> None:
         for group in groups:
             part = batches.make_batch(rows, group, model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=on_gpu):
                 logits = model(part.ids, attention_mask=part.attention, use_cache=False).logits
             logp = torch.log_softmax(logits[:, :-1].float(), -1)
             chosen = logp.gather(-1, part.ids[:, 1:, None]).squeeze(-1)
@@ -608,8 +658,7 @@ def update(bench: Bench) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    plainly()
-    report("full logits", seconds(plainly), model, tokens)
+    return work
 
 
 def tests(bench: Bench) -> None:
@@ -617,7 +666,7 @@ def tests(bench: Bench) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
     if bench.dry:
         command = [sys.executable, "-c", "pass"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=80)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=70)
     lines = (done.stdout + done.stderr).strip().splitlines()[-30:]
     bench.record("tests", "marked gpu", status=done.returncode, said=" / ".join(lines)[-1500:])
 
@@ -632,47 +681,44 @@ def job(bench: Bench) -> None:
     with open(bench.output / "job.log", "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:
-            status = process.wait(timeout=150)
-        except (subprocess.TimeoutExpired, OutOfTime):
-            process.terminate()
+            status = process.wait()
+        except OutOfTime:
             status = "cut short"
+            process.kill()
     taken = time.perf_counter() - start
     metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.is_file() else []
-    last = json.loads(lines[-1]) if lines else {}
-    figures = {
-        key: last[key]
-        for key in ("reward", "seconds", "seconds_rollout", "seconds_update")
-        if key in last
-    }
+    steps = []
+    if metrics.is_file():
+        steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+    figures = {}
+    for name in ("seconds", "seconds_rollout", "seconds_update", "reward"):
+        values = [step[name] for step in steps if name in step]
+        if values:
+            figures[f"median_{name}"] = statistics.median(values)
+    figures["said"] = (bench.output / "job.log").read_text(errors="replace")[-300:]
     bench.record(
-        "job", "train_policy.py", seconds=taken, status=status, steps=len(lines), **figures
+        "job", "train_policy.py", seconds=taken, status=status, steps=len(steps), **figures
     )
 
 
-def decode_part(name: str, many: bool = False, sides: tuple[str, ...] = SIDES) -> Callable:
-    def part(bench: Bench) -> None:
-        decode(bench, name, bench.sizes.many_rows if many else bench.sizes.rows, sides)
-
-    return part
-
+THREE = ("graphs", "graphs, nothing compiled", "dynamic")
+ALL = ("graphs", "graphs, nothing compiled", "eager", "dynamic", "static")
 
 PARTS: dict[str, tuple[Callable, float]] = {  # each with its budget in seconds
     "machine": (machine, 20),
-    "correctness": (correctness, 60),
-    "decode_1.5b": (decode_part("1.5b"), 90),
+    "correctness": (correctness, 40),
+    "decode_1.5b": (partial(decode, name="1.5b", work=Work(THREE)), 70),
+    "rollout": (rollout, 55),
+    "job": (job, 120),
+    "decode_0.5b": (partial(decode, name="0.5b", work=Work(new=48)), 35),
+    "decode_3b": (partial(decode, name="3b", work=Work(new=48)), 40),
+    "decode_1.5b_256": (partial(decode, name="1.5b", work=Work(new=48, many_rows=True)), 40),
+    "tests": (tests, 75),
+    "update": (update, 150),
     "profile": (profile, 30),
-    "rollout": (rollout, 60),
-    "update": (update, 60),
-    "variants": (variants, 100),
-    "decode_1.5b_256": (decode_part("1.5b", True, ("graphs", "eager", "dynamic")), 60),
-    "decode_0.5b": (decode_part("0.5b", False, ("graphs", "eager", "dynamic")), 40),
-    "decode_3b": (decode_part("3b", False, ("graphs", "eager", "dynamic")), 50),
-    "tests": (tests, 90),
-    "job": (job, 160),
-    "decode_0.5b_256": (decode_part("0.5b", True, ("graphs", "dynamic")), 40),
-    "decode_3b_256": (decode_part("3b", True, ("graphs", "dynamic")), 50),
-    "static_compiled": (decode_part("1.5b", False, ("graphs", "static_compiled")), 90),
+    "variants": (variants, 60),
+    "decode_all": (partial(decode, name="1.5b", work=Work(ALL, mixed=True)), 120),
+    "static_compiled": (partial(decode, name="1.5b", work=Work(("graphs", "static_compiled"))), 90),
 }
 
 
@@ -681,7 +727,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", default=".", help="the folder for gpu.json")
     parser.add_argument("--dry_run", action="store_true", help="tiny shapes, on any machine")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), help="default: all")
-    parser.add_argument("--seconds", type=float, default=460, help="budget of all parts together")
+    parser.add_argument("--seconds", type=float, default=445, help="budget of all parts together")
     args = parser.parse_args(argv)
     import_what_is_slow()
     output = Path(args.output)
@@ -707,6 +753,7 @@ def main(argv: list[str] | None = None) -> None:
             print(outcome, flush=True)
         for model in list(graphs._steps_of):
             graphs.release(model)
+        torch._dynamo.reset()
         fresh_memory()
         taken = time.perf_counter() - start
         bench.record("parts", name, seconds=taken, outcome=outcome.strip().splitlines()[-1])
@@ -720,7 +767,7 @@ def main(argv: list[str] | None = None) -> None:
 def import_what_is_slow() -> None:
     """After the arguments are read, so that `--help` answers at once."""
     global functools, gc, torch, transformers
-    global batches, flash, graphs, loading, measure
+    global batches, flash, fusion, graphs, loading, measure
     global Decoder, Example, Trajectory, generate, score, token_logprobs
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -734,7 +781,7 @@ def import_what_is_slow() -> None:
     from minizs import graphs
     from minizs.generate import Decoder, generate
     from minizs.logprobs import score, token_logprobs
-    from minizs.models import batches, flash, loading
+    from minizs.models import batches, flash, fusion, loading
     from minizs.trajectory import Example, Trajectory
 
     transformers.utils.logging.set_verbosity_error()

@@ -13,19 +13,22 @@ but repeats exactly what it recorded: the same shapes at the same addresses. Hen
 - a row that has stopped keeps its slot until the rows fit a smaller bucket. It writes its keys
   behind its own end, where the next turn's tokens overwrite them.
 
+The pieces of a large model are compiled into fewer kernels first (models/fusion.py).
+
 Cache and graphs outlive a `Decoder`: the next one for the same model uses them again. Weights may
 change in place; where they are replaced, the graphs are recorded anew. Without a GPU the same steps
 run one by one, which is how they are tested. Generation can be understood without this file."""
 
 import warnings
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from minizs.cache import RowCache, Step
-from minizs.models import flash
+from minizs.models import flash, fusion
 from minizs.models.composite import text_config
 from minizs.models.precision import widest_float
 from minizs.sampling import sample, uniforms
@@ -223,9 +226,16 @@ class StaticSteps:
         if settings in self.graphs:
             self.graphs[settings].replay()
             return
-        self.step(*settings)
         if not self.capture:
+            self.step(*settings)
             return
+        compiles = fusion.is_worth_it(self.model_ref())
+        with fusion.compiled_pieces(self.model_ref()) if compiles else nullcontext():
+            self.step(*settings)
+            self.record(settings)
+
+    def record(self, settings: tuple) -> None:
+        """Make the graph of a step that has just been run. This runs nothing."""
         self.pool = self.pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:

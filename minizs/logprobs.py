@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from minizs.models import flash
+from minizs.models import flash, fusion
 from minizs.models.composite import text_config
 from minizs.models.support import check_supported
 
@@ -21,7 +21,9 @@ def log_distribution(logits: Tensor, temperature: float, vocab_size: int | None)
     """(..., V) logits -> (..., vocab_size) log-probabilities in float32 at least: ids that only pad
     the embedding are cut off before the softmax. Those of temperature 0 are those of 1."""
     logits = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
-    return torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    return torch.log_softmax(logits, dim=-1)
 
 
 def predictable(attention_mask: Tensor) -> Tensor:
@@ -98,11 +100,11 @@ def score(
     wanted = loss_mask.bool()  # (B, T)
     hidden = states_before(model.get_decoder(), input_ids, attention_mask, wanted, packed)  # (M, d)
 
+    evaluate = fusion.compiled(evaluate_tokens) if fusion.is_worth_it(model) else evaluate_tokens
+
     def through_head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = model.get_output_embeddings()(hidden)  # (chunk, V)
-        logp = log_distribution(logits, temperature, vocab_size)
-        chosen = logp.gather(-1, targets[:, None]).squeeze(-1)
-        return chosen.float(), -(logp.exp() * logp).sum(-1).float()
+        return evaluate(logits, targets, temperature, vocab_size)
 
     # With nothing to score there is one empty chunk: every gradient is zero, not missing, or under
     # DDP the other processes would wait for it for ever.
@@ -113,6 +115,16 @@ def score(
     scores = map(torch.cat, zip(*chunks, strict=True))  # (M,) each
     blank = torch.zeros(input_ids.shape, device=input_ids.device)  # (B, T)
     return tuple(blank.masked_scatter(wanted, values) for values in scores)
+
+
+def evaluate_tokens(
+    logits: Tensor, targets: Tensor, temperature: float, vocab_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of the targets (n,) under logits (n, V), and the distributions'
+    entropies: (n,) float32 each."""
+    logp = log_distribution(logits, temperature, vocab_size)  # (n, V)
+    chosen = logp.gather(-1, targets[:, None]).squeeze(-1)
+    return chosen.float(), -(logp.exp() * logp).sum(-1).float()
 
 
 def token_logprobs(

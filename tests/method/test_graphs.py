@@ -11,7 +11,7 @@ from conftest import VOCAB, make_model
 
 from minizs import graphs
 from minizs.generate import Decoder, generate
-from minizs.models import weights
+from minizs.models import fusion, weights
 
 LENGTHS = (9, 1, 17, 4, 30, 2, 9, 21, 5, 13, 3, 8, 12, 6)
 
@@ -184,3 +184,13 @@ def test_bfloat16_graphs_are_as_near_to_the_scorer_as_eager_steps():
     first = [(a[0], b[0]) for a, b in zip(exact[0], graphed[0], strict=True)]
     gaps = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in first if a.ids[0] == b.ids[0]]
     assert len(gaps) > len(first) / 2 and max(gaps) < 0.2
+
+
+@pytest.mark.gpu
+def test_compiled_pieces_in_graphs_give_the_same_tokens(monkeypatch):
+    """As a large model has them; a small one is not compiled by itself."""
+    monkeypatch.setattr(fusion, "LARGE", 0)
+    model = make_model("qwen2", torch.float64).cuda()
+    expected = play(model, "off")
+    assert_equal_results(play(model, "on"), expected, 1e-6)
+    assert_equal_results(play(model, "on"), expected, 1e-6)  # replayed

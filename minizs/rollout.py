@@ -50,6 +50,7 @@ class Policy:
     limits: Limits = Limits()
     temperature: float = 1.0  # 0 is greedy
     seed: int = 0
+    cuda_graphs: str = "auto"  # see `Decoder`
 
 
 @dataclass
@@ -156,6 +157,7 @@ def start_decoder(policy: Policy, rows: Sequence[Row]) -> Decoder:
         tokenizer=policy.tokenizer,
         stop=protocol.STOP,
         ends_turn=protocol.completes_action,
+        cuda_graphs=policy.cuda_graphs,
     )
 
 

@@ -92,6 +92,7 @@ def write_replies(
     temperature: float = 0.0,
     seed: int = 0,
     keys: Sequence[tuple[int, ...]] | None = None,
+    cuda_graphs: str = "auto",
 ) -> list[Reply]:
     """The model's reply to each prompt, all in one generation. The random numbers of a reply depend
     on the seed and its key alone. Raises UserError for a prompt that leaves no room."""
@@ -107,6 +108,7 @@ def write_replies(
             keys=keys,
             vocab_size=protocol.vocabulary_size(tokenizer),
             eos_id=end_ids(model, tokenizer),
+            cuda_graphs=cuda_graphs,
         )
     except ValueError as error:
         require("limit" not in str(error), f"Too long for the judge or simulator: {error}.")
@@ -166,6 +168,7 @@ class SimulatedSearch:
         temperature: float = 0.8,
         max_new_tokens: int = 600,
         on_error: str = "empty",
+        cuda_graphs: str = "auto",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -175,6 +178,7 @@ class SimulatedSearch:
         self.temperature = temperature
         self.max_new_tokens = max_new_tokens
         self.on_error = on_error
+        self.cuda_graphs = cuda_graphs
         self.failed = 0
         self.recent: deque[bool] = deque(maxlen=RECENT)  # whether a reply lacked documents
 
@@ -188,6 +192,7 @@ class SimulatedSearch:
             temperature=self.temperature,
             seed=self.seed,
             keys=[request.key for request in requests],
+            cuda_graphs=self.cuda_graphs,
         )
         documents = [read_reply(reply.text, reply.unfinished, self.top_k) for reply in replies]
         self._count_failures(replies, documents)

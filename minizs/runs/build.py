@@ -116,7 +116,9 @@ def make_policy(
     config: SearchConfig, model, tokenizer, template: str, temperature: float
 ) -> Policy:
     """The policy with the limits and the seed of the settings."""
-    return Policy(model, tokenizer, template, limits(config), temperature, config.seed)
+    return Policy(
+        model, tokenizer, template, limits(config), temperature, config.seed, config.cuda_graphs
+    )
 
 
 def check_lengths(config: SearchConfig, policies: list[str], examples: list[Example]) -> None:
@@ -258,6 +260,7 @@ def build_local_simulator(
         config.simulator_temperature,
         config.max_document_tokens,
         config.on_search_error,
+        config.cuda_graphs,
     )
 
 
@@ -278,7 +281,11 @@ def build_judge(config: SimConfig, accelerator) -> Judge:
 
     def write(prompts: list[str]) -> list[str]:
         replies = simulator.write_replies(
-            model, tokenizer, prompts, max_new_tokens=config.max_document_tokens
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=config.max_document_tokens,
+            cuda_graphs=config.cuda_graphs,
         )
         return [reply.text for reply in replies]
 

@@ -60,6 +60,13 @@ class ModelSettings:
         "The implementation of attention. 'auto' takes flash attention where it can run.",
         ("auto", "sdpa", "flash_attention_2"),
     )
+    cuda_graphs: str = option(
+        "auto",
+        "Whether the steps of generation are recorded once and replayed, which is several times "
+        "faster on a GPU. 'auto' does so there. 'on' runs the same steps elsewhere too.",
+        ("auto", "on", "off"),
+        may_change=True,
+    )
     dtype: str = option(
         "auto",
         "The number format of forward passes. 'auto' is bfloat16 on a GPU and float32 elsewhere.",

@@ -250,6 +250,7 @@ def write_report(config: SimConfig, model, base: Base) -> None:
         config.top_k,
         config.seed,
         max_new_tokens=REPORT_TOKENS,
+        cuda_graphs=config.cuda_graphs,
     )
     figures = quality.measure_quality(engine, config.report_queries, config.seed)
     (Path(config.output) / "report.json").write_text(

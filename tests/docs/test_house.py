@@ -46,6 +46,7 @@ LARGE = {
     "minizs.generate.generate": "The one call that has all that can be chosen.",
     "minizs.losses.policy_loss": "Each option of the loss is an argument of its own.",
     "minizs.models.flash.attend_packed": "What `transformers` hands to an attention, by name.",
+    "minizs.simulator.SimulatedSearch.__init__": "All that can be chosen of a simulator.",
     "minizs.runs.flags.option": "All that there is to know about a flag, by keywords.",
 }
 

@@ -271,7 +271,7 @@ def test_what_was_taken_is_said_once(tmp_path):
 
 
 def test_options_beside_the_question(tmp_path):
-    """A letter as the gold means nothing to a policy that is not shown the options: that is said."""
+    """A letter as the gold means nothing without the options: it is said that they are not read."""
     row = {"question": PARIS[0], "choices": ["Oslo", "Paris"], "answer": "B"}
     [example], sentence = load(write(tmp_path / "mmlu.jsonl", [row]))
     assert example.answers == ("B",)

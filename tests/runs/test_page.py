@@ -150,6 +150,14 @@ def test_every_token_is_coloured_by_what_training_does_with_it(tmp_path):
     assert html.count("--a:50%") == 2 + 1  # the legend's, and no more than full colour
 
 
+def test_a_character_of_several_tokens_is_whole(tmp_path):
+    """Tokens that add nothing, since their character is not complete yet, leave no mark."""
+    row = trajectory("text", **tokens("a"))
+    row["pieces"][1:3] = ["", "\U0001f600"]
+    html = page(tmp_path, [], [(1, row)])
+    assert "<i>\U0001f600</i></span></div>" in html and "<i></i>" not in html
+
+
 def test_without_tokens_it_is_shown_turn_by_turn(tmp_path):
     """A test logs no tokens: its turns are shown with what they were answered with, and documents
     that did not fit are not shown as read."""

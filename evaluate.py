@@ -65,6 +65,8 @@ def read_settings(argv: list[str]) -> tuple[EvalConfig, dict]:
         silent.pop("data", None)  # its one question is given
     elif "data" not in silent and config.data == "world":
         silent.pop("corpus", None)  # the world has documents of its own
+    if config.engine != "bm25":
+        silent.pop("corpus", None)
     default = EvalConfig()
     remembered = {name: value for name, value in silent.items() if value != getattr(default, name)}
     config = replace(config, **remembered)

@@ -522,6 +522,14 @@ def test_what_a_training_had_and_a_test_lacks(work, settings, flags, words):
     refused(evaluation, f"--policy run/policy {flags}", words, work)
 
 
+def test_a_corpus_that_is_not_needed(work):
+    """Another engine than BM25 reads no corpus, so that of the training need not be there."""
+    remembering_policy(work, data="../questions.jsonl", corpus="gone.txt")
+    flags = ["--policy", "run/policy", "--data", "../questions.jsonl", "--engine", "none"]
+    evaluation(*flags)
+    assert figures("run/evaluation.json")["overall"]["n"] == 9
+
+
 def test_a_base_that_is_gone(work, capsys):
     """A run that was moved is tested alone, and that is said."""
     remembering_policy(work, policy="../moved/base")

@@ -1,7 +1,9 @@
 """The curriculum: what a step asks, and how often the simulated engine then returns noise.
 
-Early most documents are useful, and the policy learns the format and that searching pays; later it
-has to reason about what it was given. (The paper's random curriculum is start = end = 0.5.)"""
+Early in training most documents are useful, and the policy learns the format and that searching
+pays. Later more of them are noisy, and it has to reason about what it was given. With start = end =
+0.5 this is the paper's random curriculum.
+"""
 
 from minizs.randomness import hash64
 
@@ -28,9 +30,14 @@ def noise_probability(
         p_i = p_s + (b^(i/m) - 1) / (b - 1) * (p_e - p_s)
 
     with i = `step` counted from 1, m = `total_steps`, p_s = `start`, p_e = `end`, b = `base` > 0.
-    b > 1 keeps the noise near `start` for long (b = 4 is 1/3 of the way at half time), b < 1 raises
-    it early, and b = 1 is the limit, a straight line. Steps outside stay at the ends."""
+    A base above 1 keeps the noise near `start` for long: with b = 4 a third of the way is done at
+    half time. A base below 1 raises it early, and b = 1 is the limit, a straight line. Before the
+    first step the noise is `start`, and after the last one it stays at `end`.
+    """
     if step >= total_steps:
         return end  # exactly, whatever rounding would make of the formula
-    x = max(step, 0) / total_steps
-    return start + (x if abs(base - 1) < 1e-8 else (base**x - 1) / (base - 1)) * (end - start)
+    share = max(step, 0) / total_steps  # i/m
+    way = share  # the fraction of the way from start to end
+    if abs(base - 1) >= 1e-8:
+        way = (base**share - 1) / (base - 1)
+    return start + way * (end - start)

@@ -5,14 +5,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Example:
+    """A question and its gold answers."""
+
     question: str
-    answers: tuple[str, ...]  # all that are right
+    answers: tuple[str, ...]  # any of them is right
     source: str = "data"  # the data set that it comes from
 
 
 @dataclass(frozen=True)
 class SearchRequest:
-    """All that an engine may need for one query: nothing is matched up by position (defect D1)."""
+    """All that an engine may need for one query, so that nothing is matched up by position."""
 
     query: str
     question: str = ""
@@ -23,10 +25,12 @@ class SearchRequest:
 
 @dataclass
 class Turn:
-    text: str  # the policy's own words, decoded once, to be parsed and shown
+    """One generation of the policy, as text, and what came back for it."""
+
+    text: str  # the policy's own words
     action: str  # "search", "answer" or "invalid"
     content: str  # the query or the answer
-    documents: list[str] | None = None  # neutralised; None: nothing was searched
+    documents: list[str] | None = None  # made neutral; None where nothing was searched
     noisy: bool = False  # whether noisy documents were asked for
 
 

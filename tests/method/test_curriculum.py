@@ -10,7 +10,7 @@ from minizs.curriculum import draw_questions, noise_probability
 
 @pytest.mark.parametrize(("quarter", "expected"), [(1, 0.138071), (2, 1 / 3), (3, 0.609476)])
 def test_paper_values(quarter, expected):
-    """Guards the exponent: b^(i/m - 1), as one summary of the paper prints it, fails at once."""
+    """The values of equation 1 at each quarter. (The exponent is i/m, not i/m - 1.)"""
     assert noise_probability(quarter, 4, 0.0, 1.0) == pytest.approx(expected, abs=1e-6)
     # From p_s = 0.25 to p_e = 0.5 the same way lies within [0.25, 0.5].
     assert noise_probability(quarter, 4, 0.25, 0.5) == pytest.approx(0.25 + expected / 4, abs=1e-6)

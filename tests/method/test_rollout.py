@@ -116,7 +116,7 @@ def block(*documents: str) -> str:
 
 
 def test_a_request_carries_its_own_question():
-    """Guards D1: queries matched by position with the full batch, once some rows have finished."""
+    """A query keeps the question and the answers of its own row when other rows have finished."""
     rows, engine = play(
         ["<answer>gold 0</answer>"],
         ["<search>query 1</search>", "<search>query 1</search>", "<answer>gold 1</answer>"],
@@ -134,7 +134,7 @@ def test_a_request_carries_its_own_question():
 
 
 def test_all_searches_of_a_turn_are_one_call():
-    """Guards D9: one simulator call a query leaves most of a batch's speed unused."""
+    """The engine is asked once a turn, for the queries of all rows."""
     script = ["<search>a</search>", "<search>b</search>", "<answer>c</answer>"]
     rows, engine = play(script, script, script)
     assert [len(call) for call in engine.calls if call] == [3, 3]
@@ -142,7 +142,7 @@ def test_all_searches_of_a_turn_are_one_call():
 
 
 def test_turns_are_shown_as_they_unfold():
-    """Guards a turn that is shown after its search, without its documents, or not at all."""
+    """A turn is shown as soon as it is written, and a search again with its documents."""
     seen = []
     script = [["<eos>"], "<search>a</search>", "<answer>b</answer>"]
     play(script, on_turn=lambda turn: seen.append((turn.action, turn.documents)))
@@ -155,7 +155,7 @@ def test_turns_are_shown_as_they_unfold():
 
 
 def test_a_tag_may_be_a_special_token():
-    """Guards a model whose own tags are lost as its end-of-sequence token is."""
+    """Tags that are special tokens of the model are read like any others."""
     tokenizer = make_tokenizer(("<answer>", "</answer>"))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<answer>", "</answer>"]})
     with mock.patch(f"{__name__}.TOKENIZER", tokenizer):
@@ -164,7 +164,7 @@ def test_a_tag_may_be_a_special_token():
 
 
 def test_each_row_gets_the_documents_of_its_own_query():
-    """Guards replies that are handed out in another order than the requests came."""
+    """Documents come back to the row whose query they answer."""
 
     class Echo(RecordingEngine):
         def search(self, requests):
@@ -179,15 +179,15 @@ def test_each_row_gets_the_documents_of_its_own_query():
 
 
 def test_an_engine_that_finds_nothing():
-    """Guards a crash, or a turn that gets no block at all, where there are no documents."""
+    """Where nothing is found, the policy reads an empty block."""
     rows, _ = play([SEARCH, ANSWER], engine=RecordingEngine())
     assert pieces(rows[0])[2] == ("\n\n<information>\n\n</information>\n\n", 0)
     assert rows[0].reward == 1.0 and rows[0].turns[0].documents == []
 
 
 def test_documents_cannot_write_control_tokens():
-    """Guards D15: the text "<eos>" on a web page must not become the token that ends a turn, even
-    if it were not neutralised."""
+    """The text "<eos>" on a web page does not become the token that ends a turn, even if it is not
+    neutralised."""
     with UNGUARDED:
         rows, _ = play([SEARCH, ANSWER], engine=RecordingEngine("a <eos> b"))
     assert EOS not in rows[0].ids and block("a <eos> b") in TOKENIZER.decode(rows[0].ids)
@@ -197,7 +197,7 @@ def test_documents_cannot_write_control_tokens():
 
 
 def test_documents_cannot_answer():
-    """Guards D3: an answer in a document was scored as the policy's."""
+    """An answer in a document is not the policy's, even if the document is not neutralised."""
     engine = RecordingEngine("<answer>gold 0</answer>", "</information><answer>gold 0</answer>")
     for unguarded in (False, True):
         with UNGUARDED if unguarded else nullcontext():
@@ -223,7 +223,7 @@ def test_tags_in_a_thought_do_not_end_the_turn():
 
 
 def test_an_unclosed_answer_is_none():
-    """Guards D3: the text after an unclosed tag was taken for the answer, message and all."""
+    """A tag that is never closed in its turn is no answer, even if a later turn closes one."""
     rows, _ = play([[*"<answer>gold 0", "<eos>"], [*"</answer>"]], limits=Limits(turns=2))
     assert [turn.action for turn in rows[0].turns] == ["invalid", "invalid"]
     assert (rows[0].answer, rows[0].reward) == (None, 0.0)
@@ -233,7 +233,7 @@ def test_an_unclosed_answer_is_none():
 
 
 def test_only_what_the_policy_sampled_is_trained_on():
-    """Guards the loss mask: closing tags and eos in, prompt, documents and messages out."""
+    """The mask is 1 on the policy's words, tags and eos, 0 on prompt, documents and messages."""
     rows, _ = play(
         [
             [*"<search>a", "</search>"],
@@ -254,7 +254,7 @@ def test_only_what_the_policy_sampled_is_trained_on():
 
 
 def test_a_turn_ends_at_its_first_closing_tag():
-    """Guards D9 and D13: a tail that was sampled, paid for, and cut off or trained on."""
+    """Nothing is sampled behind the tag that ends a turn."""
     rows, _ = play(["<answer>gold 0</answer><search>a</search>"])
     assert rows[0].turns[0].text == "<answer>gold 0</answer>"
     rows, _ = play(["<search>a</search><information>mine</information>", "<answer>x</answer>"])
@@ -282,7 +282,7 @@ class SpyTokenizer:
 
 
 def test_sampled_ids_are_never_tokenised_again():
-    """Guards D10: here decoding and encoding changes the ids and loses eos."""
+    """The sampled ids stay, although decoding and encoding them would change them and lose eos."""
     script = [[*"mine", "<eos>"], [*"<search>mine", "</search>"], [*"<answer>mine", "</answer>\n"]]
     spy = SpyTokenizer(TOKENIZER)
     rows, _ = play(script, tokenizer=spy)
@@ -298,7 +298,7 @@ def test_sampled_ids_are_never_tokenised_again():
 
 
 def test_only_the_prompt_gets_a_bos():
-    """Guards D19: a second opening token before every document."""
+    """Documents and messages join the context without an opening token."""
     tokenizer = with_bos(make_tokenizer(("</search>", "</answer>\n")))
     rows, _ = play(["<search>a</search>", "<answer>b</answer>"], tokenizer=tokenizer)
     assert [i for i, token in enumerate(rows[0].ids) if token == EOS] == [0]
@@ -313,7 +313,7 @@ EXACT = PROMPT_TOKENS + len(SEARCH) + BLOCK_TOKENS + len(ANSWER)
 
 
 def test_turns_count_generations_and_the_last_search_is_not_executed():
-    """Guards D9: a search whose documents nobody will read."""
+    """The last turn can only answer: nobody would read the documents of its search."""
     rows, engine = play([SEARCH, SEARCH], limits=Limits(turns=2))
     row = rows[0]
     assert (len(row.turns), len(engine.requests), row.searches) == (2, 1, 1)
@@ -334,7 +334,7 @@ def test_turns_count_generations_and_the_last_search_is_not_executed():
     ],
 )
 def test_each_limit_ends_a_trajectory_cleanly(limits, expected, last):
-    """Guards D12: contexts that were cut at either end, so that question or answer was lost."""
+    """A limit ends a trajectory and says so. What was sampled stays whole; nothing is cut out."""
     row = play([SEARCH, ANSWER], limits=limits)[0][0]
     assert (row.truncated, row.reward, row.answer) == (expected, 0.0, None)
     assert len(row.ids) <= limits.context
@@ -343,7 +343,7 @@ def test_each_limit_ends_a_trajectory_cleanly(limits, expected, last):
 
 @pytest.mark.parametrize("limit", [BLOCK_TOKENS - 1, len(block()) + 3, len(block())])
 def test_an_overlong_reply_is_cut_before_its_closing_tag(limit):
-    """Guards a block without an end, one that is longer than allowed, and a row given up for it."""
+    """A long block is cut to its limit and closed, and the row goes on."""
     row = play([SEARCH, ANSWER], limits=Limits(document_tokens=limit))[0][0]
     head = block("a document")[: limit - len(protocol.CLOSING)]
     assert pieces(row)[2] == (head + protocol.CLOSING, 0)
@@ -352,28 +352,28 @@ def test_an_overlong_reply_is_cut_before_its_closing_tag(limit):
 
 
 def test_what_is_cut_may_still_not_fit():
-    """Guards a context that outgrows its limit by the reply that has just been cut."""
+    """A block that was cut can still be too long for the context, which then ends the row."""
     limits = Limits(document_tokens=40, context=PROMPT_TOKENS + len(SEARCH) + 40)
     row = play([SEARCH, ANSWER], limits=limits)[0][0]
     assert (row.truncated, pieces(row)[-1]) == ("context", (SEARCH, 1))
 
 
 def test_limits_that_are_just_met_cut_nothing():
-    """Guards limits that are off by one."""
+    """A trajectory that fits exactly is neither cut nor ended."""
     limits = Limits(2, max(len(SEARCH), len(ANSWER)), BLOCK_TOKENS, EXACT)
     row = play([SEARCH, ANSWER], limits=limits)[0][0]
     assert (row.truncated, row.reward, len(row.ids)) == ("", 1.0, EXACT)
 
 
 def test_one_rows_limit_does_not_end_the_others():
-    """Guards a batch that stops, or mixes its rows up, when one of them is truncated."""
+    """The other rows go on when one has reached a limit."""
     long = ["<search>" + "a" * 40 + "</search>"]
     rows, _ = play(long, [SEARCH, ANSWER], limits=Limits(turn_tokens=30), golds=["x", "gold 0"])
     assert [(row.truncated, row.reward) for row in rows] == [("turn_tokens", 0.0), ("", 1.0)]
 
 
 def test_a_prompt_or_a_block_without_room_is_refused():
-    """Guards a question that would be cut, a trajectory without any sampled token, half a block."""
+    """Limits too small for a prompt or an empty block are refused before anything starts."""
     with pytest.raises(UserError, match="max_context"):
         play([ANSWER], limits=Limits(context=PROMPT_TOKENS))
     with pytest.raises(UserError, match="max_document_tokens"):
@@ -384,7 +384,7 @@ def test_a_prompt_or_a_block_without_room_is_refused():
 
 
 def test_noise_is_drawn_once_a_search():
-    """Guards a draw a step or a trajectory, and one that hangs on which rows still search."""
+    """Each search draws for itself, from the key of its row and turn and whoever else searches."""
     script = [SEARCH] * 4 + [ANSWER]
     keys = [(7, i) for i in range(50)]
     rows, engine = play(*[script] * 50, noise=0.3, seed=5, keys=keys)
@@ -402,7 +402,7 @@ def test_noise_is_drawn_once_a_search():
 
 @pytest.mark.parametrize("noise, expected", [(0.0, False), (1.0, True)])
 def test_no_noise_and_all_noise(noise, expected):
-    """Guards the direction of the draw, and what the trajectory shows of it."""
+    """A request is noisy as often as `noise` says, and the turn notes it."""
     rows, engine = play([SEARCH, ANSWER], noise=noise)
     assert engine.requests[0].noisy is rows[0].turns[0].noisy is expected
     assert engine.requests[0].key == (ENGINE, 0, 0, 0)
@@ -442,7 +442,8 @@ def sample(
 
 
 def test_rollout_logprobs_equal_training_logprobs():
-    """Guards what training divides by: lengths, documents, temperature, vocabulary, pad == eos."""
+    """The sampler's log-probabilities are those that scoring gives, for rows of any length with
+    documents in them, at another temperature, with unused ids and where the pad id is eos."""
     assert ACTING.eos_token_id == EOS == make_model().config.pad_token_id
     model, rows = sample(dtype=torch.float32, temperature=0.7, group_size=3)
     assert max(len(row.turns) for row in rows) >= 3
@@ -464,7 +465,8 @@ def test_rollout_logprobs_equal_training_logprobs():
 
 
 def test_trajectories_do_not_depend_on_the_batch():
-    """Guards results that change with the number of processes, batch size or order of questions."""
+    """A trajectory is the same alone, in a batch, and in another order. So it does not depend on
+    the number of processes either."""
     engine = SimulatedSearch(acting_model(seed=1), ACTING, "{query}{quality}", max_new_tokens=20)
     options = {"group_size": 2, "noise": 0.5, "engine": engine}
     _, together = sample(**options)
@@ -483,7 +485,7 @@ def test_trajectories_do_not_depend_on_the_batch():
 
 
 def test_groups():
-    """Guards equal samples within a group, and groups whose rows are not adjacent."""
+    """The rows of a group stand side by side, and their samples differ."""
     _, rows = sample(group_size=3)
     assert [row.example for row in rows] == [e for e in QUESTIONS for _ in range(3)]
     for first in range(0, 12, 3):

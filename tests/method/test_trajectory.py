@@ -6,7 +6,7 @@ from minizs.trajectory import Example, Trajectory, Turn
 
 
 def test_append_keeps_three_equal_lengths():
-    """Guards a mask or log-probabilities that drift from the ids (TRL#5144)."""
+    """Ids, mask and log-probabilities grow together; the mask tells whose tokens they are."""
     row = Trajectory(Example("q", ("a",)))
     prompt = [1, 2, 3]
     row.append(prompt)
@@ -19,7 +19,7 @@ def test_append_keeps_three_equal_lengths():
 
 
 def test_a_token_without_its_logprob_is_refused():
-    """Guards silently shifted log-probabilities; nothing may have been added when it is noticed."""
+    """Sampled tokens come with as many log-probabilities, or nothing is added."""
     row = Trajectory(Example("q", ("a",)))
     with pytest.raises(ValueError, match="2 sampled tokens came with 1"):
         row.append([4, 5], [-0.5])
@@ -27,7 +27,14 @@ def test_a_token_without_its_logprob_is_refused():
 
 
 def test_only_executed_searches_count():
-    """Guards counting queries that nobody answered; an empty reply is an answer."""
+    """A search counts if an engine replied to it, be it with nothing."""
     row = Trajectory(Example("q", ("a",)))
     row.turns = [Turn("", "search", "a", []), Turn("", "invalid", ""), Turn("", "search", "b")]
     assert row.searches == 1
+
+
+def test_it_ends_with_an_answer_or_a_limit():
+    """An empty answer is an answer."""
+    assert not Trajectory(Example("q", ("a",))).ended
+    assert Trajectory(Example("q", ("a",)), answer="").ended
+    assert Trajectory(Example("q", ("a",)), truncated="turns").ended

@@ -27,6 +27,6 @@ def hash64(*keys: int) -> int:
 
 
 def uniform(*keys: int) -> float:
-    """A number in [0, 1): the upper 53 bits of the hash over 2^53, which a float64 holds exactly, so
+    """A number in [0, 1): the upper 53 bits of the hash over 2^53. A float64 holds it exactly, so
     that it never rounds to 1."""
     return (hash64(*keys) >> 11) / 2**53

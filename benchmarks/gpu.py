@@ -17,7 +17,7 @@ begins. Models have the shapes of Qwen2.5 and random weights in bfloat16.
   not, without graphs ("eager"), and `transformers` with its dynamic and its static cache, where
   rows stay until the last has its tokens.
 - `floor`: the share of a step that reading the weights and the keys and values once would take.
-- `profile`: the kernels that take most of a replayed step.
+- `profile`, `profile_update`: the kernels that take most of a replayed step, and of an update.
 - `variants`: other ways to run a step: attention with masks, all of the model compiled.
 - `rollout`: three turns with documents between them, against `generate` on the whole text a turn.
 - `update`: one optimiser step at 1.5B, against full logits.
@@ -375,48 +375,67 @@ def compiling(allowed: bool) -> Iterator[None]:
         fusion.LARGE = large
 
 
-def profile(bench: Bench) -> None:
-    """The kernels of a replayed step, by the time they take."""
+def kernel_times(work: Callable) -> dict[str, tuple[float, int]]:
+    """Of each kernel that this work runs: the microseconds that it takes in all, and its calls."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
+    on_gpu = torch.cuda.is_available()
+    with profiler(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as trace:
+        work()
+        measure.synchronize()
+    table = {}
+    for event in trace.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if spent:  # calls on the host's side take no time of the card's
+            table[event.key] = (spent, event.count)
+    return table
+
+
+def record_kernels(bench: Bench, part: str, name: str, table: dict, longest: int) -> None:
+    """The sums over all kernels, and those that take longest."""
+    total = sum(micro for micro, _ in table.values())
+    bench.record(part, name, ms=total / 1e3, kernels=sum(count for _, count in table.values()))
+    for key, (micro, count) in sorted(table.items(), key=lambda item: -item[1][0])[:longest]:
+        bench.record(part, f"{name}: {key[:110]}", us=micro, calls=count)
+
+
+def profile(bench: Bench) -> None:
+    """The kernels of a replayed step."""
     sizes = bench.sizes
     model = make_model(bench, "1.5b", torch.bfloat16)
     prompts = make_prompts(bench, sizes.rows)
-    new = 12 if not bench.dry else 4
-    activities = [ProfilerActivity.CPU]
-    if torch.cuda.is_available():
-        activities = [ProfilerActivity.CUDA]
-    for setting in ("on", "off"):
+    few, many = (2, 12) if not bench.dry else (2, 4)
+    for side in ("graphs", "graphs, nothing compiled"):
+        graphs.release(model)
+        run = generator(model, prompts, side)
+        run([many] * sizes.rows)
+        run([many] * sizes.rows)
+        # The difference of two generations is that of their steps.
+        less, more = (kernel_times(lambda n=n: run([n] * sizes.rows)) for n in (few, many))  # noqa: B023
+        table = {}
+        for key, (micro, count) in more.items():
+            before = less.get(key, (0.0, 0))
+            steps = many - few
+            table[key] = ((micro - before[0]) / steps, (count - before[1]) / steps)
+        record_kernels(bench, "profile", f"a step, 1.5b, {sizes.rows} rows, {side}", table, 20)
 
-        def run(count: int, setting=setting):
-            return generate(model, prompts, count, eos_id=(), cuda_graphs=setting)
 
-        run(new)
-        run(new)
-        tables = []
-        for count in (2, new):  # their difference is that of new - 2 steps
-            with profiler(activities=activities) as trace:
-                run(count)
-                measure.synchronize()
-            table = {}
-            for event in trace.key_averages():
-                spent = getattr(event, "self_device_time_total", 0) or event.self_cpu_time_total
-                table[event.key] = (spent, event.count)
-            tables.append(table)
-        few, many = tables
-        steps = new - 2
-        spent = {}
-        for key, (micro, count) in many.items():
-            before = few.get(key, (0, 0))
-            spent[key] = ((micro - before[0]) / steps, (count - before[1]) / steps)
-        top = sorted(spent.items(), key=lambda item: -item[1][0])[:25]
-        total = sum(micro for micro, _ in spent.values())
-        count = sum(count for _, count in spent.values())
-        kind = f"1.5b, {sizes.rows} rows, graphs {setting}"
-        bench.record("profile", kind, kernels_ms_a_step=total / 1e3, kernels_a_step=count)
-        for key, (micro, count) in top:
-            bench.record("profile", f"{kind}: {key[:90]}", us=micro, calls=count)
+def profile_update(bench: Bench) -> None:
+    """The kernels of an update of 16 trajectories."""
+    rows = make_trajectories(bench, bench.sizes.shapes["1.5b"][-1])[: max(2, bench.sizes.rows // 4)]
+    for name in ("padded", "packed"):
+        fresh_memory()
+        model = make_model(bench, "1.5b", torch.float32)
+        try:
+            work = learn(bench, model, rows, WAYS[name])
+        except RuntimeError as error:
+            bench.record("profile", f"update, {name}", skipped=str(error))
+            continue
+        work()
+        work()
+        record_kernels(bench, "profile", f"update, {name}", kernel_times(work), 20)
+        del model, work
 
 
 def variants(bench: Bench) -> None:
@@ -715,6 +734,7 @@ PARTS: dict[str, tuple[Callable, float]] = {  # each with its budget in seconds
     "decode_1.5b_256": (partial(decode, name="1.5b", work=Work(new=48, many_rows=True)), 40),
     "tests": (tests, 75),
     "update": (update, 150),
+    "profile_update": (profile_update, 40),
     "profile": (profile, 30),
     "variants": (variants, 60),
     "decode_all": (partial(decode, name="1.5b", work=Work(ALL, mixed=True)), 120),

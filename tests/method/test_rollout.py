@@ -431,12 +431,13 @@ def sample(
     engine=None,
     temperature=1.0,
     seed=2,
+    cuda_graphs="auto",
     **options,
 ):
     """Rollouts of a random model."""
     model = acting_model(dtype)
     limits = Limits(turns=4, turn_tokens=25)
-    policy = Policy(model, ACTING, "{question}", limits, temperature, seed)
+    policy = Policy(model, ACTING, "{question}", limits, temperature, seed, cuda_graphs)
     engine = engine or RecordingEngine("some words")
     return model, rollout(policy, examples, engine, keys=keys, **options)
 
@@ -482,6 +483,20 @@ def test_trajectories_do_not_depend_on_the_batch():
                 assert other.ids == expected.ids and other.loss_mask == expected.loss_mask
                 assert other.turns == expected.turns
                 assert other.logprobs == pytest.approx(expected.logprobs, abs=1e-6)
+
+
+def test_static_steps_give_the_same_trajectories():
+    """Turns, documents, stop strings and rows that leave, on the path that a GPU takes."""
+    engine = SimulatedSearch(acting_model(seed=1), ACTING, "{query}{quality}", max_new_tokens=20)
+    static = SimulatedSearch(
+        acting_model(seed=1), ACTING, "{query}{quality}", max_new_tokens=20, cuda_graphs="on"
+    )
+    _, expected = sample(group_size=2, noise=0.5, engine=engine)
+    _, actual = sample(group_size=2, noise=0.5, engine=static, cuda_graphs="on")
+    assert any(turn.documents for row in expected for turn in row.turns)
+    for ours, other in zip(actual, expected, strict=True):
+        assert ours.ids == other.ids and ours.turns == other.turns
+        assert ours.logprobs == pytest.approx(other.logprobs, abs=1e-6)
 
 
 def test_groups():

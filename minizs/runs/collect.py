@@ -31,7 +31,7 @@ def collect_from_worlds(
 
     `good` is the share of good queries. A reply that is useless only because its query was about
     the wrong thing is left out: from it a simulator would learn to state, as noise, the very fact
-    that was asked for.
+    that was asked for. A search that found nothing at all is left out, too.
     """
     rng = Random(f"collect {split} {seed}")
     rows = []
@@ -41,6 +41,8 @@ def collect_from_worlds(
         hops = write_requests(world, questions, good, rng)
         replies = BM25(world.documents, top_k, world.judge).search(list(hops))
         for (request, hop), documents in zip(hops.items(), replies, strict=True):
+            if not documents:
+                continue
             row = make_row(request, documents, world.judge)
             if row["label"] == "useful" or not states_what_was_asked(row["query"], documents):
                 rows.append({**row, "hop": hop})

@@ -44,6 +44,18 @@ def test_rows_of_worlds_are_labelled_exactly_and_balanced():
     assert rows != collect.collect_from_worlds(2, 60, seed=4)
 
 
+def test_a_row_of_a_world_has_documents(monkeypatch):
+    """A search that found nothing teaches a simulator nothing, and is no row."""
+
+    def search(engine, requests):
+        return [[] if request.noisy else [engine.documents[0]] for request in requests]
+
+    monkeypatch.setattr(collect.BM25, "search", search)
+    monkeypatch.setattr(collect, "draw_balanced", lambda rows, size, rng: range(len(rows)))
+    rows = collect.collect_from_worlds(1, 40, seed=3)
+    assert rows and all(row["documents"] for row in rows)
+
+
 def test_a_balanced_draw():
     """It has as many rows of one label as of the other, no row twice, none of another label, and
     rows from the whole file."""

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from minizs import require
+from minizs.evaluation.outputs import check_figures_path
 from minizs.runs import data, run_folder
 from minizs.runs.flags import check_values, given, parse, run_script, set_threads
-from minizs.runs.outputs import check_figures_path
 from minizs.runs.settings import EvalConfig, check_search
 
 
@@ -24,7 +24,8 @@ def main(argv: list[str]) -> None:
     check_settings(config)
     set_threads(config.threads)
     # These are slow to import: what is wrong with the flags has been said by now.
-    from minizs.runs import build, stage3
+    from minizs.evaluation import stage3
+    from minizs.runs import build
 
     accelerator = build.make_accelerator(config)
     for sentence in opening_sentences(config, remembered, argv):

@@ -104,14 +104,16 @@ def main(argv: list[str]) -> None:
     config = read_config(argv)
     set_threads(config.threads)
     # These are slow to import: what is wrong with the flags has been said by now.
+    from minizs.evaluation.held_out import held_out_test
+    from minizs.imitation.demonstrations import check_warm_start
+    from minizs.imitation.warm_start import warm_start
     from minizs.learner import build_learner
     from minizs.models.loading import load_prompt
     from minizs.models.weights import make_writer
     from minizs.protocol import vocabulary_size
-    from minizs.rollout import rollout
     from minizs.runs import build, checkpoint, data, run
-    from minizs.runs.warm_start import warm_start
 
+    check_warm_start(config)
     accelerator = build.make_accelerator(config)
     check_shares(config, accelerator)
     if run_folder.is_complete(config):
@@ -133,14 +135,10 @@ def main(argv: list[str]) -> None:
         model, tokenizer = build.load_trainable(replace(config, policy=start), accelerator)
     dtype = build.compute_dtype(config)
     writer = make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
-    test = build.held_out(config, accelerator, writer, tokenizer, template)
+    test = held_out_test(config, accelerator, writer, tokenizer, template)
     learner = build_learner(accelerator, config, model, vocabulary_size(tokenizer), dtype)
 
-    def play(examples, keys, noise):
-        policy = build.make_policy(config, writer(), tokenizer, template, config.temperature)
-        return rollout(
-            policy, examples, engine, group_size=config.group_size, keys=keys, noise=noise
-        )
+    play = build.make_player(config, writer, tokenizer, template, engine)
 
     folder = build.agreed_folder(accelerator, config)
     done = checkpoint.load_checkpoint(accelerator, saved) if saved else 0

@@ -31,7 +31,8 @@ def main(argv: list[str]) -> None:
     check_settings(config)
     set_threads(config.threads)
 
-    from minizs.runs import build, stage1  # slow: these load torch
+    from minizs.imitation import stage1  # slow: these load torch
+    from minizs.runs import build  # slow: these load torch
 
     accelerator = build.make_accelerator(config)
     output = Path(config.output)

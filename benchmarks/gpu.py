@@ -110,7 +110,7 @@ class Bench:
 
     def save(self) -> None:
         text = json.dumps(self.results, indent=1, default=str)
-        (self.output / "gpu.json").write_text(text)
+        (self.output / "gpu.json").write_text(text, encoding="utf-8")
 
 
 def _brief(value) -> str:

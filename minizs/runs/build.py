@@ -1,7 +1,7 @@
 """What the settings mean: the objects that they name, made for a script.
 
-Everything here takes settings and gives something that the scripts use: a policy, an engine, the
-test on held-out questions, Accelerate.
+Everything here takes settings and gives something that the scripts use: a policy, an engine,
+Accelerate.
 """
 
 import os
@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,8 +26,7 @@ from minizs.models import loading, lora, weights
 from minizs.models.chat import day_in_words
 from minizs.protocol import build_prompt, prompt_ids
 from minizs.rollout import Limits, Policy, rollout
-from minizs.runs import data, run_folder
-from minizs.runs.evaluation import answer_all, summary
+from minizs.runs import run_folder
 from minizs.runs.settings import (
     URL,
     EngineSettings,
@@ -41,7 +39,7 @@ from minizs.runs.settings import (
     read_day,
     read_template_args,
 )
-from minizs.trajectory import Example, SearchRequest
+from minizs.trajectory import Example, SearchRequest, Trajectory
 from minizs.world.facts import embedded
 
 ROOT = Path(__file__).parent.parent.parent
@@ -119,6 +117,20 @@ def make_policy(
     return Policy(
         model, tokenizer, template, limits(config), temperature, config.seed, config.cuda_graphs
     )
+
+
+def make_player(
+    config: PolicyConfig, writer: Callable, tokenizer, template: str, engine
+) -> Callable[..., list[Trajectory]]:
+    """A function that lets the policy as it is now, `writer()`, answer examples in groups."""
+
+    def play(examples, keys, noise):
+        policy = make_policy(config, writer(), tokenizer, template, config.temperature)
+        return rollout(
+            policy, examples, engine, group_size=config.group_size, keys=keys, noise=noise
+        )
+
+    return play
 
 
 def check_lengths(config: SearchConfig, policies: list[str], examples: list[Example]) -> None:
@@ -357,30 +369,3 @@ def make_accelerator(config: ModelSettings):
             plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
         )
     return accelerator
-
-
-# ---- The test while training ---------------------------------------------------------------------
-
-
-def held_out(config, accelerator, writer, tokenizer, template: str) -> Callable[[], dict] | None:
-    """A function that tests the model, `writer()`, on held-out questions, greedily with BM25.
-
-    It is None where `--eval_every` is 0, or where there are no held-out questions or no corpus: a
-    test with the simulator, which sees the gold answers, would be none.
-    """
-    if not config.eval_every:
-        return None
-    examples = data.spread(data.load_examples(config.data, "dev"), config.eval_questions)
-    if not examples or (config.data != "world" and not config.corpus):
-        return accelerator.print("No evaluation while it trains: it takes questions and --corpus.")
-    engine = build_bm25(config, "dev")
-
-    def evaluate() -> dict[str, float]:
-        policy = make_policy(config, writer(), tokenizer, template, temperature=0.0)
-        answer = partial(rollout, policy, engine=engine)
-        rows = answer_all(answer, examples, accelerator)
-        if not rows:  # only the main process has them
-            return {}
-        return {f"held_out_{name}": value for name, value in summary(rows).items()}
-
-    return evaluate

@@ -710,7 +710,6 @@ def check_training(config: PolicyConfig) -> None:
     check_lora(config)
     check_tracker(config)
     check_search(config)
-    check_warm_start(config)
     require(not (config.resume and config.overwrite), "--resume or --overwrite: give only one.")
     if config.output:
         run_folder.check_free(Path(config.output), bool(config.resume), config.overwrite)
@@ -719,17 +718,6 @@ def check_training(config: PolicyConfig) -> None:
             run_folder.can_be_made(run_folder.RUNS),
             f"{run_folder.RUNS} cannot be made or written to; choose an --output.",
         )
-
-
-def check_warm_start(config: PolicyConfig) -> None:
-    """Raise UserError for a file that cannot be imitated, unless its demonstrations are in the run
-    already."""
-    from minizs.runs.demonstrations import read_demonstrations
-
-    taken_over = config.resume and Path(config.output, "warm_start", "demonstrations.jsonl")
-    if config.warm_start in ("", SCRIPTED, OWN) or taken_over and taken_over.is_file():
-        return
-    read_demonstrations(Path(config.warm_start))
 
 
 def check_groups(config: PolicyConfig) -> None:

@@ -24,6 +24,8 @@ LEVELS = (
     r"minizs\.engines\..*",
     r"minizs\.world\..*",
     r"minizs\.runs\..*",
+    r"minizs\.evaluation\..*",
+    r"minizs\.imitation\..*",
 )
 WITHOUT_TORCH = 1  # this level and those below it import no library that does arithmetic
 

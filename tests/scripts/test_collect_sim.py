@@ -17,7 +17,7 @@ import train_sim
 from minizs import UserError
 from minizs.engines.bm25 import BM25
 from minizs.engines.cache import BETWEEN_WRITES
-from minizs.runs.plain_searcher import search_plainly
+from minizs.imitation.plain_searcher import search_plainly
 from minizs.trajectory import SearchRequest
 
 COLLECT = "--collect --data many.jsonl --top_k 1 --max_turns 3 --threads 1".split()
@@ -83,7 +83,7 @@ def test_who_searches(work, monkeypatch, flags, plain):
         calls.append(arguments)
         return search_plainly(*arguments, **options)
 
-    monkeypatch.setattr("minizs.runs.stage1.search_plainly", spied)
+    monkeypatch.setattr("minizs.imitation.stage1.search_plainly", spied)
     limits = ["--max_turn_tokens", "16", "--max_context", "160"]
     try:
         simulator(*COLLECT, *BM25_FLAGS, *limits, *flags, "--output", "out")
@@ -150,7 +150,7 @@ def test_a_stopped_collection_goes_on_with_the_advised_command(work, monkeypatch
         return search_plainly(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("minizs.runs.stage1.search_plainly", stopped)
+        patch.setattr("minizs.imitation.stage1.search_plainly", stopped)
         with pytest.raises(SystemExit, match="Stopped. What was collected is saved") as stop:
             simulator(*flags, "--output", "my runs/out")
     assert 0 < len(rows_in("my runs/out.partial")) < len(rows_in("whole"))
@@ -171,7 +171,7 @@ def test_the_same_command_goes_on_too(work, monkeypatch):
         return search_plainly(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr("minizs.runs.stage1.search_plainly", stopped)
+        patch.setattr("minizs.imitation.stage1.search_plainly", stopped)
         with pytest.raises(SystemExit):
             simulator(*flags)
     before = everything(work / "out.partial")

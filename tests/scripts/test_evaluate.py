@@ -17,7 +17,8 @@ from scripts import EVAL, FILE, ROOT, evaluation, everything, policy, refused, s
 
 import evaluate
 from minizs import UserError, rollout
-from minizs.runs import build, data, outputs, run_folder, stage3, terminal
+from minizs.evaluation import outputs, stage3
+from minizs.runs import build, data, run_folder, terminal
 from minizs.runs.settings import EvalConfig, PolicyConfig
 from minizs.trajectory import Example, Turn
 

@@ -24,12 +24,12 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 import minizs
 from minizs import protocol
+from minizs.evaluation import baselines
 from minizs.generate import Generated
 from minizs.models import loading
 from minizs.protocol import CLOSING, neutralize, parse_action
 from minizs.reward import f1_score
 from minizs.rollout import Limits, Policy, rollout
-from minizs.runs import baselines
 from minizs.trajectory import Example
 
 NAMES = ["think", "search", "information", "answer"]

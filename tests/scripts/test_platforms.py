@@ -253,7 +253,7 @@ def test_the_launchers_are_told_apart_from_the_user(environment, tmp_path, launc
     """What `accelerate launch` and `torchrun` really set, with and without the user's number."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from minizs.runs import flags\nprint('chosen', flags.threads_set_by_user())\n"
+        "from minizs.runs import flags\nprint(f'chosen {flags.threads_set_by_user()}\\n', end='')\n"
     )
     module = {
         "accelerate": ["accelerate.commands.launch"],

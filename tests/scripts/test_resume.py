@@ -13,7 +13,7 @@ from scripts import (
 )
 
 import train_policy
-from minizs.runs import build, run_folder
+from minizs.runs import run_folder
 
 
 def test_a_failing_evaluation_is_made_up_for(work, monkeypatch, capsys):
@@ -21,7 +21,7 @@ def test_a_failing_evaluation_is_made_up_for(work, monkeypatch, capsys):
     flags = ["--data", "world", "--corpus", "", "--eval_every", "3", "--save_every", "2"]
     flags += ["--eval_questions", "4", "--steps", "3", "--output"]
     with monkeypatch.context() as patch:
-        patch.setattr(build, "held_out", lambda *_: lambda: 1 / 0)
+        patch.setattr("minizs.evaluation.held_out.held_out_test", lambda *_: lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             policy(*flags, "run")
     assert [row["step"] for row in metrics(work / "run")] == [1, 2]

@@ -28,8 +28,9 @@ from scripts import (
 
 import train_sim
 from minizs import UserError, sft
+from minizs.imitation import quality, supervised
 from minizs.models import loading
-from minizs.runs import build, quality, supervised
+from minizs.runs import build
 from minizs.runs.flags import option
 
 

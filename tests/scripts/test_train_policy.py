@@ -28,6 +28,7 @@ import train_policy
 from benchmarks import tiny_base as base
 from minizs import UserError, simulator
 from minizs.engines.client import ServiceError
+from minizs.evaluation import held_out
 from minizs.runs import build, data, run_folder
 from minizs.trajectory import Trajectory
 
@@ -96,12 +97,12 @@ def test_held_out_questions_are_shared_by_place(work, monkeypatch):
         seen.append((keys, policy.model, policy.temperature))
         return [Trajectory(example, answer=example.answers[0]) for example in examples]
 
-    monkeypatch.setattr(build, "rollout", rollout)
+    monkeypatch.setattr(held_out, "rollout", rollout)
     config = train_policy.PolicyConfig(eval_questions=5)
 
     def evaluate(accelerator):
-        held_out = build.held_out(config, accelerator, lambda: next(models), None, "")
-        return [held_out(), held_out()]
+        test = held_out.held_out_test(config, accelerator, lambda: next(models), None, "")
+        return [test(), test()]
 
     main, other = on_each(2, evaluate, monkeypatch)
     assert other == [{}, {}] and [row["held_out_n"] for row in main] == [5, 5]

@@ -25,8 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_sim
 from benchmarks import tiny_base as base
 from minizs import UserError, sft
+from minizs.imitation import collect, pairs
 from minizs.models import loading
-from minizs.runs import build, collect, pairs
+from minizs.runs import build
 from minizs.simulator import training_text
 
 

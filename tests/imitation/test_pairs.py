@@ -4,7 +4,7 @@ import pytest
 from conftest import make_tokenizer
 
 from minizs import UserError, sft
-from minizs.runs.pairs import make_pairs
+from minizs.imitation.pairs import make_pairs
 
 OURS = {
     "query": "q",

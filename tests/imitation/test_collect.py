@@ -14,8 +14,8 @@ from minizs import UserError
 from minizs.engines.bm25 import BM25
 from minizs.engines.client import ServiceError
 from minizs.engines.ranking import NoDocuments
+from minizs.imitation import collect
 from minizs.rollout import Limits, Policy, rollout
-from minizs.runs import collect
 from minizs.runs.run_folder import read_lines
 from minizs.trajectory import Example, SearchRequest
 from minizs.world.facts import World

@@ -3,7 +3,7 @@
 from itertools import product
 from statistics import fmean
 
-from minizs.runs.collect import LABELS, collect_from_worlds, request_of
+from minizs.imitation.collect import LABELS, collect_from_worlds, request_of
 from minizs.world.searchers import states_what_was_asked
 
 WORLDS = 8

@@ -18,15 +18,16 @@ from filelock import FileLock
 from minizs import UserError, require, sft, simulator
 from minizs.engines.cache import Cached
 from minizs.engines.client import ServiceError
+from minizs.imitation import quality, supervised
+from minizs.imitation.collect import Collection, collect_from_searches, collect_from_worlds
+from minizs.imitation.pairs import make_pairs
+from minizs.imitation.plain_searcher import search_plainly
 from minizs.models import flash, loading, weights
 from minizs.models.support import row_limit
 from minizs.rollout import Policy, rollout
-from minizs.runs import build, checkpoint, data, quality, run_folder, supervised
+from minizs.runs import build, checkpoint, data, run_folder
 from minizs.runs.advice import command
-from minizs.runs.collect import Collection, collect_from_searches, collect_from_worlds
 from minizs.runs.flags import may_change, save_settings
-from minizs.runs.pairs import make_pairs
-from minizs.runs.plain_searcher import search_plainly
 from minizs.runs.settings import SimConfig
 from minizs.trajectory import Example
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from random import Random
 
 from minizs import require
-from minizs.runs.collect import draw_balanced, request_of
+from minizs.imitation.collect import draw_balanced, request_of
 from minizs.sft import Segment
 from minizs.simulator import training_text
 

@@ -3,9 +3,9 @@
 import pytest
 from conftest import ScriptedHead, make_model, make_tokenizer
 
+from minizs.evaluation import baselines
 from minizs.generate import Decoder
 from minizs.rollout import Limits, Policy
-from minizs.runs import baselines
 from minizs.runs.settings import BASELINES
 from minizs.trajectory import Example
 

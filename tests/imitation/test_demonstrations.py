@@ -8,9 +8,9 @@ from conftest import ScriptedHead, make_model, make_tokenizer
 
 from minizs import UserError
 from minizs.engines.bm25 import BM25
+from minizs.imitation import demonstrations
+from minizs.imitation.plain_searcher import search_plainly
 from minizs.rollout import Limits, Policy, rollout
-from minizs.runs import demonstrations
-from minizs.runs.plain_searcher import search_plainly
 from minizs.trajectory import Example, Turn
 
 TOKENIZER = make_tokenizer()

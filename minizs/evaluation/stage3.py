@@ -10,13 +10,13 @@ from functools import partial
 from pathlib import Path
 
 from minizs import UserError, require
+from minizs.evaluation.baselines import answer_at_once
+from minizs.evaluation.outputs import Output, claimed_output
+from minizs.evaluation.scores import answer_all, markdown, table, to_line, warnings
 from minizs.models import loading
 from minizs.rollout import Policy, rollout
 from minizs.runs import build, data, metrics, page, run_folder
-from minizs.runs.baselines import answer_at_once
-from minizs.runs.evaluation import answer_all, markdown, table, to_line, warnings
 from minizs.runs.flags import may_change
-from minizs.runs.outputs import Output, claimed_output
 from minizs.runs.settings import EvalConfig
 from minizs.runs.terminal import paint, show_turn, visible
 from minizs.trajectory import Example, Trajectory

@@ -4,9 +4,9 @@ import pytest
 
 from minizs.engines.bm25 import BM25
 from minizs.engines.ranking import NoDocuments
+from minizs.imitation import plain_searcher
+from minizs.imitation.plain_searcher import search_plainly
 from minizs.protocol import parse_action
-from minizs.runs import plain_searcher
-from minizs.runs.plain_searcher import search_plainly
 from minizs.trajectory import Example
 
 CORPUS = [

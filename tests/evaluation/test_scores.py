@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from scripts import on_each
 
-from minizs.runs.evaluation import (
+from minizs.evaluation.scores import (
     answer_all,
     from_row,
     markdown,

@@ -17,6 +17,7 @@ from minizs.engines import files
 from minizs.randomness import uniform
 from minizs.reward import f1_score
 from minizs.rollout import Policy, cut_reply, reply_text
+from minizs.runs.settings import OWN, SCRIPTED, PolicyConfig
 from minizs.sft import Tokens
 from minizs.trajectory import Example, Trajectory, Turn
 
@@ -173,3 +174,12 @@ def split_held_out(
     if not train:
         return held_out, []
     return train, held_out
+
+
+def check_warm_start(config: PolicyConfig) -> None:
+    """Raise UserError for a file that cannot be imitated, unless its demonstrations are in the run
+    already."""
+    taken_over = config.resume and Path(config.output, "warm_start", "demonstrations.jsonl")
+    if config.warm_start in ("", SCRIPTED, OWN) or taken_over and taken_over.is_file():
+        return
+    read_demonstrations(Path(config.warm_start))

@@ -26,13 +26,14 @@ import torch
 
 from minizs import UserError, sft
 from minizs.engines.client import ServiceError
+from minizs.evaluation.scores import answer_all, from_row, summary
+from minizs.imitation import supervised
+from minizs.imitation.demonstrations import read_demonstrations, select, split_held_out
+from minizs.imitation.plain_searcher import search_plainly
 from minizs.models import flash, loading, lora, weights
 from minizs.rollout import Policy, rollout
-from minizs.runs import build, checkpoint, run_folder, supervised
+from minizs.runs import build, checkpoint, run_folder
 from minizs.runs.advice import command
-from minizs.runs.demonstrations import read_demonstrations, select, split_held_out
-from minizs.runs.evaluation import answer_all, from_row, summary
-from minizs.runs.plain_searcher import search_plainly
 from minizs.runs.settings import OWN, SCRIPTED, PolicyConfig
 from minizs.trajectory import Example, Trajectory
 

@@ -13,14 +13,14 @@ from scripts import POLICY, metrics, policy, refused, two_processes, weights
 
 import train_policy
 from minizs import UserError, sft
+from minizs.evaluation.scores import from_row
+from minizs.imitation.demonstrations import split_held_out
+from minizs.imitation.warm_start import mean_noise, warm_start
 from minizs.models import loading
 from minizs.runs import build, data
-from minizs.runs.demonstrations import split_held_out
-from minizs.runs.evaluation import from_row
 from minizs.runs.flags import parse
 from minizs.runs.run_folder import read_lines
 from minizs.runs.settings import PolicyConfig
-from minizs.runs.warm_start import mean_noise, warm_start
 
 FLAGS = """--warm_start_steps 6 --warm_start_tokens 400 --warm_start_lr 0.01 --save_every 2
     --warm_start_held_out 0.3 --max_turn_tokens 40 --top_k 1 --engine_noise 0.2""".split()
@@ -148,7 +148,7 @@ def test_it_goes_on_where_it_was_stopped(work, monkeypatch, number):
         and not Path("warm/warm_start/policy").exists()
     )
     with monkeypatch.context() as patch:
-        patch.setattr("minizs.runs.warm_start.search_plainly", lambda *_, **__: pytest.fail())
+        patch.setattr("minizs.imitation.warm_start.search_plainly", lambda *_, **__: pytest.fail())
         result = run("warm", "--warm_start", "scripted")
     assert weights(result) == weights(Path("whole/warm_start/policy"))
     assert read_lines(Path("warm/warm_start/metrics.jsonl")) == read_lines(

@@ -697,7 +697,7 @@ def job(bench: Bench) -> None:
     if bench.dry:
         command = [sys.executable, "-c", "pass"]
     start = time.perf_counter()
-    with open(bench.output / "job.log", "w") as log:
+    with open(bench.output / "job.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
         try:
             status = process.wait()

@@ -6,10 +6,13 @@ another test runs, is listed with the reason. One that stands in no list fails.
 
 import dataclasses
 import importlib
+import inspect
+import operator
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from types import SimpleNamespace
 
 import pytest
@@ -87,8 +90,8 @@ def commands(text: str) -> list[str]:
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     starts = r"(?:[A-Z_]+=\S+ )?(?:python|accelerate|torchrun|pip|transformers|ruff) |\w+\.py --"
     pieces += [code for code in re.findall(r"`([^`]+)`", prose) if re.match(starts, code)]
-    found = [" ".join(piece.replace("\\|", "|").split()) for piece in pieces]
-    return [piece for piece in found if piece and not piece.startswith("#")]
+    pieces = [" ".join(piece.replace("\\|", "|").split()) for piece in pieces]
+    return [piece for piece in pieces if piece and not piece.startswith("#")]
 
 
 # The example with one's own data is its page's first section, and has a test of its own.
@@ -98,13 +101,13 @@ ELSEWHERE |= dict.fromkeys(EXAMPLE, "test_own_data.test_the_commands_of_the_page
 
 def test_every_command_is_in_a_list():
     """No command is written down that nobody tries, and no list names one that is gone."""
-    found = [command for text in TEXT.values() for command in commands(text)]
-    assert len(found) > 15
+    written = [command for text in TEXT.values() for command in commands(text)]
+    assert len(written) > 15
     listed = {*HERE, *ELSEWHERE}
-    for command in found:
+    for command in written:
         assert command in listed or command.startswith(tuple(NOT_HERE)), command
     for known in [*listed, *NOT_HERE]:
-        assert any(command.startswith(known) for command in found), f"no page has {known}"
+        assert any(command.startswith(known) for command in written), f"no page has {known}"
 
 
 @pytest.mark.parametrize("name", [test for test in ELSEWHERE.values() if test])
@@ -124,11 +127,11 @@ def test_the_commands_of_a_first_evening(tmp_path, work, monkeypatch, capfd):
         flags = words[words.index(script) + 1 :]
         if script == "train_policy.py":
             launch = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / script)]
-            done = subprocess.run([*launch, *flags], capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
+            process = subprocess.run([*launch, *flags], capture_output=True, text=True)
+            assert process.returncode == 0, process.stderr[-3000:]
         else:
             SCRIPTS[script.removesuffix(".py")].main(flags)
-    made = [
+    results = [
         "simulator/config.json",
         "policy-1/policy/config.json",
         "policy-1/report.html",
@@ -136,7 +139,7 @@ def test_the_commands_of_a_first_evening(tmp_path, work, monkeypatch, capfd):
         "policy-1/cost.json",
         "policy-1/evaluation.json",
     ]
-    assert all((tmp_path / "runs" / path).is_file() for path in made)
+    assert all((tmp_path / "runs" / path).is_file() for path in results)
     assert "question when was the founder of Tatco Mining born?" in capfd.readouterr().out
 
 
@@ -151,8 +154,8 @@ def test_the_main_job(tmp_path):
     launch = f"{sys.executable} -m accelerate.commands.launch {ROOT}/"
     line = line.replace("accelerate launch ", launch)
     line = line.replace("python evaluate.py", f"{sys.executable} {ROOT}/evaluate.py")
-    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-3000:]
     rows = metrics(tmp_path / "runs/policy-1")
     assert len(rows) == train_policy.PolicyConfig().steps
     assert rows[-1]["held_out_f1"] > 0.9 > 0.5 > rows[0]["reward"]
@@ -165,26 +168,25 @@ NEW_FILES = {"minizs/engines/overlap.py"}  # that a reader of the exercises writ
 
 def resolve(code: str) -> None:
     """Fail unless a name between backticks is there: a test, a file, or something in a module."""
-    if named := re.fullmatch(r"(test_\w+)\.(test_\w+)", code):
-        assert f"def {named[2]}(" in TESTS[named[1]].read_text(encoding="utf-8"), code
-    elif named := re.fullmatch(r"(test_\w+)\.py", code):
-        assert named[1] in TESTS, code
-    elif re.fullmatch(r"(?:minizs|benchmarks|tests|docs|configs)/[\w./]*", code):
+    if re.fullmatch(r"(?:minizs|benchmarks|tests|docs|configs)/[\w./]*", code):
         assert (ROOT / code).exists() or code in NEW_FILES, code
-    elif named := re.fullmatch(r"(\w+)\.py", code):
-        assert named[1] in MODULES or named[1] in SCRIPTS, code
-    elif named := re.fullmatch(r"([a-z]\w+)\.([\w.]+)", code):
-        if code.endswith(SUFFIXES):
-            return
-        if named[1] in SCRIPTS:
-            thing = SCRIPTS[named[1]]
-        elif named[1] in MODULES:
-            thing = importlib.import_module(MODULES[named[1]])
-        else:
-            assert named[1] in {"ground_truth", "model", "config"}, f"no module of ours: {code}"
-            return
-        for part in named[2].split("."):
-            thing = getattr(thing, part)
+        return
+    name = re.fullmatch(r"([a-z]\w+)\.([\w.]+)", code)
+    if not name:
+        return
+    module, member = name.groups()
+    if member == "py":
+        assert module in TESTS or module in MODULES or module in SCRIPTS, code
+    elif code.endswith(SUFFIXES):
+        return
+    elif module in TESTS:
+        assert f"def {member}(" in TESTS[module].read_text(encoding="utf-8"), code
+    elif module in SCRIPTS:
+        operator.attrgetter(member)(SCRIPTS[module])
+    elif module in MODULES:
+        operator.attrgetter(member)(importlib.import_module(MODULES[module]))
+    else:
+        assert module in {"ground_truth", "model", "config"}, f"no module of ours: {code}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -206,6 +208,14 @@ def test_the_tree_of_the_readme_is_that_of_the_repository():
     assert named <= MODULES.keys() | SCRIPTS.keys()
     flat = {path.stem for path in (ROOT / "minizs").glob("*.py")} - {"__init__"}
     assert flat <= named, flat - named
+
+
+def test_the_loop_of_the_readme_is_that_of_the_script():
+    """The README shows the loop of `train_policy.train` as it stands there."""
+    [loop] = re.findall(
+        r"^```python\n(for step .*?)^```", TEXT["README.md"], re.DOTALL | re.MULTILINE
+    )
+    assert textwrap.indent(loop, "    ") in inspect.getsource(train_policy.train)
 
 
 OTHERS = set(

@@ -33,6 +33,16 @@ def visible_keys(config, positions: Tensor, width: int) -> Tensor | dict[str, Te
     return masks if len(kinds) > 1 else masks[kinds.pop()]
 
 
+def added_to_scores(mask: Tensor | dict[str, Tensor], dtype: torch.dtype):
+    """A boolean mask, or one a kind of layer, as eager attention takes it: 0 where a key is seen,
+    else the least number of this type."""
+    if isinstance(mask, dict):
+        return {kind: added_to_scores(one, dtype) for kind, one in mask.items()}
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(
+        ~mask, torch.finfo(dtype).min
+    )
+
+
 @cache
 def cache_argument(decoder: type[nn.Module]) -> str:
     """What a family's forward calls the cache: versions of `transformers` differ."""
@@ -98,11 +108,16 @@ class RowCache(Cache):
             mask = flash.row_lengths(step.positions)
         else:
             mask = visible_keys(config, step.positions, step.width)
+            if config._attn_implementation == "eager":
+                mask = added_to_scores(mask, model.dtype)
         self.step = step
+        # Padding stands where no row has a token: a family that turns all positions otherwise in
+        # longer rows, or has learned ones, must not see it there.
+        positions = step.positions.clamp(max=step.width - 1) if ids.shape[1] > 1 else step.positions
         output = model.get_decoder()(
             input_ids=ids,
             attention_mask=mask,
-            position_ids=step.positions,
+            position_ids=positions,
             use_cache=True,
             **{cache_argument(type(model.get_decoder())): self},
         )

@@ -11,6 +11,7 @@ On a GPU the steps after a turn's first one run in graphs.py: the same tokens, s
 Left out: beam search, top-k and top-p, paged memory."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,15 +19,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from minizs import graphs
+from minizs import brief, graphs
 from minizs.cache import RowCache
 from minizs.models import flash
 from minizs.models.composite import text_config
-from minizs.models.support import check_supported, row_limit
+from minizs.models.support import plain_attention, row_limit
 from minizs.randomness import hash64
 from minizs.sampling import StopStrings, sample, uniforms
 
 Ints = int | Sequence[int]  # one number or several
+_checked = weakref.WeakSet()  # models that `check_decoding` has tried
 # Most positions in one forward pass: more go in groups of rows.
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 
@@ -52,12 +54,11 @@ class Draft:
 
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
-    """No gradients, eval mode, and an attention that takes boolean masks (eager attention would add
-    them to the scores) or row lengths."""
+    """No gradients, eval mode, and an attention that computes rows of different lengths right."""
     config = text_config(model)
     attention = config._attn_implementation
     training = [module for module in model.modules() if module.training]
-    config._attn_implementation = flash.ROWS if flash.can_use(model) else "sdpa"
+    config._attn_implementation = flash.ROWS if flash.can_use(model) else plain_attention(model)
     model.eval()
     try:
         with torch.inference_mode():
@@ -66,6 +67,41 @@ def decoding(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = attention
         for module in training:
             module.training = True
+
+
+def check_decoding(model: nn.Module) -> None:
+    """Raise ValueError for a model that does not compute rows of different lengths, in two parts
+    each, as it computes every row alone and at once. It is tried on a few tokens, once."""
+    if model in _checked:
+        return
+    name = type(model).__name__
+    size = model.get_input_embeddings().num_embeddings
+    rows = [[i % size for i in ids] for ids in ((4, 2, 5, 3, 7, 6), (3, 6, 2, 4))]
+    heads, tails = [row[:-2] for row in rows], [row[-2:] for row in rows]
+    cache = RowCache(len(rows), 8)
+    try:
+        with decoding(model):
+            cache.feed(model, 0, [(0, head) for head in heads])
+            parts = [(len(head), tail) for head, tail in zip(heads, tails, strict=True)]
+            ours = cache.feed(model, 0, parts)  # (2, d)
+            text_config(model)._attn_implementation = plain_attention(model)
+            alone = [last_state(model, row) for row in rows]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family does not expect
+        reason = brief(error)
+        raise ValueError(f"{name} is not supported: no cache of rows fits it ({reason})") from error
+    own = torch.stack(alone)  # (2, d)
+    most = 0.01 if model.dtype in (torch.float32, torch.float64) else 0.2
+    if not (ours - own).norm() <= most * own.norm():
+        raise ValueError(f"{name} is not supported: rows of different lengths come out wrong")
+    _checked.add(model)
+
+
+def last_state(model: nn.Module, row: list[int]) -> Tensor:
+    """The decoder's state at the end of one row, computed at once: (d,)."""
+    ids = torch.tensor([row], device=model.device)
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
 
 
 class Decoder:
@@ -90,7 +126,7 @@ class Decoder:
         ends_turn: Callable[[str], bool] | None = None,
         cuda_graphs: str = "auto",
     ):
-        check_supported(model)
+        check_decoding(model)
         check_prompts(prompts, model.get_input_embeddings().num_embeddings)
         self.model = model
         self.limit = row_limit(model)

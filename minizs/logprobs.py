@@ -3,7 +3,7 @@
 Logits over a whole batch are by far the largest tensor: 77 GB for 64 sequences of 2,000 tokens and
 150,000 words. So the head runs only where the *next* token has loss mask 1, in chunks that the
 backward pass computes anew. Modules are called, never their weights by hand.
-Left out: fused kernels, models that change their logits after the head."""
+Left out: fused kernels."""
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minizs.models import flash, fusion
 from minizs.models.composite import text_config
-from minizs.models.support import check_supported
+from minizs.models.support import final_logits
 
 CHUNK = 1024  # most positions that go through the head at once
 LOGITS = {"cpu": 2**24, "cuda": 2**28}  # and most logits of them: 64 MB, on a GPU 1 GB in float32
@@ -96,14 +96,13 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """(B, T) each -> (B, T) float32, differentiable, 0 where the loss mask is 0: log-probability of
     `input_ids[b, t]` given what precedes it, and entropy of the distribution it was drawn from."""
-    check_supported(model)
     wanted = loss_mask.bool()  # (B, T)
     hidden = states_before(model.get_decoder(), input_ids, attention_mask, wanted, packed)  # (M, d)
 
     evaluate = fusion.compiled(evaluate_tokens) if fusion.is_worth_it(model) else evaluate_tokens
 
     def through_head(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model.get_output_embeddings()(hidden)  # (chunk, V)
+        logits = final_logits(model, hidden)  # (chunk, V)
         return evaluate(logits, targets, temperature, vocab_size)
 
     # With nothing to score there is one empty chunk: every gradient is zero, not missing, or under

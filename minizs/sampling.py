@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minizs.logprobs import log_distribution
 from minizs.models.precision import widest_float
+from minizs.models.support import final_logits
 from minizs.randomness import GOLDEN, mix64
 
 BLOCK, SMALL = 256, 2**16  # tokens in a block of `draw`; numbers that need no blocks
@@ -27,7 +28,7 @@ def sample(
     model: nn.Module, hidden: Tensor, uniform: Tensor, temperature: float, vocab_size: int | None
 ) -> tuple[Tensor, Tensor]:
     """The next token and its log-probability after each of the hidden states (n, d): (n,) each."""
-    logits = model.get_output_embeddings()(hidden)  # (n, V)
+    logits = final_logits(model, hidden)  # (n, V)
     logp = log_distribution(logits, temperature, vocab_size)
     ids = logp.argmax(-1) if temperature == 0 else draw(logp, uniform)
     return ids, logp.gather(-1, ids[:, None]).squeeze(-1)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from minizs.logprobs import Scorer, predictable, states_before
 from minizs.models.batches import attention, by_budget, pad
+from minizs.models.support import final_logits
 from minizs.protocol import prompt_ids, reply_ids
 
 Segment = tuple[str, bool]  # a piece of text, and whether the loss is on it
@@ -80,7 +81,7 @@ def nll(
     """
     marked = loss_mask.bool() & predictable(attention_mask)  # (B, T)
     hidden = states_before(model.get_decoder(), input_ids, attention_mask, marked, packed)  # (M, d)
-    logits = model.get_output_embeddings()(hidden).float()  # (M, V)
+    logits = final_logits(model, hidden).float()  # (M, V)
     return F.cross_entropy(logits, input_ids[marked], reduction="sum"), marked.sum()
 
 

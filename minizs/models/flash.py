@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from minizs.models.composite import text_config
+from minizs.models.support import plain_attention
 
 ROWS, PACKED = "minizs_rows", "minizs_packed"
 
@@ -26,7 +27,30 @@ ROWS, PACKED = "minizs_rows", "minizs_packed"
 def takes_packed(model: nn.Module) -> bool:
     """Whether the model's attention keeps sequences apart that are packed into one row."""
     attention = text_config(model)._attn_implementation
-    return attention in ("flash_attention_2", PACKED)
+    return attention in ("flash_attention_2", PACKED) and keeps_apart(model)
+
+
+@torch.no_grad()
+def keeps_apart(model: nn.Module) -> bool:
+    """Whether this family tells from positions that start anew that another sequence begins: not
+    all do. It is tried on a few tokens, with the attention that every device has."""
+    config, decoder = text_config(model), model.get_decoder()
+    attention, was_training = config._attn_implementation, model.training
+    config._attn_implementation = plain_attention(model)
+    model.eval()
+    try:
+        rows = [[3, 2, 4, 5], [5, 3, 2]]
+        ids = torch.tensor([sum(rows, [])], device=model.device) % config.vocab_size
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=model.device)
+        packed = decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        second = decoder(input_ids=ids[:, 4:], use_cache=False).last_hidden_state
+    except (RuntimeError, TypeError, ValueError):  # a family without such positions, or masks
+        return False
+    finally:
+        config._attn_implementation = attention
+        model.train(was_training)
+    gap = (packed[:, 4:] - second).float().norm()
+    return bool(gap <= 0.1 * second.float().norm())
 
 
 def can_use(model: nn.Module) -> bool:
@@ -47,7 +71,7 @@ def suits(model: nn.Module, dtype: torch.dtype) -> bool:
         and dtype in (torch.bfloat16, torch.float16)
         and bool(getattr(model, "_supports_attention_backend", False))
         and bool(getattr(model, "_supports_flash_attn", False))
-        and not getattr(text_config(model), "attn_logit_softcapping", None)
+        and plain_attention(model) == "sdpa"
     )
 
 

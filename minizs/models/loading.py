@@ -17,7 +17,7 @@ from minizs.models.chat import day_in_words, fix_day
 from minizs.models.composite import load_language_model
 from minizs.models.gguf import read_once
 from minizs.models.lora import load_lora, lora_base, save_lora
-from minizs.models.support import check_supported, row_limit
+from minizs.models.support import check_supported, plain_attention, position_limit, row_limit
 from minizs.protocol import PROMPT
 
 logging.disable_progress_bar()  # a model of this size is loaded before a bar is drawn
@@ -79,7 +79,7 @@ def positions(name: str) -> int | None:
     )
     with readable(name):
         config = read_once(AutoConfig, *location(name))
-    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return position_limit(config.get_text_config(decoder=True))
 
 
 @contextmanager
@@ -109,12 +109,16 @@ def load_model(
     with readable(name):
         is_lora = file is None and find_adapter_config_file(folder) is not None
         base = lora_base(folder) if is_lora else folder
-        model, missing = load_language_model(base, file, dtype=dtype, attn_implementation=attention)
+        # Unless told otherwise the library takes "sdpa", or "eager" for a family that needs that.
+        options = {} if attention == "sdpa" else {"attn_implementation": attention}
+        model, missing = load_language_model(base, file, dtype=dtype, **options)
+        if attention == "sdpa":
+            model.set_attn_implementation(plain_attention(model))
         # The library would make these up at random.
         require(not missing, f"The weights of {name!r} lack {missing[:1]}; save the model again.")
         check_vocabulary(name, tokenizer, model.get_input_embeddings().num_embeddings)
-        check_supported(model)
         row_limit(model)  # refuses layers that keep more than keys and values
+        check_supported(model)
         if is_lora:
             load_lora(model, folder)
     return model.to(device).eval(), tokenizer

@@ -20,7 +20,7 @@ from minizs.runs.settings import EvalConfig, check_search
 
 
 def main(argv: list[str]) -> None:
-    config, remembered = read_settings(argv)
+    config, memory = read_settings(argv)
     check_settings(config)
     set_threads(config.threads)
     # These are slow to import: what is wrong with the flags has been said by now.
@@ -28,14 +28,14 @@ def main(argv: list[str]) -> None:
     from minizs.runs import build
 
     accelerator = build.make_accelerator(config)
-    for sentence in opening_sentences(config, remembered, argv):
+    for sentence in opening_sentences(config, memory, argv):
         accelerator.print(sentence)
 
     if config.ask:
         stage3.answer_question(config, accelerator)
         return
 
-    role = "dev" if "data" in remembered else "test"  # never what the policy was trained on
+    role = "dev" if "data" in memory else "test"  # never what the policy was trained on
     examples = stage3.load_questions(config, role, accelerator)
     if not config.policy:
         config.policy = stage3.train_first_policy(config, examples, accelerator)
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> None:
 
 
 def read_settings(argv: list[str]) -> tuple[EvalConfig, dict]:
-    """The settings, and those of them that are the policy's: where the flags say nothing, it is
-    tested as it was trained. Raises UserError.
+    """The settings, and those of them that come from the policy's training: where the flags say
+    nothing, it is tested as it was trained. Raises UserError.
 
     Without `--policy` it is the newest run's; "" where there is none yet.
     """
@@ -57,29 +57,37 @@ def read_settings(argv: list[str]) -> tuple[EvalConfig, dict]:
     newest = run_folder.newest_run()
     if not config.policy and newest:
         config.policy = str(newest / "policy")
-    silent = run_folder.trained_with(Path(config.policy)) if config.policy else {}
-    silent.pop("base", None)
-    for name in given(EvalConfig, argv):
-        silent.pop(name, None)
+    training = run_folder.trained_with(Path(config.policy)) if config.policy else {}
+    for name in {"base"} | given(EvalConfig, argv):
+        training.pop(name, None)
     if config.ask:
-        check_ask(config, silent)
-        silent.pop("data", None)  # its one question is given
-    elif "data" not in silent and config.data == "world":
-        silent.pop("corpus", None)  # the world has documents of its own
-    if config.engine != "bm25":
-        silent.pop("corpus", None)
+        check_ask(config, training)
     default = EvalConfig()
-    remembered = {name: value for name, value in silent.items() if value != getattr(default, name)}
-    config = replace(config, **remembered)
+    memory = {}  # the settings that the policy brings along
+    for name, value in training.items():
+        if has_use(config, name, training) and value != getattr(default, name):
+            memory[name] = value
+    config = replace(config, **memory)
     check_values(config)
-    check_remembered_files(config, remembered)
-    return config, remembered
+    check_files_of_training(config, memory)
+    return config, memory
 
 
-def check_ask(config: EvalConfig, silent: dict) -> None:
+def has_use(config: EvalConfig, name: str, training: dict) -> bool:
+    """Whether a setting of the training, on which the flags are silent, concerns this test."""
+    if name == "data":
+        return not config.ask  # whose one question is given
+    if name == "corpus":
+        # The tiny world has documents of its own.
+        tests_world = not config.ask and "data" not in training and config.data == "world"
+        return config.engine == "bm25" and not tests_world
+    return True
+
+
+def check_ask(config: EvalConfig, training: dict) -> None:
     """Raise UserError for a policy that knows other documents than the world's, and no corpus."""
-    data_of_training = silent.get("data", "world")
-    corpus = config.corpus or silent.get("corpus", "")
+    data_of_training = training.get("data", "world")
+    corpus = config.corpus or training.get("corpus", "")
     require(
         config.engine != "bm25" or data_of_training == "world" or bool(corpus),
         f"{config.policy} was trained on {data_of_training}, without a corpus: give --corpus FILE, "
@@ -87,9 +95,9 @@ def check_ask(config: EvalConfig, silent: dict) -> None:
     )
 
 
-def check_remembered_files(config: EvalConfig, remembered: dict) -> None:
+def check_files_of_training(config: EvalConfig, memory: dict) -> None:
     """Raise UserError for a file that the policy was trained with and that is not here."""
-    paths = data.split_spec(remembered.get("data", "")) + [remembered.get("corpus", "")]
+    paths = data.split_spec(memory.get("data", "")) + [memory.get("corpus", "")]
     for path in filter(data.looks_like_a_file, paths):
         require(
             Path(path).is_file(),
@@ -114,23 +122,24 @@ def check_settings(config: EvalConfig) -> None:
         check_figures_path(config)
 
 
-def opening_sentences(config: EvalConfig, remembered: dict, argv: list[str]) -> list[str]:
-    """Which policy is tested, and what it is that the flags did not say."""
+def opening_sentences(config: EvalConfig, memory: dict, argv: list[str]) -> list[str]:
+    """Which policy is tested, and what it brings along from its training."""
     sentences = []
     if config.policy and "policy" not in given(EvalConfig, argv):
         sentences.append(
             f"The policy is that of {run_folder.describe_run(Path(config.policy).parent)}"
         )
-    if remembered:
-        flags = ", ".join(f"--{name} {value}" for name, value in remembered.items())
+    if memory:
+        flags = ", ".join(f"--{name} {value}" for name, value in memory.items())
         sentences.append(f"As in its training, where no flag says otherwise: {flags}.")
     trained_on = run_folder.trained_with(Path(config.policy)).get("data", "world")
-    if config.data == trained_on != "world" and not config.ask and "data" not in remembered:
+    knows_questions = config.data == trained_on and trained_on != "world" and not config.ask
+    if knows_questions and "data" not in memory:
         sentences.append(
             "The policy was trained on nine tenths of these questions. Without --data it is tested "
             "on the others alone."
         )
-    if "data" in remembered:
+    if "data" in memory:
         sentences.append("It is tested on the tenth of these questions that it was not trained on.")
     return sentences
 

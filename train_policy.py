@@ -117,12 +117,13 @@ def main(argv: list[str]) -> None:
     accelerator = build.make_accelerator(config)
     check_shares(config, accelerator)
     if run_folder.is_complete(config):
-        return accelerator.print(f"The run in {config.output} is complete.")
+        accelerator.print(f"The run in {config.output} is complete.")
+        return
     saved = checkpoint.checkpoint_of(config)
     examples = data.load_examples(config.data, "train", accelerator.print)
     build.check_lengths(config, [config.policy], examples)
 
-    # The policy, and what it learns from.
+    # The policy, and the engine that it searches with.
     start = config.policy
     model, tokenizer = build.load_trainable(config, accelerator)
     template = load_prompt(start)
@@ -130,19 +131,20 @@ def main(argv: list[str]) -> None:
     if config.warm_start:
         # It imitates demonstrations first; then what comes of it is loaded as any policy is.
         config = run.claim_folder(config, accelerator, saved)
-        policy = build.make_policy(config, model, tokenizer, template, temperature=0.0)
-        start = warm_start(config, accelerator, policy, engine, examples)
+        student = build.make_policy(config, model, tokenizer, template, temperature=0.0)
+        start = warm_start(config, accelerator, student, engine, examples)
         model, tokenizer = build.load_trainable(replace(config, policy=start), accelerator)
+
+    # What plays, what tests and what learns. `writer` gives the model to generate with.
     dtype = build.compute_dtype(config)
     writer = make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
+    play = build.make_player(config, writer, tokenizer, template, engine)
     test = held_out_test(config, accelerator, writer, tokenizer, template)
     learner = build_learner(accelerator, config, model, vocabulary_size(tokenizer), dtype)
 
-    play = build.make_player(config, writer, tokenizer, template, engine)
-
     folder = build.agreed_folder(accelerator, config)
-    done = checkpoint.load_checkpoint(accelerator, saved) if saved else 0
-    with run.open_run(config, accelerator, folder, done, engine, tokenizer) as running:
+    last_step = checkpoint.load_checkpoint(accelerator, saved) if saved else 0
+    with run.open_run(config, accelerator, folder, last_step, engine, tokenizer) as running:
         train(config, examples, play, learner, test, running)
     policy = writer()  # all processes take part, where the model is sharded
     if accelerator.is_main_process:

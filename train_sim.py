@@ -27,12 +27,13 @@ def main(argv: list[str]) -> None:
     # Without any flag this makes the simulator that stage 2 makes where it finds none.
     makes_default = not argv
     if is_finished(config) and (config.resume or makes_default):
-        return print(f"{product(config)} is in {config.output} already; --overwrite makes it anew.")
+        print(f"{product(config)} is in {config.output} already; --overwrite makes it anew.")
+        return
     check_settings(config)
     set_threads(config.threads)
-
-    from minizs.imitation import stage1  # slow: these load torch
-    from minizs.runs import build  # slow: these load torch
+    # These are slow to import: what is wrong with the flags has been said by now.
+    from minizs.imitation import stage1
+    from minizs.runs import build
 
     accelerator = build.make_accelerator(config)
     output = Path(config.output)
@@ -50,7 +51,8 @@ def main(argv: list[str]) -> None:
 
     with stage1.alone(accelerator, output):
         if is_finished(config):
-            return accelerator.print(f"Another run has made {output} meanwhile.")
+            accelerator.print(f"Another run has made {output} meanwhile.")
+            return
         # Stage 2 waits for the default simulator: it must not fail over an older attempt.
         begin_anew = not config.resume and (config.overwrite or makes_default)
         model = stage1.fine_tune(config, accelerator, base, texts, begin_anew)
@@ -65,8 +67,8 @@ def read_settings(argv: list[str]) -> SimConfig:
     config = parse(SimConfig, argv)
     config.output = config.output or str(COLLECTED_FOLDER if config.collect else SIMULATOR_FOLDER)
     if config.resume:
-        own = run_folder.partial_folder(Path(config.output)) / "config.yaml"
-        config = parse(SimConfig, [*argv, "--output", config.output], own)
+        saved = run_folder.partial_folder(Path(config.output)) / "config.yaml"
+        config = parse(SimConfig, [*argv, "--output", config.output], saved)
     return config
 
 

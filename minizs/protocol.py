@@ -70,7 +70,9 @@ def turn_text(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-MOST_TOKENS_A_CHARACTER = 16  # four bytes, a token each, and as many again for what they run into
+# How many tokens wait for a character to be complete. It has at most four bytes, a token each;
+# beyond this many the bytes are broken, and are shown as such.
+MOST_TOKENS_A_CHARACTER = 16
 
 
 def decode_pieces(tokenizer, ids: list[int]) -> list[str]:
@@ -90,10 +92,10 @@ def decode_pieces(tokenizer, ids: list[int]) -> list[str]:
             group = []
     if group:
         groups.append(group)
-    # Decoded behind the group before it, since some tokenizers put spaces only between words.
-    before = [[], *groups][: len(groups)]
-    texts_before = decode(before)
-    texts = decode([a + b for a, b in zip(before, groups, strict=True)])
+    # Each is decoded behind its predecessor: some tokenizers put spaces only between words.
+    predecessors = [[], *groups][: len(groups)]
+    texts_before = decode(predecessors)
+    texts = decode([[*first, *second] for first, second in zip(predecessors, groups, strict=True)])
     pieces: list[str] = []
     for group, text_before, text in zip(groups, texts_before, texts, strict=True):
         pieces += [""] * (len(group) - 1)
@@ -272,6 +274,6 @@ def _any_of(sequences: Iterable[list[str]]) -> str:
         branches.setdefault(first, []).append(rest)
     patterns = []
     for first, rests in branches.items():
-        whole = [] in rests  # one ends here, and what would follow in others does not matter
-        patterns.append(first if whole else first + _any_of(rests))
+        ends_here = [] in rests  # one of them does, and what would follow in others is no matter
+        patterns.append(first if ends_here else first + _any_of(rests))
     return patterns[0] if len(patterns) == 1 else f"(?:{'|'.join(patterns)})"

@@ -70,8 +70,8 @@ def words(text: str) -> list[str]:
     without_articles = ARTICLE.sub(" ", text).split()
     if without_articles:
         return without_articles
-    every = text.split()
-    return every if len(every) == 1 else []
+    words_with_articles = text.split()
+    return words_with_articles if len(words_with_articles) == 1 else []
 
 
 def normalize_answer(text: str) -> str:
@@ -105,7 +105,8 @@ def substring_match(prediction: str | None, answers: Iterable[str]) -> float:
 
 
 def _f1(prediction: str, gold: str) -> float:
-    predicted_words, gold_words = prediction.split(), gold.split()
+    predicted_words = prediction.split()
+    gold_words = gold.split()
     shared = Counter(predicted_words) & Counter(gold_words)
     return 2 * shared.total() / (len(predicted_words) + len(gold_words))
 

@@ -97,7 +97,8 @@ def rollout(
         live = [row for row in rows if not row.trajectory.ended]
         if not live:
             break
-        for row, generated in zip(live, write_turn(policy, decoder, live, turn), strict=True):
+        turns = write_turn(policy, decoder, live, turn)
+        for row, generated in zip(live, turns, strict=True):
             read_turn(policy, row, generated, is_last=turn == policy.limits.turns - 1)
             notify(row.turn)
         going_on = [row for row in live if not row.trajectory.ended]
@@ -120,7 +121,8 @@ def start_rows(
     prompts: Sequence[str] | None,
 ) -> list[Row]:
     """`group_size` rows for each example, each of them holding its prompt and nothing else yet."""
-    tokenizer, limits = policy.tokenizer, policy.limits
+    tokenizer = policy.tokenizer
+    limits = policy.limits
     if keys is None:
         keys = [(number,) for number in range(len(examples))]
     if prompts is None:
@@ -134,7 +136,8 @@ def start_rows(
     [empty_block] = protocol.reply_ids(tokenizer, [protocol.wrap_documents("")])
     require(
         len(empty_block) <= limits.document_tokens,
-        f"--max_document_tokens < {len(empty_block)}: raise it.",
+        f"--max_document_tokens must be {len(empty_block)} or more: so many tokens has an empty "
+        "block of documents.",
     )
     rows = []
     for example, key, ids in zip(examples, keys, prompt_ids, strict=True):
@@ -172,7 +175,8 @@ def write_turn(policy: Policy, decoder: Decoder, rows: Sequence[Row], turn: int)
 
 def read_turn(policy: Policy, row: Row, generated: Generated, is_last: bool) -> None:
     """Add what was written to the trajectory, and see whether it answers or has to end."""
-    trajectory, limits = row.trajectory, policy.limits
+    trajectory = row.trajectory
+    limits = policy.limits
     trajectory.append(generated.ids, generated.logprobs)
     text = protocol.turn_text(policy.tokenizer, generated.ids)
     action = protocol.parse_action(text)
@@ -209,7 +213,8 @@ def search(policy: Policy, engine, rows: Sequence[Row], requests: Sequence[Searc
 
 def append_replies(policy: Policy, decoder: Decoder, rows: Sequence[Row]) -> None:
     """Append to each row what its turn brought, documents or a complaint, if the context allows."""
-    tokenizer, limits = policy.tokenizer, policy.limits
+    tokenizer = policy.tokenizer
+    limits = policy.limits
     texts = [reply_text(row.turn) for row in rows]
     for row, ids in zip(rows, protocol.reply_ids(tokenizer, texts), strict=True):
         if row.turn.documents is not None:

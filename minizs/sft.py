@@ -122,7 +122,8 @@ def train_step(accelerator, model, optimizer, rows: list[Tokens], max_grad_norm:
 def mean_loss(accelerator, model, texts: list[Tokens], tokens: int) -> float:
     """The mean loss of a marked token over these texts, without learning from them; `tokens` is the
     most positions of a forward pass, over all processes."""
-    losses, counts = 0.0, 0
+    losses = 0.0
+    counts = 0
     for group in by_budget([len(ids) for ids, _ in texts], tokens):
         loss, count = model(*_share(accelerator, [texts[place] for place in group]))
         losses += accelerator.reduce(loss, "sum").item()
@@ -133,9 +134,8 @@ def mean_loss(accelerator, model, texts: list[Tokens], tokens: int) -> float:
 def _share(accelerator, rows: list[Tokens]) -> list[Tensor]:
     """This process's rows of a batch, collated. Where no row is left for it, it gets one with an
     empty mask: it has to take part in the forward pass, or the others would wait for ever."""
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    own = rows[rank::processes]
-    if own:
-        return collate(own, accelerator.device)
+    share = rows[accelerator.process_index :: accelerator.num_processes]
+    if share:
+        return collate(share, accelerator.device)
     input_ids, attention_mask, loss_mask = collate(rows[:1], accelerator.device)
     return [input_ids, attention_mask, torch.zeros_like(loss_mask)]

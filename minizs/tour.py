@@ -3,8 +3,7 @@
     python -m minizs.tour
 
 It takes a few seconds on any machine and is meant to be read beside the code: each chapter names
-the functions that have computed what it shows. The tiny base model plays both parts here, the
-policy before any training and the search engine before stage 1. It makes mistakes in both.
+the functions that have computed what it shows.
 """
 
 import copy
@@ -49,6 +48,11 @@ LEARNING_RATE = 1e-4
 
 
 def main() -> None:
+    say(
+        """The tiny base model plays both parts here: the policy before any training, and the search
+        engine before stage 1 has taught it to heed the words "useful" and "noisy". It makes
+        mistakes in both. Below each headline stand the functions that have computed the rest."""
+    )
     policy = tiny_policy()
     example = tiny_question()
     print_prompt(policy, example)
@@ -142,8 +146,9 @@ def print_request(request: SearchRequest, noise: float) -> None:
     chapter("The request", [make_request, noise_probability, uniform])
     say(
         f"""In step {STEP} of {STEPS} a search asks for noisy documents with probability
-        {noise:.3f}. Whether this one does is drawn from its key, which also names it for the
-        simulator's random numbers. The request carries all that an engine may need:"""
+        {noise:.3f}. Whether this one does depends on a random number, which is a function of the
+        question, the sample and the turn. So are the engine's own random numbers: the key has these
+        three behind a number for the purpose. The request carries all that an engine may need:"""
     )
     for name in ("query", "question", "answers", "noisy", "key"):
         print(f"    {name:9} {getattr(request, name)}")
@@ -165,9 +170,9 @@ def print_documents(
 
 def print_trajectory(policy: Policy, trajectory: Trajectory) -> None:
     chapter("Ids and mask", [Trajectory.append, wrap_documents, append_replies])
-    own = sum(trajectory.loss_mask)
+    count = sum(trajectory.loss_mask)
     say(
-        f"""All of it is one row of {len(trajectory.ids)} tokens. The mask is 1 on the {own} that
+        f"""All of it is one row of {len(trajectory.ids)} tokens. The mask is 1 on the {count} that
         the policy sampled, and the loss sees these alone. Without the mask the policy would learn
         to write questions and documents."""
     )
@@ -251,7 +256,8 @@ def print_update(policy: Policy, group: Sequence[Trajectory], advantages: Tensor
     )
     print("      advantage   log p of its own tokens, before and after")
     for number in range(len(group)):
-        old, new = before[number].sum().item(), after[number].sum().item()
+        old = before[number].sum().item()
+        new = after[number].sum().item()
         sign = "up" if new > old else "down"
         print(f"    {number} {advantages[number]:+9.2f} {old:10.2f} {new:8.2f}  {sign}")
     print()
@@ -289,12 +295,13 @@ def print_tokens(policy: Policy, ids: Sequence[int], rows: dict[str, list[str]])
     columns = list(zip(pieces, *rows.values(), strict=True))
     label_width = max(map(len, rows))
     line: list[tuple[str, ...]] = []
-    used = 0
+    used = 0  # of the line's characters
     for column in columns:
         width = max(map(len, column)) + 2
         if line and used + width > WIDTH - label_width - 6:
             print_columns(line, list(rows), label_width)
-            line, used = [], 0
+            line = []
+            used = 0
         line.append(column)
         used += width
     print_columns(line, list(rows), label_width)

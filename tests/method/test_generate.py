@@ -43,7 +43,7 @@ def rescored(model, prefix, pieces, **options):
 
 
 def test_greedy_equals_transformers(family):
-    """Guards against wrong positions or masks among rows of different lengths."""
+    """Rows of different lengths write, greedily, what `transformers` writes for each alone."""
     model, prompts = make_model(family), make_prompts()
     for prompt, result in zip(prompts, generate(model, prompts, 24, temperature=0), strict=True):
         assert result.ids == library_greedy(model, prompt, 24)
@@ -54,7 +54,7 @@ def test_greedy_equals_transformers(family):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_train_mode_and_attention_are_the_callers(attention):
-    """Guards against dropout or an eager mask in generation, and against a model left changed."""
+    """Generation has no dropout and a right mask, and leaves the model as it was."""
     model, prompts = make_model(attention_dropout=0.5), make_prompts()
     expected = generate(model, prompts, 8)
     model.train()
@@ -66,8 +66,8 @@ def test_train_mode_and_attention_are_the_callers(attention):
 
 @pytest.mark.parametrize("temperature, vocab_size", [(1.0, None), (0.6, 90)])
 def test_logprobs_of_several_turns_equal_rescoring(family, temperature, vocab_size):
-    """Guards against any drift between rollout and training: lengths, documents, temperature,
-    vocabulary cut, a pad id that equals eos and also occurs inside a prompt."""
+    """Sampled log-probabilities are those that training computes, over turns with documents, with
+    a temperature, a cut vocabulary, and a pad id that equals eos and occurs in a prompt."""
     model, prompts = make_model(family), make_prompts()
     prompts[0][3] = EOS
     options = {"temperature": temperature, "vocab_size": vocab_size}
@@ -88,7 +88,7 @@ def test_logprobs_of_several_turns_equal_rescoring(family, temperature, vocab_si
 
 
 def test_replaced_head_works():
-    """Guards against a head whose weights are used by hand instead of being called."""
+    """The head is called as a module, so that another one has its effect."""
     model = make_model()
     model.lm_head = ScriptedHead([7, 8, EOS], VOCAB)
     assert generate(model, [[5, 6]], 9)[0].ids == [7, 8, EOS]
@@ -98,7 +98,7 @@ def test_replaced_head_works():
 
 
 def test_a_batch_of_one_equals_a_batch_of_many():
-    """Guards against rows that see each other: order, groups with one prompt, early leavers."""
+    """A row is the same whatever other rows there are: order, groups, early leavers."""
     model = make_model(dtype=torch.float64)
     prompts = [prompt for prompt in make_prompts() for _ in range(3)]
     keys = [(i // 3, i % 3) for i in range(len(prompts))]
@@ -112,7 +112,7 @@ def test_a_batch_of_one_equals_a_batch_of_many():
 
 
 def test_turns_do_not_depend_on_the_other_rows():
-    """Guards against cache rows mixed up by swapping or growing the cache."""
+    """Swapping rows and growing the cache change no row."""
     model, prompts = make_model(dtype=torch.float64), make_prompts((9, 2, 17, 4, 6))
 
     def play(rows):
@@ -133,7 +133,7 @@ def test_turns_do_not_depend_on_the_other_rows():
 
 
 def test_chunks_in_groups_of_rows(monkeypatch):
-    """Guards against cache rows written at the wrong place when one forward pass is too large."""
+    """A forward pass that is split into groups of rows gives the same tokens."""
     model, prompts = make_model(dtype=torch.float64), make_prompts((9, 8, 17, 4, 6))
     expected = generate(model, prompts, 10)
     monkeypatch.setitem(FORWARD_TOKENS, "cpu", 20)
@@ -141,7 +141,7 @@ def test_chunks_in_groups_of_rows(monkeypatch):
 
 
 def test_every_token_is_computed_once():
-    """Guards against a prompt computed once a sample, and a text computed again each turn."""
+    """A group computes its prompt once, and no turn computes a token again."""
     model, prompt, group, new = make_model(), make_prompts((30,))[0], 4, 5
     fed = []
     generate(model, [prompt], 1)  # a new model is tried on a few tokens first
@@ -159,8 +159,8 @@ def test_every_token_is_computed_once():
 
 
 def test_prompts_of_mixed_lengths_are_computed_with_little_padding(monkeypatch):
-    """Guards against one wide forward pass for all prompts, where short ones are mostly padding,
-    and against cache rows that get another row's prompt when the prompts are sorted."""
+    """Prompts of like length are computed together, with little padding, and each row has its own
+    prompt afterwards."""
     model, prompts = make_model(dtype=torch.float64), make_prompts((3, 21, 2, 20, 3, 21, 2))
     prompts += prompts[:2]  # two of them are shared
     computed = []
@@ -173,7 +173,7 @@ def test_prompts_of_mixed_lengths_are_computed_with_little_padding(monkeypatch):
 
 
 def test_a_model_can_learn_after_it_has_written():
-    """Guards against tensors of inference mode, which autograd refuses, left in the model."""
+    """Generation leaves no tensors of inference mode in the model, which autograd would refuse."""
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
     model = make_model(rope_parameters=rope, max_position_embeddings=16)
     model.config.max_position_embeddings = 64
@@ -186,7 +186,7 @@ def test_a_model_can_learn_after_it_has_written():
 
 
 def test_rows_that_have_stopped_are_not_computed():
-    """Guards against a batch that keeps paying for finished rows."""
+    """Finished rows leave the batch."""
     model = make_model()
     decoder = Decoder(model, make_prompts(), eos_id=())
     before = decoder.positions
@@ -209,7 +209,7 @@ def test_rows_that_have_stopped_are_not_computed():
     ],
 )
 def test_refusals(prompts, options, sentence):
-    """Guards against an index error on the GPU, or rotary positions the model never saw."""
+    """Prompts that are empty, too long or outside the vocabulary are refused."""
     with pytest.raises(ValueError, match=sentence):
         generate(make_model(), prompts, 10, **options)
 
@@ -241,5 +241,5 @@ def test_sliding_windows(full_layers, cuda_graphs):
 
 
 def test_no_prompts():
-    """Guards against an empty batch, such as no row left to answer."""
+    """An empty batch gives an empty list."""
     assert generate(make_model(), [], 5) == []

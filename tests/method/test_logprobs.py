@@ -41,7 +41,7 @@ def plain(model, ids, attention, loss, temperature=1.0, vocab_size=None):
 
 @pytest.mark.parametrize("temperature, vocab_size", [(1.0, None), (0.7, 90)])
 def test_equals_plain_log_softmax(family, temperature, vocab_size, monkeypatch):
-    """Guards against an off-by-one between states and targets, and against lost chunks."""
+    """Log-probabilities and entropies are those of full logits, whatever the chunks."""
     monkeypatch.setattr(minizs.logprobs, "CHUNK", 4)
     model, (ids, attention, loss) = make_model(family), make_batch()
     ids = ids.clamp(max=89)
@@ -55,7 +55,7 @@ def test_equals_plain_log_softmax(family, temperature, vocab_size, monkeypatch):
 
 
 def test_gradient_equals_plain_gradient(monkeypatch):
-    """Guards against a detached chunk: checkpointing must not lose a parameter's gradient."""
+    """Gradients of all parameters are those of full logits: checkpointing loses none."""
     monkeypatch.setitem(minizs.logprobs.LOGITS, "cpu", 5 * VOCAB - 1)
     model, batch = make_model(), make_batch()
     weights = torch.rand(batch[0].shape)
@@ -71,7 +71,7 @@ def test_gradient_equals_plain_gradient(monkeypatch):
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_padding_side_does_not_matter(family):
-    """Guards against positions counted from the left edge under left padding (trlx PR#509).
+    """Padding changes nothing on either side: positions are counted from the first real token.
 
     Rotary positions are relative and forgive it; GPT-2's are absolute and do not.
     """
@@ -90,8 +90,8 @@ def test_padding_side_does_not_matter(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cut_vocabulary_sums_to_one(dtype):
-    """Guards against ids that only pad the embedding taking part in the softmax, and against a
-    softmax in bfloat16, which is wrong by a percent."""
+    """Ids that only pad the embedding have no part in the softmax, which is float32: in bfloat16
+    it would be wrong by a percent."""
     model = make_model(dtype=dtype)
     ids = torch.arange(90)[:, None].repeat(1, 2)
     ids[:, 0] = 5  # one context, every possible next token
@@ -102,7 +102,7 @@ def test_cut_vocabulary_sums_to_one(dtype):
 
 
 def test_head_sees_only_scored_positions():
-    """Guards against (B, T, V) logits: the head must not run on prompts, documents or padding."""
+    """The head runs on the tokens of the loss alone, not on prompts, documents or padding."""
     model, (ids, attention, loss) = make_model(), make_batch()
     rows = []
     model.lm_head.register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
@@ -112,7 +112,7 @@ def test_head_sees_only_scored_positions():
 
 
 def test_replaced_head_is_called():
-    """Guards against `lm_head.weight` used by hand, which skips an adapter or a new head."""
+    """The head is called as a module, so that an adapter or a new head has its effect."""
 
     class Shifted(nn.Module):
         def __init__(self, head):
@@ -131,7 +131,7 @@ def test_replaced_head_is_called():
 
 
 def test_nothing_to_score_still_gives_gradients():
-    """Guards against a DDP hang: a process without a policy token must still reach every weight."""
+    """Without a policy token all gradients are there and 0, or other DDP processes would wait."""
     model, (ids, attention, loss) = make_model(), make_batch()
     logprobs, entropy = Scorer(model)(ids, attention, torch.zeros_like(loss))
     assert not logprobs.any() and not entropy.any()
@@ -140,7 +140,7 @@ def test_nothing_to_score_still_gives_gradients():
 
 
 def test_scorer_names_the_layers_to_shard():
-    """Guards against FSDP2 silently sharding nothing in a plain wrapper module."""
+    """FSDP2 finds the layers to shard inside the wrapper."""
     assert "LlamaDecoderLayer" in Scorer(make_model())._no_split_modules
 
 

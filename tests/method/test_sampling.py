@@ -15,7 +15,7 @@ from minizs.sampling import StopStrings, draw, uniforms
 
 
 def test_uniforms_agree_with_the_scalar_hash():
-    """Guards against two random functions: the vector version must give the same bits."""
+    """The vector version of the random function gives the same bits as the plain one."""
     keys = [(0, 0), (3, -1), (2**63, 5), (2**80 + 7, 2), (12345, 2**64 - 1)]
     for position in (0, 1, 17, 2**40):
         expected = [uniform(*key, position) for key in keys]
@@ -23,7 +23,7 @@ def test_uniforms_agree_with_the_scalar_hash():
 
 
 def test_samples_follow_the_softmax():
-    """Guards against a biased draw; also ids beyond `vocab_size` must never appear."""
+    """A token is drawn as often as its probability says, and no id beyond `vocab_size` ever."""
     model, prompt, n, vocab_size = make_model(), [5, 6, 7], 4000, 20
     options = {"temperature": 1.5, "vocab_size": vocab_size}
     results = generate(model, [prompt] * n, 1, eos_id=(), **options)
@@ -37,14 +37,14 @@ def test_samples_follow_the_softmax():
 
 
 def test_draw_never_takes_an_impossible_token():
-    """Guards against the ends of the cumulative distribution, where probabilities are 0."""
+    """No token of probability 0 is drawn, not even at the ends of the cumulative distribution."""
     logp = torch.tensor([0, 0.5, 0, 0.5, 0, 0]).log()[None].repeat(5, 1)
     numbers = torch.tensor([0.0, 0.5, 1 - 2**-53, 0.499999, 1.0], dtype=torch.float64)
     assert draw(logp, numbers).tolist() == [1, 3, 3, 1, 3]  # in float32 a number can round to 1
 
 
 def test_keys_seed_and_turns_change_the_numbers():
-    """Guards against equal prompts, or two seeds, that get the same sample."""
+    """Equal prompts get different samples, and so do two seeds."""
     model, prompt = make_model(), [5, 6, 7]
     a, b = generate(model, [prompt] * 2, 12, eos_id=())
     assert a.ids != b.ids
@@ -54,7 +54,7 @@ def test_keys_seed_and_turns_change_the_numbers():
 
 
 def test_nan_is_an_error():
-    """Guards against sampling on from a policy that has diverged."""
+    """A policy that has diverged raises an error instead of writing on."""
     model = make_model()
     torch.nn.init.constant_(model.lm_head.weight, float("nan"))
     with pytest.raises(FloatingPointError):
@@ -90,13 +90,13 @@ def written(tokens: list[str], stop=("</search>", "</answer>"), prompt="a</searc
     ],
 )
 def test_the_first_closing_tag_ends_the_turn(tokens):
-    """Guards against missed tags, tags found in the prompt, and a cut last token."""
+    """The turn ends with the token that completes the first closing tag, and that token is kept."""
     rest = [*"<answer>x</answer></search>"]
     assert written(tokens + rest) == (tokens, "stop")
 
 
 def test_eos_and_budget():
-    """Guards against a dropped eos token, and against a tag split over the prompt and the turn."""
+    """The eos token is kept, and a tag that is split over the prompt and the turn is none."""
     assert written(["a", "<eos>", "b"]) == (["a", "<eos>"], "eos")
     assert written([*"abc"], new=2) == (["a", "b"], "length")
     assert written([*"ch>", "<eos>"], prompt="</sear") == ([*"ch>", "<eos>"], "eos")
@@ -104,7 +104,7 @@ def test_eos_and_budget():
 
 
 def test_a_document_cannot_close_a_tag():
-    """Guards against stop strings matched on what was appended instead of what was sampled."""
+    """Stop strings are looked for in what was sampled and not in what was appended."""
     model = make_model(vocab_size=len(TOKENIZER))
     script = [*"a</search>", *"h>b</search>"]
     model.lm_head = ScriptedHead(TOKENIZER.convert_tokens_to_ids(script), len(TOKENIZER))
@@ -115,7 +115,7 @@ def test_a_document_cannot_close_a_tag():
 
 
 def test_characters_of_several_byte_tokens():
-    """Guards against a stop string whose last character is cut in two by a byte-level tokenizer."""
+    """A stop string is found where a byte-level tokenizer cuts its last character in two."""
     vocab = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(False), decoders.ByteLevel()
@@ -125,7 +125,7 @@ def test_characters_of_several_byte_tokens():
 
 
 def test_several_eos_ids():
-    """Guards against a list of eos ids (Llama 3, Qwen) of which only one is honoured."""
+    """Of several eos ids (Llama 3, Qwen) each ends a turn."""
     model = make_model()
     model.generation_config.eos_token_id = [1, 9]
     model.lm_head = ScriptedHead([5, 9, 1], VOCAB)

@@ -88,8 +88,8 @@ def play(model, tokenizer, **options):
 
 @pytest.mark.parametrize("make", [pad_is_eos, no_pad, chat])
 def test_a_family_from_load_to_save(family, make, tmp_path):
-    """Guards ids that no text has, a pad id that hides an eos, a crash without a pad, a template
-    that training does not see, and a policy that `transformers` reads otherwise."""
+    """A model is loaded, plays, is scored and saved, whatever its pad and end tokens are. Training
+    sees the same ids as the rollout, and `transformers` reads the saved policy as the same."""
     folder = make_folder(tmp_path / "base", make(), family)
     model, tokenizer = loading.load_model(folder)
     rows = play(model, tokenizer)
@@ -108,7 +108,7 @@ def test_a_family_from_load_to_save(family, make, tmp_path):
 
 
 def test_a_chat_template_wraps_the_prompt_alone():
-    """Guards a second bos, a template around documents, and a dictionary taken for ids."""
+    """The template stands around the prompt and nothing else; there is one opening token."""
     tokenizer = llama_tokenizer()
     [ids] = protocol.prompt_ids(tokenizer, ["a "])
     tokens = tokenizer.convert_ids_to_tokens(ids)
@@ -123,7 +123,7 @@ def test_a_chat_template_wraps_the_prompt_alone():
 
 
 def test_without_a_chat_template_there_is_none_later(tmp_path):
-    """Guards a policy that is trained without a template and used with one."""
+    """A policy that was trained without a template is used without one."""
     folder = make_folder(tmp_path / "base", llama_tokenizer())
     model, tokenizer = loading.load_model(folder, chat_template="none")
     plain = [EOS, *tokenizer.convert_tokens_to_ids(list("a b"))]
@@ -134,7 +134,7 @@ def test_without_a_chat_template_there_is_none_later(tmp_path):
 
 
 def test_training_and_use_open_alike():
-    """Guards pieces of a training text that get a template each, or none."""
+    """A training text gets its template once, around what opens it, as in use."""
     tokenizer = llama_tokenizer()
     [opening] = protocol.prompt_ids(tokenizer, ["a"])
     ids, mask = sft.encode(tokenizer, [("a", False), ("b", True), ("c", False)])
@@ -144,7 +144,7 @@ def test_training_and_use_open_alike():
 
 @pytest.mark.parametrize("make", [make_tokenizer, llama_tokenizer])
 def test_a_simulator_is_used_on_what_it_was_trained_on(make, monkeypatch):
-    """Guards an instruct simulator that learns one format and is asked in another."""
+    """A simulator is asked in the format that it was trained in, and learns to end its reply."""
     tokenizer, asked, template = make(), [], "Write {top_k} {quality} ones: {query}\n"
     request = SearchRequest("q", "who?", ("me",))
     monkeypatch.setattr(
@@ -158,8 +158,8 @@ def test_a_simulator_is_used_on_what_it_was_trained_on(make, monkeypatch):
 
 
 def test_bfloat16_from_load_to_score(family, tmp_path):
-    """Guards sampler and scorer that differ by more than bfloat16's rounding, positions in
-    bfloat16, and a cache of another type than the model's."""
+    """In bfloat16 sampler and scorer differ by no more than rounding, and log-probabilities are
+    float32."""
     folder = make_folder(tmp_path, pad_is_eos(), family, initializer_range=0.1)
     model, tokenizer = loading.load_model(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -175,7 +175,7 @@ def test_bfloat16_from_load_to_score(family, tmp_path):
 
 
 def test_cast_weights_leaves_the_rotary_frequencies_alone():
-    """Guards `model.to(bfloat16)`, after which far tokens stand at wrong places."""
+    """Rotary frequencies stay float32: in bfloat16 far tokens would stand at wrong places."""
     model = make_model()
     frequencies = model.model.rotary_emb.inv_freq.clone()
     assert weights.cast_weights(model, torch.bfloat16).dtype == torch.bfloat16

@@ -66,7 +66,7 @@ def assert_equal_packed_and_padded(make_module, inputs):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "window"])
 def test_the_scorer_packed_equals_padded(family, side):
-    """Guards positions that do not restart, and targets of another sequence (both directions)."""
+    """Packed sequences score as padded ones do: positions start anew, targets are their own."""
     model, batch = make(family), make_batch(side)
     options = {"temperature": 0.7, "vocab_size": 90}
     assert_equal_packed_and_padded(lambda flag: Scorer(model, packed=flag, **options), batch)
@@ -75,7 +75,7 @@ def test_the_scorer_packed_equals_padded(family, side):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_critic_packed_equals_padded(family, side):
-    """Guards a first token whose value is another trajectory's last state."""
+    """The critic's values are those of padded rows: a first token has none of its neighbour's."""
     backbone, (ids, mask, _) = make(family).base_model, make_batch(side)
 
     def make_critic(packed):
@@ -92,7 +92,7 @@ def test_the_critic_packed_equals_padded(family, side):
 
 
 def test_supervised_packed_equals_padded():
-    """Guards stage 1 on flash attention: the same loss on the same tokens."""
+    """Stage 1 has the same loss on the same tokens, packed or padded."""
     model, (ids, mask, loss_mask) = make_model(dtype=torch.float64), make_batch()
     loss_mask[:, 0] = 1  # a text may be marked from its first token on, which is not predicted
     losses = []
@@ -108,7 +108,7 @@ def test_supervised_packed_equals_padded():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_a_sequence_cannot_see_its_neighbours(family):
-    """Guards attention across sequences: bit for bit, whatever stands in the others."""
+    """A sequence is the same bit for bit, whatever stands in the others."""
     model, (ids, mask, loss_mask) = make(family), make_batch()
     for row in range(len(ids)):
         others = torch.arange(len(ids)) != row
@@ -122,7 +122,7 @@ def test_a_sequence_cannot_see_its_neighbours(family):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_positions_restart_and_no_padding_is_computed(side):
-    """Guards what a rotary model would forgive, and packing that saves nothing."""
+    """Positions start from 0 in each sequence, and padding is not computed."""
     model, seen = make_model(), []
     model.get_decoder().register_forward_pre_hook(
         lambda _module, _args, given: seen.append(given), with_kwargs=True
@@ -136,7 +136,7 @@ def test_positions_restart_and_no_padding_is_computed(side):
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (5,), (1,), (1, 1)])
 def test_nothing_to_score_still_gives_gradients(lengths):
-    """Guards against a DDP hang: a process without a policy token must still reach every weight."""
+    """Without a policy token all gradients are there and 0, or other DDP processes would wait."""
     model = make_model()
     ids = pad([[5] * n for n in lengths])
     inputs = ids, attention(list(lengths)), torch.zeros_like(ids)
@@ -148,7 +148,7 @@ def test_nothing_to_score_still_gives_gradients(lengths):
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_what_nothing_precedes_is_refused(side):
-    """Guards a first token that is scored after padding, or after another sequence."""
+    """A first token, after padding or after another sequence, is refused."""
     model, (ids, mask, _) = make_model(), make_batch(side)
     for wrong in ((mask == 1) & (mask.cumsum(-1) == 1), mask == 0):
         for packed in (False, True):
@@ -158,7 +158,7 @@ def test_what_nothing_precedes_is_refused(side):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_checkpointed_layers_give_the_same_gradients(packed):
-    """Guards dropout that train mode would bring, and checkpointing that does not happen."""
+    """Gradient checkpointing happens, and train mode brings no dropout."""
     model, batch = make_model(attention_dropout=0.5), make_batch()
     scorer, calls = Scorer(model, packed=packed), []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -174,7 +174,7 @@ def test_checkpointed_layers_give_the_same_gradients(packed):
 @pytest.mark.gpu
 @pytest.mark.skipif(not is_flash_attn_2_available(), reason="needs flash-attn")
 def test_flash_attention_packed_equals_padded_sdpa():
-    """Guards the real kernel: the same numbers to bfloat16's rounding, no neighbour in sight."""
+    """The real kernel gives the same numbers but for bfloat16's rounding, and sees no neighbour."""
     model = weights.cast_weights(make_model(num_attention_heads=4, head_dim=32), torch.bfloat16)
     model, batch = model.cuda(), [t.cuda() for t in make_batch()]
     gradients = []

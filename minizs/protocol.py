@@ -19,9 +19,12 @@ CLOSING = "\n</information>\n\n"
 # ---- Actions ------------------------------------------------------------------------------------
 
 STOP = ("</search>", "</answer>")  # a turn ends at the first of these that is outside a thought
-THOUGHT_TAGS = ("<think>", "</think>")
 THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 CLOSING_TAG = re.compile(r"</(search|answer)>")
+# The thoughts of other models, which may call them something else: [THINK], <thinking>, ◁think▷.
+THOUGHT_NAME = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reasoning)"
+THOUGHT_BEGIN = re.compile(rf"[<\[◁]{THOUGHT_NAME}[>\]▷]", re.IGNORECASE)
+THOUGHT_END = re.compile(rf"[<\[◁]/{THOUGHT_NAME}[>\]▷]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,23 @@ def completes_action(text: str) -> bool:
     return CLOSING_TAG.search(THOUGHT.sub(" ", text)) is not None
 
 
+def up_to_action(text: str) -> str:
+    """A turn as far as the tag that decides its action: generation would have stopped there."""
+    spoken = THOUGHT.sub(lambda thought: " " * len(thought[0]), text)  # all keeps its place
+    closing = CLOSING_TAG.search(spoken)
+    return text[: closing.end()] if closing else text
+
+
 def without_thoughts(text: str) -> str | None:
     """What a reply of another model (a simulator or a judge) says behind its last thought. None if
     a thought has no end: then it has not said anything yet."""
-    words = text.rpartition("</think>")[2]
-    return None if "<think>" in words else words
+    *_, words = THOUGHT_END.split(text)
+    return None if THOUGHT_BEGIN.search(words) else words
+
+
+def is_thought_tag(text: str) -> bool:
+    """Whether a token is a tag at which a thought begins or ends."""
+    return bool(THOUGHT_BEGIN.fullmatch(text) or THOUGHT_END.fullmatch(text))
 
 
 def turn_text(tokenizer, ids: list[int]) -> str:

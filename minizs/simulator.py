@@ -130,7 +130,7 @@ def silent_ids(tokenizer) -> frozenset[int]:
     return frozenset(
         number
         for number, token in added
-        if token.special and token.content not in protocol.THOUGHT_TAGS
+        if token.special and not protocol.is_thought_tag(token.content)
     )
 
 

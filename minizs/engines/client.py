@@ -5,6 +5,7 @@ bounded number of times. An error names the status and the type of error that th
 never repeats its sentences, which might hold the key."""
 
 import asyncio
+import html
 import logging
 import random
 import re
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import httpx2
 
@@ -24,7 +26,11 @@ for name in ("httpx2", "httpcore2"):
 RETRIED = (429, 500, 502, 503, 504)  # it may work later; any other refusal is final
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between two tries
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")
-VERSION = re.compile(r"v\d+((alpha|beta)\d*)?")  # a part of an address: v1, v4, v1beta
+VERSION = re.compile(r"v\d+([.p]\d+)*((alpha|beta)\d*)?")  # a part of an address: v1, v1beta
+METHODS = ("/chat/completions", "/completions")  # OpenAI's, behind the version
+MENDS = 4  # times that one request is changed, since a server names one fault at a time
+ESCAPED_CODE = re.compile(r"\\(?:u00|x)([0-9a-fA-F]{2})")
+PART_OF_KEY = 8  # letters or digits in a row, which no other text has by chance
 ERROR_TYPE = re.compile(r"[A-Za-z][A-Za-z_]{2,39}")
 # What odd answers raise where they are read.
 MISREAD = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
@@ -151,9 +157,14 @@ class Client:
         return self._wait(ask_all())
 
     def redact(self, text: str) -> str:
-        """A server's words without the key."""
+        """A server's words without the key, and none of them if a part of it stands there in some
+        other form: encoded as in an address or in JSON, in other case, or with signs between."""
         for secret in self._secrets.split():
             text = text.replace(secret, "(key)")
+            letters = letters_and_digits(secret)
+            is_key = len(letters) >= PART_OF_KEY  # and not the word "Bearer" before one
+            if is_key and share_letters(letters, letters_and_digits(text), PART_OF_KEY):
+                return "(withheld, since it holds a part of the key)"
         return text
 
     def _wait(self, coroutine: Coroutine) -> Any:
@@ -199,14 +210,14 @@ class Client:
         response = await self._request(url, call.body and call.body(unusable))
         if isinstance(response, Failure):
             return response
-        if response.status_code != 200:
-            if not (call.mend and call.mend(parsed(response))):
-                return self._refusal(response)
+        for _ in range(MENDS):
+            if response.status_code == 200 or not (call.mend and call.mend(parsed(response))):
+                break
             response = await self._request(url, call.body(unusable))
             if isinstance(response, Failure):
                 return response
-            if response.status_code != 200:
-                return self._refusal(response)
+        if response.status_code != 200:
+            return self._refusal(response)
         try:
             return call.read(response.json())
         except Unusable as error:
@@ -236,12 +247,17 @@ def method_url(base: str, path: str) -> str:
     """Where a method is: its path behind the base, without what the base names already.
 
     OpenAI's paths begin with a version, /v1. A base that names one itself, as in `/api/paas/v4` or
-    `/v1beta/openai`, is followed by the rest. A base may also end as the path begins."""
+    `/v1beta/openai`, is followed by the rest, and so is Azure's `/openai/deployments/NAME`. A base
+    may also end as the path begins, or be the address of a method."""
     first = path.split("/")[1]
+    if first != "v1":
+        return base.removesuffix(f"/{first}") + path
+    for method in METHODS:
+        base = base.removesuffix(method)
     parts = base.split("/")[3:]
-    if first == "v1" and any(map(VERSION.fullmatch, parts)):
+    if any(map(VERSION.fullmatch, parts)) or parts[:2] == ["openai", "deployments"]:
         return base + path.removeprefix("/v1")
-    return base.removesuffix(f"/{first}") + path
+    return base + path
 
 
 def parsed(response: httpx2.Response) -> Any:
@@ -266,7 +282,15 @@ def error_types(answer: Any, secrets: str) -> list[str]:
     return [word for word in dict.fromkeys(types) if not share_letters(word, secrets)]
 
 
-def share_letters(word: str, secrets: str, length: int = 5) -> bool:
-    """Whether some part of a key, this long, stands in the word."""
+def letters_and_digits(text: str) -> str:
+    """What is left of a text without signs and spaces, and without the escapes of addresses, JSON
+    and HTML."""
+    text = ESCAPED_CODE.sub(lambda code: chr(int(code[1], 16)), unquote(text))
+    return "".join(filter(str.isalnum, html.unescape(text)))
+
+
+def share_letters(word: str, text: str, length: int = 5) -> bool:
+    """Whether a part of the word, this long, or the whole of a shorter one, stands in the text, in
+    any case."""
     pieces = (word[i : i + length] for i in range(max(1, len(word) - length + 1)))
-    return any(piece.lower() in secrets.lower() for piece in pieces)
+    return any(piece.lower() in text.lower() for piece in pieces)

@@ -4,6 +4,7 @@ The prompt, the documents and the random numbers are those of the model that run
 (simulator.py); only the generation happens elsewhere."""
 
 import json
+import warnings
 from collections import deque
 from typing import Any
 
@@ -65,32 +66,49 @@ class ServedModel:
         return Call(self.path, read_answer, body, self._mend)
 
     def write(self, prompts: list[str], seed: int = 0) -> list[str]:
-        """What the model replies to each of these prompts, without its thoughts."""
+        """What the model replies to each of these prompts, without its thoughts. It is "" where all
+        replies were of no use."""
 
         def read(text: str, unfinished: bool) -> str:
             words = without_thoughts(text)
             if words is None:
                 raise Unusable("it is a thought without an end")
+            if not words.strip():
+                raise Unusable("it has no words")
             return words
 
         calls = [self.call(text, (seed, place), read) for place, text in enumerate(prompts)]
-        return self.client.send(calls)
+        return [reply or "" for reply in self.client.send(calls)]
 
     def _text(self, choice: dict) -> str:
-        """The words of a reply, without the thoughts that some servers keep apart."""
+        """The words of a reply, without the thought that some servers keep apart. A reply that is
+        nothing but a thought is given as other servers write it."""
         if not self.is_chat:
             return choice["text"]
         message = choice["message"]
-        if message["content"] is None and message.get("reasoning_content"):
-            raise Unusable("it is a thought without an end")
-        return message["content"]
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        content = message.get("content") if thought else message["content"]
+        if isinstance(content, list):  # parts, some of which may be thoughts
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        if thought and not content:
+            return f"<think>{thought}"
+        return content or ""
 
     def _mend(self, answer: Any) -> bool:
-        """OpenAI's newer models refuse `max_tokens`, and name what they take instead."""
-        refused = "max_completion_tokens" in json.dumps(answer)
-        if refused:
+        """OpenAI's newer models refuse `max_tokens`, and name what they take instead. Some of them
+        take no temperature or no top_p but their own."""
+        if "max_completion_tokens" in json.dumps(answer):
             self.limit_name = "max_completion_tokens"
-        return refused
+            return True
+        match answer:
+            case {"error": {"param": "temperature" | "top_p" as name, "code": str(code)}}:
+                if code.startswith("unsupported"):
+                    if self.settings.pop(name, None) is not None:
+                        warnings.warn(
+                            f"{self.name} takes no {name}: its own is used.", stacklevel=2
+                        )
+                    return True
+        return False
 
 
 class ServedSearch(Engine):
@@ -152,6 +170,6 @@ def served_name(client: Client, name: str) -> str:
     require(bool(name or names), f"{client.bases[0]} serves no model; load one there.")
     require(
         not name or not names or name in names,
-        f"{client.bases[0]} has no model {name!r}; it has {', '.join(names[:9])}.",
+        f"{client.bases[0]} has no model {name!r}; it has {client.redact(', '.join(names[:9]))}.",
     )
     return name or names[0]

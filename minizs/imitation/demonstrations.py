@@ -108,7 +108,7 @@ def encode_demonstration(trajectory: Trajectory, policy: Policy) -> Tokens | Non
     [ids] = protocol.prompt_ids(tokenizer, [prompt])
     mask = [0] * len(ids)
     for turn in trajectory.turns:
-        [own] = protocol.reply_ids(tokenizer, [written_text(turn)])
+        [own] = protocol.reply_ids(tokenizer, [protocol.up_to_action(turn.text).strip()])
         if len(own) > limits.turn_tokens:
             return None
         ids = ids + own
@@ -124,12 +124,6 @@ def encode_demonstration(trajectory: Trajectory, policy: Policy) -> Tokens | Non
     if len(ids) > limits.context:
         return None
     return ids, mask
-
-
-def written_text(turn: Turn) -> str:
-    """A turn's text as far as its closing tag: what a model wrote behind it has no effect."""
-    tag = f"</{turn.action}>"
-    return turn.text[: turn.text.rindex(tag) + len(tag)].strip()
 
 
 def select(

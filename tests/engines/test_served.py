@@ -11,6 +11,7 @@ from servers import openai, serving
 from minizs import UserError
 from minizs.engines.client import Client, ServiceError
 from minizs.engines.served import ServedModel, ServedSearch
+from minizs.judge import Judge
 from minizs.models import loading
 from minizs.simulator import SimulatedSearch, load_template
 from minizs.trajectory import SearchRequest
@@ -150,6 +151,33 @@ def test_what_was_written_does_not_repeat_the_key():
 
 
 @pytest.mark.filterwarnings("ignore:A search has failed")
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        str.upper,
+        "-".join,
+        "\u200b".join,
+        lambda key: f"{key[:12]} {key[12:]}",
+        lambda key: f"{key[:9]}...",
+        lambda key: "".join(f"%{ord(letter):02x}" for letter in key),
+        lambda key: "".join(f"\\u{ord(letter):04x}" for letter in key),
+        lambda key: "".join(f"&#{ord(letter)};" for letter in key),
+    ],
+)
+def test_a_key_in_disguise_is_not_repeated_either(disguise):
+    """A reply that holds a part of the key, however it is written, is not quoted at all."""
+    key = "sk-AbCd1234-eFgH5678"
+    answer = lambda path, body, headers: completion(f"Your key is {disguise(key)}")  # noqa: E731
+    with serving(answer) as (url, _):
+        client = Client(url, retries=0, headers={"Authorization": f"Bearer {key}"})
+        engine = ServedSearch(ServedModel(client, "m"), TEMPLATE)
+        with pytest.raises(ServiceError, match="withheld") as error:
+            engine.search([request(), request()])
+    assert disguise(key) not in str(error.value)
+    assert client.redact("the bearer of news") == "the bearer of news"
+
+
+@pytest.mark.filterwarnings("ignore:A search has failed")
 def test_a_reply_that_is_all_thought_has_failed():
     """`content` is null where a thinking model came to no reply: no document, and no traceback."""
     answers = [chat(None, reasoning_content="Well,"), chat("Doc 1: a fact", reasoning_content="x")]
@@ -203,6 +231,84 @@ def test_max_completion_tokens_where_max_tokens_is_refused():
         engine.search([request()])
     assert len(seen) == first + 1 and seen[-1][1]["max_completion_tokens"] == 77
     assert "max_tokens" not in seen[-1][1]
+
+
+def test_a_temperature_that_is_refused_is_left_out():
+    """OpenAI's models that think take no temperature, no top_p and no max_tokens. The server names
+    one at a time; what the model does instead is said once."""
+
+    def answer(path, body, headers):
+        if body is None:
+            return 200, {"data": [{"id": "m"}]}
+        if "max_tokens" in body:
+            return 400, {"error": {"message": "use 'max_completion_tokens'"}}
+        for name in ("temperature", "top_p"):
+            if name in body:
+                return 400, {"error": {"param": name, "code": "unsupported_value"}}
+        return chat("Doc 1: a fact")
+
+    with serving(answer) as (url, seen):
+        engine = served(url, api="chat", temperature=0.5)
+        with pytest.warns(UserWarning, match="m takes no (temperature|top_p)") as told:
+            assert engine.search([request(key=(i,)) for i in range(4)]) == [["a fact"]] * 4
+        assert len(told) == 2
+        first = len(seen)
+        engine.search([request()])
+    assert len(seen) == first + 1 and not {"temperature", "top_p"} & {*seen[-1][1]}
+
+
+@pytest.mark.parametrize(
+    "message, documents",
+    [
+        ({"content": [{"type": "text", "text": "Doc 1: a"}]}, ["a"]),
+        (
+            {
+                "content": [
+                    {"type": "thinking", "thinking": [{"type": "text", "text": "Doc 1: b"}]},
+                    {"type": "text", "text": "Doc 1: a"},
+                ]
+            },
+            ["a"],
+        ),
+        ({"content": "", "reasoning_content": "Doc 1: b"}, []),
+        ({"content": None, "reasoning": "Doc 1: b"}, []),
+        ({"reasoning": "Doc 1: b"}, []),
+        ({"content": None, "refusal": "no"}, []),
+    ],
+)
+def test_the_forms_of_a_message(message, documents):
+    """Content can come in parts, the thought in a field of two names, and nothing as null."""
+    answer = 200, {"choices": [{"message": message, "finish_reason": "stop"}]}
+    with serving(lambda path, body, _: answer if body else (404, "")) as (url, _):
+        engine = served(url, name="m", api="chat", on_error="empty")
+        if documents:
+            assert engine.search([request()]) == [documents]
+            return
+        with pytest.warns(UserWarning, match="it holds no document"):
+            assert engine.search([request()]) == [[]]
+        engine = served(url, name="m", api="chat")
+        with pytest.warns(UserWarning), pytest.raises(ServiceError, match="2 of the last 2"):
+            engine.search([request(), request()])
+
+
+@pytest.mark.filterwarnings("ignore:A search has failed")
+@pytest.mark.parametrize(
+    "message",
+    [{"content": None, "reasoning_content": "noisy"}, {"content": "<think>noisy"}, {"content": ""}],
+)
+def test_a_judge_without_a_word(message):
+    """A judge that only thinks says no word, and the searches beside it keep theirs."""
+    searches = [(request(f"query {i}"), ["a document"]) for i in range(2)]
+
+    def answer(path, body, headers):
+        if body is None:
+            return 404, ""
+        says = message if "query 0" in str(body) else {"content": "Useful"}
+        return 200, {"choices": [{"message": says, "finish_reason": "stop"}]}
+
+    with serving(answer) as (url, _):
+        judge = Judge(ServedModel(Client(url, retries=0), "m", "chat").write)
+        assert judge.verdicts(searches) == ["", "useful"]
 
 
 def test_arguments_of_the_chat_template_are_sent():

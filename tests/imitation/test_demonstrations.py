@@ -90,6 +90,9 @@ def test_what_stands_behind_a_closing_tag_is_not_imitated():
     for turn in demonstration.turns:
         turn.text = f" {turn.text}<|im_end|>\n"
     assert demonstrations.encode_demonstration(demonstration, POLICY) == expected
+    for turn in demonstration.turns:
+        turn.text += f"or </{turn.action}>, <think> or </{turn.action}>"
+    assert demonstrations.encode_demonstration(demonstration, POLICY) == expected
 
 
 def test_what_is_exemplary():

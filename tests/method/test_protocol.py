@@ -77,6 +77,22 @@ def test_nothing_in_a_thought_acts(text, action):
     assert parse_action(text) == action
 
 
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        ("<answer>x</answer> or </answer>", "<answer>x</answer>"),
+        ("<think></search></think><search>q</search> <think></search>", None),
+        ("</search> <answer>x</answer>", "</search>"),
+        ("<think>only</answer>", "<think>only</answer>"),
+    ],
+)
+def test_a_turn_up_to_its_action(text, kept):
+    """It ends with the tag that decides, which is not always the last of its kind."""
+    kept = kept or "<think></search></think><search>q</search>"
+    assert protocol.up_to_action(text) == kept
+    assert parse_action(kept) == parse_action(text)
+
+
 FOLDER = Path(protocol.__file__).with_name("prompts")
 
 

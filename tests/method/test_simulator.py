@@ -208,12 +208,13 @@ def test_thoughts_are_no_documents(text, documents):
     assert engine.failed == (not documents)
 
 
-def test_the_tags_of_a_thought_may_be_special_tokens():
+@pytest.mark.parametrize("tags", [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+def test_the_tags_of_a_thought_may_be_special_tokens(tags):
     """Special tokens are no words of a document, but those of a thought still bound it."""
-    tokenizer = make_tokenizer(("<think>", "</think>", "<mark>"))
-    names = ["<think>", "</think>", "<mark>"]
+    names = [*tags, "<mark>"]
+    tokenizer = make_tokenizer(tuple(names))
     tokenizer.add_special_tokens({"additional_special_tokens": names})
-    texts = ["<think>", "Doc 1: a draft", "</think>", "Doc 1: a", "<mark>", "fact", "<eos>"]
+    texts = [tags[0], "Doc 1: a draft", tags[1], "Doc 1: a", "<mark>", "fact", "<eos>"]
     ids = [i for text in texts for i in tokenizer.encode(text)]
     engine = SimulatedSearch(None, tokenizer, TEMPLATE)
     with mock.patch("minizs.simulator.generate", lambda *_, **__: [Generated(ids, reason="eos")]):

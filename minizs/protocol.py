@@ -164,21 +164,41 @@ def vocabulary_size(tokenizer) -> int:
 
 # ---- Documents ----------------------------------------------------------------------------------
 
-# "Doc 1:", "**Document 1**:", "### Doc 1", "- Doc #1." and the like at the beginning of a line;
-# "Doc 1:" in the middle of a line as well.
-DOCUMENT_MARK = re.compile(
-    r"""^[ \t]*(?:[#>•*+-]+[ \t]+)?         # a heading, a quotation or a list
-    (?P<markup>\*\*\*|\*\*|__|[*_`])?       # bold, italics or code opens
-    \[?(?:document|doc)[ \t]*(?:\#|no\.?)?[ \t]*[\[(]?\d+[\])]*
-    (?P<closed>(?P=markup))?                # it closes again, here or behind the colon
-    [ \t]*(?:[:：.)–—-]+|(?<=\])|(?=[ \t]*(?:\(|$))|(?(closed)|(?!)))
-    (?P<closed_later>(?P=markup))?
-    |(?-i:Doc)[ ]\d+[:：]""",
-    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+# What language models call a document, and what else they may call it.
+DOCUMENT = r"documento?|dokument|документ|doc|文[档件書书]|ドキュメント|문서"
+PASSAGE = "passage|result|snippet|source"
+# Before the number, at the beginning of a line: a heading, a quotation or a list; bold, italics or
+# code, which closes behind the number or behind the colon.
+LINE = r"^[ \t]*(?:(?:[#>•*+-]+|\d+[.)])[ \t]+)*(?P<markup>\*\*\*|\*\*|__|[*_`])?"
+CLOSED = r"(?P<closed>(?P=markup))?[ \t]*"
+CLOSED_LATER = "(?P<closed_later>(?P=markup))?"
+
+
+def _mark(number: str, colon: str) -> re.Pattern:
+    return re.compile(LINE + number + CLOSED + colon + CLOSED_LATER, re.IGNORECASE | re.MULTILINE)
+
+
+def _named(words: str) -> str:
+    """ "Doc 1", "[Document 1]", "Doc #1", "Doc. 1", "Document [1]", "Document 1 of 3"."""
+    return (
+        rf"[\[【]?(?:{words})\.?[ \t_-]*(?:#|no\.?)?[ \t]*[\[(（]?(?P<number>\d+)[\])】）]*"
+        r"(?:[ \t]*(?:of|/)[ \t]*\d+)?"
+    )
+
+
+# A colon or the like. Without one, the number is in brackets, in bold type or alone in its line.
+COLON = r"(?:[:：.)–—-]+|(?<=[\]】])|(?=[ \t]*(?:\(|$))|(?(closed)|(?!)))"
+DOCUMENT_MARK = _mark(_named(DOCUMENT), COLON)
+INLINE_MARK = re.compile(r"Doc (?P<number>\d+)[:：]")  # in the middle of a line
+# How a text numbers its documents if it has no such mark; the first of these that it has counts.
+OTHER_MARKS = (
+    _mark(_named(PASSAGE), COLON),
+    _mark(r"[\[(【（](?P<number>\d+)[\])】）]", "[:：.-]*"),
+    _mark(r"#?(?P<number>\d+)", r"(?:\\?[.)：:](?=[ \t*_`]|$)|、|[–—-](?=[ \t]))"),
+    _mark(_named(DOCUMENT), r"(?:[,;|=→]+|(?<=[ \t]))"),
 )
-BRACKET_MARK = re.compile(r"^[ \t]*(?:\[\d+\]|\(\d+\))[ \t]*[:：.-]?", re.MULTILINE)
-LIST_MARK = re.compile(r"^[ \t]*\d+[.)：:][ \t]", re.MULTILINE)
-RULE = re.compile(r"^[ \t]*(?:[-*_=][ \t]*){3,}$", re.MULTILINE)  # a line between two documents
+# Lines between documents or around them: rules, and the fences of a block of code.
+RULE = re.compile(r"^[ \t]*(?:(?:[-*_=][ \t]*){3,}|```\w*[ \t]*)$", re.MULTILINE)
 
 
 def number_documents(documents: Sequence[str]) -> str:
@@ -189,13 +209,11 @@ def number_documents(documents: Sequence[str]) -> str:
 def split_documents(text: str, limit: int) -> list[str]:
     """Undo `number_documents`: at most `limit` documents, none of them empty.
 
-    Language models number documents in many ways, so Markdown and the forms of `DOCUMENT_MARK` are
-    read too. A text without the word "Doc" may number them `[1]` or, failing that, `1.`.
+    Language models number documents in many ways, so Markdown and other words are read too. A text
+    without the word "Doc" may number them `[1]` or, failing that, `1.`.
     """
     text = RULE.sub("", text)
-    marks = list(DOCUMENT_MARK.finditer(text))
-    if not marks:
-        marks = list(BRACKET_MARK.finditer(text)) or list(LIST_MARK.finditer(text))
+    marks = _find_marks(text)
     if not marks:
         return []
     ends = [*(mark.start() for mark in marks[1:]), len(text)]
@@ -208,9 +226,38 @@ def split_documents(text: str, limit: int) -> list[str]:
     return documents[:limit]
 
 
+def _find_marks(text: str) -> list[re.Match]:
+    """Where documents begin."""
+    marks = list(DOCUMENT_MARK.finditer(text))
+    numbers = {int(mark["number"]) for mark in marks}
+    places = {place for mark in marks for place in range(*mark.span())}
+    for mark in INLINE_MARK.finditer(text):
+        # "Doc 2:" within a line is a word of the first document if the second begins a line.
+        if mark.start() not in places and int(mark["number"]) not in numbers:
+            marks.append(mark)
+    if marks:
+        return sorted(marks, key=re.Match.start)
+    candidates = (_counting(list(pattern.finditer(text))) for pattern in OTHER_MARKS)
+    return next(filter(None, candidates), [])
+
+
+def _counting(marks: list[re.Match]) -> list[re.Match]:
+    """Those of the marks that count from 1 (or from 0), or all if they have the same number: what
+    looks like a mark, but is out of order, is a year or a reference."""
+    numbers = [int(mark["number"]) for mark in marks]
+    first = 0 if 0 in numbers else 1
+    if set(numbers) == {first}:
+        return marks
+    counting = []
+    for mark, number in zip(marks, numbers, strict=True):
+        if number == first + len(counting):
+            counting.append(mark)
+    return counting
+
+
 def _without_open_markup(mark: re.Match, document: str) -> str:
     """Where `**Doc 1: Title** text` opens bold type in its mark, remove what closes it later."""
-    groups = mark.groupdict()
+    groups = mark.groupdict()  # empty but for the number where the mark is within a line
     markup = groups.get("markup")
     if markup and not groups["closed"] and not groups["closed_later"]:
         return document.replace(markup, "", 1)
@@ -225,6 +272,7 @@ def wrap_documents(numbered: str) -> str:
 # ---- Text that is not the policy's own ----------------------------------------------------------
 
 TAG = r"<[\s/\\]*(?:think|search|information|answer)|<\s*\|[^>]{0,80}\|\s*>"
+SPACES = r"\s*"
 PLAIN_ASCII = re.compile(r"[\t\n\v\f\r\x1c-\x1f\x20-\x7e]*")
 
 
@@ -232,16 +280,22 @@ def neutralize(text: str, tokenizer=None) -> str:
     """The text, changed so that nothing in it acts as a tag or as a special token.
 
     What begins like one of our tags, like `<|…|>` or like a special token of the tokenizer gets "("
-    for its first character, in upper or lower case and with spaces inside. A lone surrogate becomes
-    "?". A tokenizer may see through wide letters, accents and hidden characters: a text that hides
-    a tag behind these loses them. All other text stays as it is.
+    for its first character, or "[" for a "(". Upper and lower case and spaces inside change nothing
+    about that. A lone surrogate becomes "?". A tokenizer may see through wide letters, accents and
+    hidden characters: a text that hides a tag behind these loses them. All other text stays as it
+    is.
     """
     marks = _marks(tokenizer)
-    text = marks.sub("(", text.encode("utf-8", "replace").decode())
+    text = marks.sub(_disarm, text.encode("utf-8", "replace").decode())
     if PLAIN_ASCII.fullmatch(text):
         return text  # nothing can hide in it
     bare = unicodedata.normalize("NFKD", text).translate(_BARE)
-    return marks.sub("(", bare) if marks.search(bare) else text
+    return marks.sub(_disarm, bare) if marks.search(bare) else text
+
+
+def _disarm(mark: re.Match) -> str:
+    """What stands for the first character of what could act."""
+    return "[" if mark[0] == "(" else "("
 
 
 class _BareCharacters(dict):
@@ -276,9 +330,12 @@ def _spelling(parts: list[str]) -> list[str]:
     """A special token as a sequence of patterns: its characters, with spaces between parts."""
     atoms: list[str] = []
     for part in parts:
-        atoms += [r"\s*"] if atoms else []
+        atoms += [SPACES] if atoms else []
         atoms += [re.escape(character) for character in part]
     return atoms
+
+
+FEW = 8  # branches that are tried one after the other
 
 
 def _any_of(sequences: Iterable[list[str]]) -> str:
@@ -287,8 +344,23 @@ def _any_of(sequences: Iterable[list[str]]) -> str:
     branches: dict[str, list[list[str]]] = {}
     for first, *rest in sequences:
         branches.setdefault(first, []).append(rest)
-    patterns = []
+    patterns = {}
     for first, rests in branches.items():
-        ends_here = [] in rests  # one of them does, and what would follow in others is no matter
-        patterns.append(first if ends_here else first + _any_of(rests))
-    return patterns[0] if len(patterns) == 1 else f"(?:{'|'.join(patterns)})"
+        whole = [] in rests  # one ends here, and what would follow in others does not matter
+        patterns[first] = first if whole else first + _any_of(rests)
+    spaces = [patterns.pop(first) for first in list(patterns) if first == SPACES]
+    alternatives = [*_choice(sorted(patterns.items())), *spaces]
+    return alternatives[0] if len(alternatives) == 1 else f"(?:{'|'.join(alternatives)})"
+
+
+def _choice(branches: list[tuple[str, str]]) -> list[str]:
+    """Alternatives, each with its first character. Many are halved again and again, so that few are
+    looked at for a character, and only one set of characters where none begins with it."""
+    if len(branches) <= FEW:
+        return [pattern for _, pattern in branches]
+    middle = len(branches) // 2
+    halves = []
+    for half in (branches[:middle], branches[middle:]):
+        firsts = "".join(first for first, _ in half)
+        halves.append(f"(?=[{firsts}])(?:{'|'.join(_choice(half))})")
+    return halves

@@ -251,7 +251,7 @@ def test_a_temperature_that_is_refused_is_left_out():
         engine = served(url, api="chat", temperature=0.5)
         with pytest.warns(UserWarning, match="m takes no (temperature|top_p)") as told:
             assert engine.search([request(key=(i,)) for i in range(4)]) == [["a fact"]] * 4
-        assert len(told) == 2
+        assert sum("takes no" in str(warning.message) for warning in told) == 2
         first = len(seen)
         engine.search([request()])
     assert len(seen) == first + 1 and not {"temperature", "top_p"} & {*seen[-1][1]}

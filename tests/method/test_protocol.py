@@ -216,6 +216,27 @@ def test_documents_come_back_as_they_were_written():
         "({})",
         "{}.",
         "{})",
+        "Doc. {}",
+        "Doc {}",
+        "Doc {} |",
+        "Doc-{}:",
+        "Doc {} of 2:",
+        "1. Doc {}:",
+        "【Doc {}】",
+        "文档{}：",
+        "문서 {}:",
+        "Документ {}:",
+        "Passage {}:",
+        "**Result {}**",
+        "**[{}]**",
+        "- [{}]",
+        "【{}】",
+        "**{}.**",
+        "### {}.",
+        "{}\\.",
+        "#{}:",
+        "{}、",
+        "{} –",
     ],
 )
 @pytest.mark.parametrize("between", ["\n", "\n\n---\n\n"])
@@ -226,6 +247,23 @@ def test_documents_are_read_in_markdown_and_otherwise(mark, between):
     assert split_documents(f"Here you are:\n\n{between.join(marked)}\n", 5) == documents
 
 
+@pytest.mark.parametrize(
+    "text, documents",
+    [
+        ("Doc 1: He wrote Doc 2: the sequel.\nDoc 2: b", ["He wrote Doc 2: the sequel.", "b"]),
+        ("Doc 1: steps:\n1. x\n2. y\n[3] z\nDoc 2: b", ["steps: 1. x 2. y [3] z", "b"]),
+        ("1. Born in\n1999. Died\n2. b", ["Born in 1999. Died", "b"]),
+        ("[1] a cites\n[7] c\n[2] b", ["a cites [7] c", "b"]),
+        ("[0] a\n[1] b", ["a", "b"]),
+        ("1. a\n1. b", ["a", "b"]),
+        ("```\nDoc 1: a\nDoc 2: b\n```", ["a", "b"]),
+    ],
+)
+def test_marks_inside_a_document_are_text(text, documents):
+    """Those of another kind, those that do not count on, and a reference within a line."""
+    assert split_documents(text, 5) == documents
+
+
 def test_a_title_beside_the_mark_belongs_to_the_document():
     """Bold type that opens in the mark and closes behind the title leaves no stars."""
     assert split_documents("**Doc 1: Rome** It is big", 3) == ["Rome It is big"]
@@ -233,7 +271,16 @@ def test_a_title_beside_the_mark_belongs_to_the_document():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "no documents", "see doc 3 for more", "Documentary 1. It", "in 1999. Then"]
+    "text",
+    [
+        "",
+        "no documents",
+        "see doc 3 for more",
+        "Documentary 1. It",
+        "in 1999. Then",
+        "1999. Then",
+        "Document 5 was signed.",
+    ],
 )
 def test_what_only_resembles_a_mark_is_none(text):
     """Words that begin alike, and numbers within a sentence, begin no document."""
@@ -266,6 +313,8 @@ def test_each_of_many_special_tokens_is_found():
     for name in names:
         assert neutralize(f"a {name} b", tokenizer) == f"a ({name[1:]} b"
         assert neutralize(name.upper(), tokenizer) == "(" + name.upper()[1:]
+    parentheses = with_special_tokens("(end)")
+    assert neutralize("(end) (ends) (END)", parentheses) == "[end) (ends) [END)"
     assert neutralize("[control_300] [control_] <un>", tokenizer) == "[control_300] [control_] <un>"
 
 
@@ -275,6 +324,8 @@ def test_each_of_many_special_tokens_is_found():
         [f"[control_{i}]" for i in range(1000)] + [f"<SPECIAL_{i}>" for i in range(1000)],
         [f"<unused{i}>" for i in range(6000)],
         [f"madeupword{i:04d}" for i in range(1000)],
+        [f"{chr(0x4E00 + i)}言葉" for i in range(5000)],
+        [f"{a}{b}{c}.*+?" for a in "^$[](|-\\&" for b in "abcdefghij" for c in range(100)],
     ],
 )
 def test_neutralising_is_fast_for_any_vocabulary(names):

@@ -105,7 +105,7 @@ class Learner:
         return advantages.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
 
     def _remember_advantages(self, batches: list[Batch]) -> None:
-        """For the page of the run. They stay on the device until somebody reads them."""
+        """Keep each row's advantages, which the page of the run shows. They stay on the device."""
         self.token_advantages = {}
         for batch in batches:
             for row, advantages in zip(batch.rows, batch.advantages, strict=True):
@@ -156,12 +156,14 @@ class Learner:
         A process that has fewer of them adds fillers, whose mask is 0. Otherwise the others would
         wait for its forward passes for ever.
         """
-        s, device = self.settings, self.accelerator.device
+        device = self.accelerator.device
+        count = self.settings.minibatches
         minibatches = []
-        for first in range(s.minibatches):
-            rows = range(first, len(trajectories), s.minibatches)
+        for first in range(count):
+            rows = range(first, len(trajectories), count)
+            lengths = [len(trajectories[row].ids) for row in rows]
             batches = []
-            for group in by_budget([len(trajectories[row].ids) for row in rows], s.micro_tokens):
+            for group in by_budget(lengths, self.settings.micro_tokens):
                 batches.append(make_batch(trajectories, [rows[i] for i in group], device))
             counts = self.accelerator.gather(torch.tensor([len(batches)], device=device))
             for _ in range(int(counts.max()) - len(batches)):
@@ -183,7 +185,8 @@ class Learner:
 
         The norm is that of before clipping, the mean over the steps; NaN where one was skipped.
         """
-        stats, norms = [], []
+        stats: list[dict[str, Tensor]] = []
+        norms: list[float] = []
         for minibatch in minibatches:
             weights, normalizer = self._weigh(minibatch, loss_average)
             step_stats, values = self._backward(
@@ -198,7 +201,8 @@ class Learner:
     def _weigh(self, minibatch: list[Batch], loss_average: str) -> tuple[list[Tensor], Tensor]:
         """The token weights (B, T) of each batch, and the normalizer over all processes."""
         longest = self.settings.max_turns * self.settings.max_turn_tokens
-        weights, counts = [], []
+        weights = []
+        counts = []
         for batch in minibatch:
             batch_weights, count = losses.token_weights(batch.mask, loss_average, longest)
             weights.append(batch_weights)
@@ -220,7 +224,8 @@ class Learner:
         one is computed. (The scorer itself waits once, for the number of tokens to score.)
         """
         accelerator = self.accelerator
-        stats, values = [], []
+        stats = []
+        values = []
         for batch, batch_weights in zip(minibatch, weights, strict=True):
             # Gradients are reduced over processes once, with the last micro-batch. Sharded ones
             # are reduced with each, or every process would have to hold them whole.
@@ -244,10 +249,11 @@ class Learner:
         norm = self.accelerator.clip_grad_norm_(module.parameters(), self.settings.max_grad_norm)
         if hasattr(norm, "full_tensor"):  # of sharded gradients
             norm = norm.full_tensor()
-        own = torch.stack([sum(values), norm.float()])
-        everyone = self.accelerator.reduce(own, "sum")  # not finite where one process's is not
-        loss, gradient, own_norm = torch.cat([everyone, norm.float()[None]]).tolist()
-        finite = math.isfinite(loss) and math.isfinite(gradient)
+        # Sums over the processes are not finite where one process's loss or norm is not. Both and
+        # this process's norm are read from the device together.
+        sums = self.accelerator.reduce(torch.stack([sum(values), norm.float()]), "sum")
+        loss, norms, own_norm = torch.cat([sums, norm.float()[None]]).tolist()
+        finite = math.isfinite(loss) and math.isfinite(norms)
         if finite:
             optimizer.step()
         else:
@@ -269,12 +275,12 @@ class Learner:
 
     def _merge(self, stats: list[dict[str, Tensor]]) -> dict[str, float]:
         """The statistics of all micro-batches of all processes, as numbers."""
-        own = losses.merge_stats(stats)
-        names = list(own)
-        values = torch.stack([own[name].float() for name in names])  # (S,)
+        merged = losses.merge_stats(stats)  # of this process
+        names = list(merged)
+        values = torch.stack([merged[name].float() for name in names])  # (S,)
         rows = self.accelerator.gather(values[None])  # (processes, S)
-        everyone = losses.merge_stats([dict(zip(names, row, strict=True)) for row in rows])
-        numbers = torch.stack([everyone[name] for name in names]).tolist()
+        merged = losses.merge_stats([dict(zip(names, row, strict=True)) for row in rows])
+        numbers = torch.stack([merged[name] for name in names]).tolist()
         return dict(zip(names, numbers, strict=True))
 
 

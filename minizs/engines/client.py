@@ -187,7 +187,8 @@ class Client:
     async def _ask(self, call: Call) -> Any:
         """Send a call until an answer can be read. Raises ServiceError after the last try."""
         first = random.randrange(len(self.bases))
-        failures, unusable = 0, 0
+        failures = 0
+        unusable = 0
         for attempt in range(self.retries + 1):
             wait = min(LONGEST_WAIT, FIRST_WAIT * (2 ** min(failures, 9) - 1))
             await asyncio.sleep(wait * random.uniform(0.5, 1))

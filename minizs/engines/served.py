@@ -51,10 +51,11 @@ class ServedModel:
         for which it raises Unusable is asked for again, with another seed."""
 
         def body(unusable: int) -> dict:
-            again = (unusable,) if unusable else ()
-            said = {"messages": [{"role": "user", "content": text}]}
-            content = said if self.is_chat else {"prompt": text}
-            seed = hash64(*seeds, *again) % 2**31  # as large as every server takes
+            tries = (unusable,) if unusable else ()
+            content: dict[str, Any] = {"prompt": text}
+            if self.is_chat:
+                content = {"messages": [{"role": "user", "content": text}]}
+            seed = hash64(*seeds, *tries) % 2**31  # as large as every server takes
             limit = {self.limit_name: self.max_new_tokens}
             return {**self.settings, **content, **limit, "seed": seed}
 
@@ -146,7 +147,8 @@ class ServedSearch(Engine):
 
     def _check(self, odd: dict[int, str]) -> None:
         """Raise ServiceError if most of the latest replies lacked documents."""
-        client, lacking = self.model.client, sum(self.recent)
+        client = self.model.client
+        lacking = sum(self.recent)
         are_most = lacking > 1 and lacking > len(self.recent) / 2  # one alone proves nothing
         if not odd or not are_most or client.on_error == "empty":
             return

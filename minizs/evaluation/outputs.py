@@ -78,7 +78,8 @@ def claimed_output(config: EvalConfig, accelerator, fingerprint: str) -> Iterato
     """
     from accelerate.utils import broadcast_object_list
 
-    lock, path = None, None
+    lock = None
+    path = None
     if accelerator.is_main_process:
         lock, path = _claim(config, fingerprint)
     [path] = broadcast_object_list([path])

@@ -101,18 +101,19 @@ def encode_demonstration(trajectory: Trajectory, policy: Policy) -> Tokens | Non
     generation stops. Nothing follows the tag, not even an end-of-sequence token. Prompt, documents
     and their cuts are those of a rollout.
     """
-    tokenizer, limits = policy.tokenizer, policy.limits
+    tokenizer = policy.tokenizer
+    limits = policy.limits
     if len(trajectory.turns) > limits.turns:
         return None
     prompt = protocol.build_prompt(trajectory.example.question, policy.template, tokenizer)
     [ids] = protocol.prompt_ids(tokenizer, [prompt])
     mask = [0] * len(ids)
     for turn in trajectory.turns:
-        [own] = protocol.reply_ids(tokenizer, [protocol.up_to_action(turn.text).strip()])
-        if len(own) > limits.turn_tokens:
+        [turn_ids] = protocol.reply_ids(tokenizer, [protocol.up_to_action(turn.text).strip()])
+        if len(turn_ids) > limits.turn_tokens:
             return None
-        ids = ids + own
-        mask = mask + [1] * len(own)
+        ids = ids + turn_ids
+        mask = mask + [1] * len(turn_ids)
         if turn.documents is not None:
             documents = [protocol.neutralize(text, tokenizer) for text in turn.documents]
             [reply] = protocol.reply_ids(
@@ -131,8 +132,10 @@ def select(
 ) -> list[Trajectory]:
     """The exemplary trajectories that fit the policy's limits, with their tokens. Prints how many
     are left out, and why. Raises UserError if none is left."""
-    chosen = []
-    total = unworthy = too_long = 0
+    demonstrations = []
+    total = 0
+    unworthy = 0
+    too_long = 0
     for trajectory in trajectories:
         total += 1
         if not is_exemplary(trajectory, min_reward):
@@ -144,15 +147,15 @@ def select(
             continue
         trajectory.ids, trajectory.loss_mask = tokens
         trajectory.logprobs = [0.0] * len(trajectory.ids)
-        chosen.append(trajectory)
+        demonstrations.append(trajectory)
     sentence = (
-        f"{len(chosen)} of {total} demonstrations are taken. {unworthy} did not search and answer "
-        f"with a reward of {min_reward:g} or more; {too_long} exceed --max_turns, "
+        f"{len(demonstrations)} of {total} demonstrations are taken. {unworthy} did not search and "
+        f"answer with a reward of {min_reward:g} or more; {too_long} exceed --max_turns, "
         "--max_turn_tokens or --max_context."
     )
-    require(bool(chosen), f"There is nothing to imitate: {sentence}")
+    require(bool(demonstrations), f"There is nothing to imitate: {sentence}")
     print(sentence)
-    return chosen
+    return demonstrations
 
 
 def split_held_out(
@@ -160,7 +163,8 @@ def split_held_out(
 ) -> tuple[list[Trajectory], list[Trajectory]]:
     """(to learn from, held out): about `share` of the questions are held out, told by a hash, so
     that all demonstrations of a question are on the same side. Some are left to learn from."""
-    train, held_out = [], []
+    train: list[Trajectory] = []
+    held_out: list[Trajectory] = []
     for trajectory in trajectories:
         question = trajectory.example.question.encode("utf-8", "replace")
         side = held_out if uniform(*question) < share else train
@@ -173,7 +177,7 @@ def split_held_out(
 def check_warm_start(config: PolicyConfig) -> None:
     """Raise UserError for a file that cannot be imitated, unless its demonstrations are in the run
     already."""
-    taken_over = config.resume and Path(config.output, "warm_start", "demonstrations.jsonl")
-    if config.warm_start in ("", SCRIPTED, OWN) or taken_over and taken_over.is_file():
-        return
-    read_demonstrations(Path(config.warm_start))
+    copy = Path(config.output, "warm_start", "demonstrations.jsonl")
+    is_read_already = bool(config.resume) and copy.is_file()
+    if config.warm_start not in ("", SCRIPTED, OWN) and not is_read_already:
+        read_demonstrations(Path(config.warm_start))

@@ -63,7 +63,7 @@ def finish(config: SimConfig) -> Path:
     return output
 
 
-# Collecting
+# ---- Collecting ----------------------------------------------------------------------------------
 
 
 @dataclass
@@ -91,9 +91,9 @@ def build_sources(config: SimConfig, accelerator) -> Sources:
 
 
 def collect(config: SimConfig, sources: Sources | None) -> None:
-    """Write OUTPUT/collected.jsonl; `sources` is None for the tiny world. Of a run that broke off,
-    what was asked is not asked again."""
-    if sources is None:  # which takes seconds: it always begins anew
+    """Write OUTPUT/collected.jsonl. `sources` is None for the tiny world, which takes seconds and
+    always begins anew. Elsewhere a collection that broke off asks no question twice."""
+    if sources is None:
         collection = open_collection(config, begin_anew=True)
         rows = collect_from_worlds(config.worlds, config.examples, config.seed, config.top_k)
         collection.add(rows, questions=0)
@@ -162,7 +162,7 @@ def searches_with_policy(config: SimConfig) -> bool:
     return config.searcher == "policy"
 
 
-# Fine-tuning
+# ---- Fine-tuning ---------------------------------------------------------------------------------
 
 
 def load_rows(config: SimConfig) -> list[dict]:
@@ -186,15 +186,15 @@ def load_base(config: SimConfig) -> Base:
 
 
 def encode_rows(config: SimConfig, accelerator, rows: list[dict], base: Base) -> list[sft.Tokens]:
-    """The training texts of the rows that the model has positions for, balanced. UserError if
-    there is none."""
+    """The training texts of the rows, as many useful as noisy, without those that are too long for
+    the model. Raises UserError if none is left."""
     texts = make_pairs(rows, base.template, config.seed)
     encoded = [sft.encode(base.tokenizer, text, end=True) for text in texts]
     limit = row_limit(base.model)
-    short = [(ids, mask) for ids, mask in encoded if len(ids) <= limit]
-    require(bool(short), f"All pairs of {config.data} have more than {limit} tokens.")
-    accelerator.print(f"{len(texts)} of {len(rows)} pairs are taken; {len(short)} fit the model.")
-    return short
+    fitting = [(ids, mask) for ids, mask in encoded if len(ids) <= limit]
+    require(bool(fitting), f"All pairs of {config.data} have more than {limit} tokens.")
+    accelerator.print(f"{len(texts)} of {len(rows)} pairs are taken; {len(fitting)} fit the model.")
+    return fitting
 
 
 def fine_tune(
@@ -209,13 +209,13 @@ def fine_tune(
     writer = weights.make_writer(base.model, dtype, accelerator.device, accelerator.is_fsdp2)
     model, optimizer = accelerator.prepare(sft.Supervised(base.model, packed=packed), optimizer)
     folder = run_folder.partial_folder(Path(config.output))
-    found = None if begin_anew else checkpoint.find_checkpoint(config.resume or "latest", folder)
-    if found:
+    saved = None if begin_anew else checkpoint.find_checkpoint(config.resume or "latest", folder)
+    if saved:
         run_folder.check_unchanged(folder, config, may_change(config))
-    done = supervised.start_or_resume(accelerator, folder, config, found)
+    last_step = supervised.start_or_resume(accelerator, folder, config, saved)
     go_on = command("train_sim.py", "--output", config.output, "--resume")
     schedule = fine_tuning_schedule(config)
-    supervised.train(schedule, accelerator, model, optimizer, texts, folder, done, go_on)
+    supervised.train(schedule, accelerator, model, optimizer, texts, folder, last_step, go_on)
     return writer().eval()
 
 

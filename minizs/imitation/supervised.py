@@ -30,17 +30,18 @@ class Schedule:
     keep: int  # how many checkpoints are kept
 
 
-def start_or_resume(accelerator, folder: Path, config, found: Path | None) -> int:
-    """Make the folder ready, and restore the checkpoint that was found, if any. Returns the step
+def start_or_resume(accelerator, folder: Path, config, saved: Path | None) -> int:
+    """Make the folder ready, and restore the checkpoint `saved`, if there is one. Returns the step
     that was done last. Whatever the folder holds from after that step is dropped."""
-    done = checkpoint.load_checkpoint(accelerator, found) if found else 0
+    last_step = checkpoint.load_checkpoint(accelerator, saved) if saved else 0
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        print(f"Going on from step {done} of {folder}." if found else f"A new run in {folder}.")
-        run_folder.begin(folder, done)
-        if not found:
+        beginning = f"Going on from step {last_step} of" if saved else "A new run in"
+        print(f"{beginning} {folder}.")
+        run_folder.begin(folder, last_step)
+        if not saved:
             save_settings(config, folder / "config.yaml")
-    return done
+    return last_step
 
 
 def train(
@@ -50,21 +51,21 @@ def train(
     optimizer,
     texts: list[sft.Tokens],
     folder: Path,
-    done: int,
+    last_step: int,
     go_on: str,
 ) -> None:
-    """Steps `done` + 1 to `schedule.steps` on these texts; each writes a line of metrics.
+    """Steps `last_step` + 1 to `schedule.steps` on these texts; each writes a line of metrics.
 
     `model` (a `sft.Supervised`) and `optimizer` are those that Accelerate prepared. After a signal
-    the step is saved and SystemExit is raised, which tells the
-    command `go_on` that resumes the training.
+    the step is saved and SystemExit is raised, which tells the command `go_on` that resumes the
+    training.
     """
     batches = sft.endless_batches(texts, schedule.batch_tokens, schedule.seed)
-    remaining = islice(batches, done, schedule.steps)
+    remaining = islice(batches, last_step, schedule.steps)
     is_main = accelerator.is_main_process
-    bar = tqdm(total=schedule.steps, initial=done, disable=not is_main, dynamic_ncols=True)
+    bar = tqdm(total=schedule.steps, initial=last_step, disable=not is_main, dynamic_ncols=True)
     with bar, checkpoint.stopping() as should_stop:
-        for step, rows in enumerate(remaining, done + 1):
+        for step, rows in enumerate(remaining, last_step + 1):
             for group in optimizer.param_groups:
                 group["lr"] = sft.learning_rate(step, schedule.steps, schedule.lr, schedule.warmup)
             loss = sft.train_step(accelerator, model, optimizer, rows, schedule.max_grad_norm)

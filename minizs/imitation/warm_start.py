@@ -42,12 +42,11 @@ PLAYED = 50  # held-out questions that the policy answers before and after, at m
 
 @dataclass
 class Student:
-    """The policy that imitates. `module` and `optimizer` are there once Accelerate prepared
-    them."""
+    """The policy that imitates."""
 
     policy: Policy
-    module: Any = None
-    optimizer: Any = None
+    module: Any = None  # its `sft.Supervised`, once Accelerate has prepared it
+    optimizer: Any = None  # likewise
 
 
 def warm_start(
@@ -75,9 +74,9 @@ def warm_start(
     train, held_out = split_held_out(demonstrations, config.warm_start_held_out)
     writer = prepare_student(config, accelerator, student)
 
-    found = checkpoint.find_checkpoint("latest", folder)
-    done = supervised.start_or_resume(accelerator, folder, config, found)
-    report = load_report(folder) if found else {}
+    saved = checkpoint.find_checkpoint("latest", folder)
+    last_step = supervised.start_or_resume(accelerator, folder, config, saved)
+    report = load_report(folder) if saved else {}
     if held_out and not report:
         report["before"] = measure(accelerator, student, writer, engine, held_out, config)
         save_report(accelerator, folder, report)
@@ -88,7 +87,7 @@ def warm_start(
         student.optimizer,
         [tokens_of(trajectory) for trajectory in train],
         folder,
-        done,
+        last_step,
         resume_command(config),
     )
     if held_out:
@@ -97,7 +96,7 @@ def warm_start(
         if accelerator.is_main_process:
             print(describe(report, len(train), len(held_out)))
     save_student(config, accelerator, student, writer, folder)
-    accelerator.free_memory()  # what it has prepared is no part of the training that follows
+    accelerator.free_memory()  # module and optimiser are no part of the training that follows
     return result
 
 
@@ -134,7 +133,7 @@ def warm_start_schedule(config: PolicyConfig) -> supervised.Schedule:
     )
 
 
-# Demonstrations
+# ---- Demonstrations ------------------------------------------------------------------------------
 
 
 def load_demonstrations(
@@ -157,9 +156,9 @@ def load_demonstrations(
         except ServiceError as error:
             raise UserError(f"{error} What was played is saved. Go on with: {go_on}") from error
         if accelerator.is_main_process:
-            chosen = select(trajectories, student.policy, config.warm_start_reward)
+            demonstrations = select(trajectories, student.policy, config.warm_start_reward)
             partial_path = path.with_suffix(".partial")
-            run_folder.write_lines(partial_path, [asdict(row) for row in chosen], "w")
+            run_folder.write_lines(partial_path, [asdict(row) for row in demonstrations], "w")
             partial_path.replace(path)
     accelerator.wait_for_everyone()
     return [from_row(row) for row in run_folder.read_lines(path)]
@@ -200,7 +199,7 @@ def tokens_of(trajectory: Trajectory) -> sft.Tokens:
     return trajectory.ids, trajectory.loss_mask
 
 
-# What it has brought
+# ---- What the warm start has changed -------------------------------------------------------------
 
 
 def measure(
@@ -221,15 +220,16 @@ def measure(
     if rows is not None:
         turns = [turn for row in rows for turn in row.turns]
         figures["valid_rate"] = fmean(turn.action != "invalid" for turn in turns)
-        played = summary(rows)
+        scores = summary(rows)
         for name in ("f1", "f1_stderr", "searches_per_question", "n"):
-            figures[name] = played[name]
+            figures[name] = scores[name]
     return figures
 
 
 def describe(report: dict[str, dict], learned: int, held_out: int) -> str:
     """What the warm start has brought, in words."""
-    before, after = report["before"], report["after"]
+    before = report["before"]
+    after = report["after"]
     return (
         f"The warm start has learned from {learned} demonstrations. On {held_out} held-out ones "
         f"the loss went from {before['loss']:.3f} to {after['loss']:.3f}; of its actions "

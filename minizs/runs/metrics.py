@@ -80,23 +80,23 @@ def cost(rows: list[dict], engine: str) -> dict[str, float]:
     seconds = sum(row["processes"] * (row["seconds"] + row.get("seconds_test", 0)) for row in rows)
     search_dollars = queries / 1000 * SEARCH_PRICE
     device_dollars = seconds / 3600 * GPU_PRICE
-    spent = {
+    figures = {
         "queries": queries,
         "search_dollars": search_dollars,
         "device_hours": seconds / 3600,
         "device_dollars": device_dollars,
     }
     if engine != "web":
-        spent["saved_dollars"] = search_dollars - device_dollars
-    return spent
+        figures["saved_dollars"] = search_dollars - device_dollars
+    return figures
 
 
-def cost_sentence(spent: dict[str, float]) -> str:
+def cost_sentence(figures: dict[str, float]) -> str:
     """`cost` in words."""
-    were_paid = "saved_dollars" not in spent
+    were_paid = "saved_dollars" not in figures
     price = "paid to a web engine" if were_paid else "at a web engine's price"
     return (
-        f"{spent['queries']:,} queries (${spent['search_dollars']:,.2f} {price}); "
-        f"this run took {spent['device_hours']:,.2f} device-hours "
-        f"(${spent['device_dollars']:,.2f})."
+        f"{figures['queries']:,} queries (${figures['search_dollars']:,.2f} {price}); "
+        f"this run took {figures['device_hours']:,.2f} device-hours "
+        f"(${figures['device_dollars']:,.2f})."
     )

@@ -108,8 +108,10 @@ def plot(metrics: list[dict], series: dict[str, str], healthy: str) -> dict:
         if points:
             lines[label] = thinned(points)
     values = [0.0] + [value for points in lines.values() for _, value in points]
-    first, last = metrics[0]["step"], metrics[-1]["step"]
-    low, high = min(values), max(values)
+    first = metrics[0]["step"]
+    last = metrics[-1]["step"]
+    low = min(values)
+    high = max(values)
     across = WIDTH / (last - first or 1)
     up = HEIGHT / (high - low or 1)
     return {
@@ -128,8 +130,8 @@ def plot(metrics: list[dict], series: dict[str, str], healthy: str) -> dict:
 
 def thinned(points: list) -> list:
     """At most `POINTS` of them, evenly, the last one among them."""
-    every = 1 + len(points) // POINTS
-    return points[::-1][::every][::-1]
+    stride = 1 + len(points) // POINTS
+    return points[::-1][::stride][::-1]
 
 
 # ---- Trajectories --------------------------------------------------------------------------------

@@ -35,28 +35,29 @@ LOGGED_TRAJECTORIES = 8  # that each step writes to trajectories.jsonl
 
 @contextmanager
 def open_run(
-    config: PolicyConfig, accelerator: Accelerator, folder: Path, done: int, engine, tokenizer
+    config: PolicyConfig, accelerator: Accelerator, folder: Path, last_step: int, engine, tokenizer
 ) -> Iterator["Run"]:
-    """A run of which `done` steps are done already. Inside, signals wait for the end of a step, and
-    no other run can have the folder. Raises UserError where one has it."""
+    """A run that goes on behind its step `last_step`; 0 where it begins. Inside, signals wait for
+    the end of a step, and no other run can have the folder. Raises UserError where one has it."""
     with run_folder.claimed(folder) if accelerator.is_main_process else nullcontext():
-        yield from _open_run(config, accelerator, folder, done, engine, tokenizer)
+        yield from _open_run(config, accelerator, folder, last_step, engine, tokenizer)
 
 
 def _open_run(
-    config: PolicyConfig, accelerator: Accelerator, folder: Path, done: int, engine, tokenizer
+    config: PolicyConfig, accelerator: Accelerator, folder: Path, last_step: int, engine, tokenizer
 ) -> Iterator["Run"]:
     if accelerator.is_main_process:
-        print(opening_sentence(config, folder, done))
-        prepare_folder(config, folder, done)
+        print(opening_sentence(config, folder, last_step))
+        prepare_folder(config, folder, last_step)
     accelerator.wait_for_everyone()
     if config.log_with:
         accelerator.log_with = [config.log_with]
         accelerator.project_configuration.set_directories(str(folder))
         accelerator.init_trackers("minizs", asdict(config))
-    run = Run(config, accelerator, folder, done, engine, tokenizer)
+    run = Run(config, accelerator, folder, last_step, engine, tokenizer)
     try:
-        with checkpoint.stopping() as run.should_stop:
+        with checkpoint.stopping() as should_stop:
+            run.should_stop = should_stop
             yield run
     except KeyboardInterrupt:
         saved = run_folder.checkpoints(folder)
@@ -80,10 +81,10 @@ def claim_folder(
     return replace(config, output=str(folder), overwrite=False)
 
 
-def opening_sentence(config: PolicyConfig, folder: Path, done: int) -> str:
-    """What begins, or goes on."""
-    if done:
-        return f"Going on from step {done} of {folder}."
+def opening_sentence(config: PolicyConfig, folder: Path, last_step: int) -> str:
+    """Whether a run begins in this folder, or goes on."""
+    if last_step:
+        return f"Going on from step {last_step} of {folder}."
     if not config.resume:
         return f"A new run in {folder}."
     if run_folder.is_run(folder):
@@ -91,9 +92,9 @@ def opening_sentence(config: PolicyConfig, folder: Path, done: int) -> str:
     return f"There is no run in {folder} to resume: a new run begins there."
 
 
-def prepare_folder(config: PolicyConfig, folder: Path, done: int) -> None:
-    """Make the folder of a run, or cut what is there back to its first `done` steps."""
-    run_folder.begin(folder, done, config.overwrite)
+def prepare_folder(config: PolicyConfig, folder: Path, last_step: int) -> None:
+    """Make the folder of a run, or cut what is there back to its first `last_step` steps."""
+    run_folder.begin(folder, last_step, config.overwrite)
     (folder / "metrics.jsonl").touch()  # tells a run, see `run_folder.is_run`
     (folder / run_folder.DONE).unlink(missing_ok=True)  # the run is not complete any more
     # Fed back with --config, the settings begin a new run: they name no folder and resume nothing.
@@ -115,7 +116,7 @@ class Run:
         config: PolicyConfig,
         accelerator: Accelerator,
         folder: Path,
-        done: int,
+        last_step: int,
         engine,
         tokenizer,
     ) -> None:
@@ -127,7 +128,7 @@ class Run:
         self.should_stop = never
         self.is_main = accelerator.is_main_process
         rows = run_folder.read_lines(folder / "metrics.jsonl")
-        self.step = done
+        self.step = last_step  # the newest that was begun
         self.skipped = rows[-1]["skipped"] if rows else 0  # steps that were not finite, so far
         self.alarms = Alarms(rows, replies_expected=config.engine != "none")
         self.seconds: dict[str, float] = {}  # of each phase of the current step
@@ -187,8 +188,7 @@ class Run:
         if self.is_main:
             run_folder.write_lines(self.folder / "metrics.jsonl", [row])
             self._log_trajectories(trajectories, learner)
-            shown = {name: f"{row[name]:.2f}" for name in IN_THE_BAR if name in row}
-            self.bar.set_postfix(shown)
+            self.bar.set_postfix({name: f"{row[name]:.2f}" for name in IN_THE_BAR if name in row})
             for sentence in self.alarms.check(row):
                 tqdm.write(f"Step {self.step}: {sentence}")
         values = {name: value for name, value in row.items() if name != "step"}
@@ -214,7 +214,8 @@ class Run:
     def finish(self, model: torch.nn.Module, template: str, start: str) -> None:
         """Write the page, the cost and the final policy. Only one process calls this. `start` is
         the model that training started from, to which a LoRA belongs."""
-        config, folder = self.config, self.folder
+        config = self.config
+        folder = self.folder
         if config.merge:
             loading.save_model(model, self.tokenizer, folder / "adapter")
             dtype = build.compute_dtype(config)
@@ -262,7 +263,7 @@ class Run:
             run_folder.write_lines(self.folder / "suspects.jsonl", suspects)
 
     def _log_trajectories(self, trajectories: list[Trajectory], learner: Learner) -> None:
-        """Write one trajectory of each group, and, if more are wanted, another of each."""
+        """Write one trajectory of each group, then a second of each, up to the limit."""
         places = sorted(range(len(trajectories)), key=lambda place: place % self.config.group_size)
         rows = []
         for place in places[:LOGGED_TRAJECTORIES]:
@@ -284,19 +285,20 @@ class Run:
 
         Only a rollout asks a service, so the weights are those of the step before.
         """
-        done = self.step - 1
-        self._save(done)
+        last_step = self.step - 1
+        self._save(last_step)
         if failure is None:  # another process tells why
             raise SystemExit(1)
         reason = str(failure).rstrip(".")
-        raise ServiceError(f"{reason}. {self.how_to_go_on(done)}") from failure
+        raise ServiceError(f"{reason}. {self.how_to_go_on(last_step)}") from failure
 
     def _stop(self, sentence: str) -> None:
         raise SystemExit(sentence if self.is_main else 1)
 
-    def how_to_go_on(self, done: int) -> str:
-        if done:
-            return f"Step {done} is saved; go on with: {self._resume_command()}"
+    def how_to_go_on(self, saved_step: int) -> str:
+        """The command that resumes the run, whose step `saved_step` is saved; 0 where none is."""
+        if saved_step:
+            return f"Step {saved_step} is saved; go on with: {self._resume_command()}"
         return f"No step is saved; begin again with: {self._resume_command()}"
 
     def _resume_command(self, *settings: object) -> str:

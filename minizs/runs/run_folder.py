@@ -38,7 +38,7 @@ REMEMBERED = (
 )
 
 
-# ---- Which folder
+# ---- Which folder --------------------------------------------------------------------------------
 
 
 def new_folder() -> Path:
@@ -93,8 +93,8 @@ def to_resume(output: str, resume: str) -> Path:
 
 def newest_run() -> Path | None:
     """The run that ended last, told by its finished `policy/` folder."""
-    done = max(RUNS.glob(f"*/{DONE}"), key=os.path.getmtime, default=None)
-    return done and done.parent.parent
+    newest = max(RUNS.glob(f"*/{DONE}"), key=os.path.getmtime, default=None)
+    return newest.parent.parent if newest else None
 
 
 def describe_run(folder: Path) -> str:
@@ -115,7 +115,7 @@ def is_complete(config) -> bool:
     return config.resume == "latest" and Path(config.output, DONE).is_file()
 
 
-# ---- What is refused
+# ---- What is refused -----------------------------------------------------------------------------
 
 
 def check_free(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -239,7 +239,7 @@ def saved_settings(path: Path) -> dict:
         raise UserError(f"{path} is no YAML any more; write it anew.") from error
 
 
-# ---- What a policy was trained with
+# ---- What a policy was trained with --------------------------------------------------------------
 
 
 def remember_training(policy: Path, config) -> None:
@@ -263,7 +263,7 @@ def trained_with(policy: Path) -> dict:
     return saved_settings(policy / TRAINED_WITH)
 
 
-# ---- Files
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def read_lines(path: Path) -> list[dict]:

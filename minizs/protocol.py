@@ -142,12 +142,35 @@ def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
     if not tokenizer.chat_template:
         return tokenizer(texts)["input_ids"]
     chats = [[{"role": "user", "content": text}] for text in texts]
-    options = getattr(tokenizer, "chat_template_args", {})  # see models/loading.py
-    prompts = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, tokenize=False, **options
-    )
+    prompts = chat_texts(tokenizer, chats, add_generation_prompt=True)
     prompts = [re.sub(r"<think>\s*\Z", "", prompt) for prompt in prompts]
     return tokenizer(prompts, add_special_tokens=False)["input_ids"]
+
+
+PROBE = "words"
+
+
+def chat_texts(tokenizer, chats: list[list[dict]], **options) -> list[str]:
+    """Conversations, in the form that the chat template gives them.
+
+    Templates of models that also read images may want the parts of a message in a list, and leave
+    out a plain text without a word: one that leaves out `PROBE` is given parts. Raises whatever a
+    template raises, which is a program.
+    """
+    arguments = getattr(tokenizer, "chat_template_args", {})  # see models/loading.py
+
+    def render(chats: list[list[dict]]) -> list[str]:
+        return tokenizer.apply_chat_template(chats, tokenize=False, **options, **arguments)
+
+    probe = [{"role": "user", "content": PROBE}]
+    if all(PROBE not in text.lower() for text in render([probe])):
+        if any(PROBE in text.lower() for text in render([_in_parts(probe)])):
+            chats = [_in_parts(chat) for chat in chats]
+    return render(chats)
+
+
+def _in_parts(chat: list[dict]) -> list[dict]:
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in chat]
 
 
 def reply_ids(tokenizer, texts: list[str]) -> list[list[int]]:

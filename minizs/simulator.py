@@ -60,9 +60,12 @@ def load_template(spec: str | Path) -> str:
     """The wording of a simulator's prompt.
 
     `spec` is "tuned" or "untuned" for the shipped ones, a file, or a simulator's folder. A folder
-    without a wording of its own, or a hub name, gets "tuned". Raises UserError for another file.
+    without a wording of its own, a GGUF file or a hub name gets "tuned". Raises UserError for
+    another file.
     """
     paths = [SHIPPED / f"simulator_{spec}.txt", Path(spec), Path(spec, PROMPT_FILE)]
+    if Path(spec).suffix == ".gguf":  # a model
+        paths = []
     path = next(filter(Path.is_file, paths), SHIPPED / "simulator_tuned.txt")
     text = path.read_text(encoding="utf-8", errors="replace")
     require(

@@ -5,8 +5,13 @@ Llama 3.1 and 3.2 ask for a `date_string`. SmolLM3 and Granite call `strftime_no
 
 from datetime import date
 
-# What templates ask `strftime_now` for. The longer ones come first: %-d holds no %d, but is near.
-FORMATS = ("%-d", "%d", "%-m", "%m", "%B", "%b", "%Y", "%y", "%A", "%a", "%j", "%H", "%M", "%S")
+# What templates can ask `strftime_now` for. With a hyphen a number has no zero before it.
+DIRECTIVES = (
+    *("%-d", "%-m", "%-H", "%-I", "%-M", "%-S", "%-y", "%-j"),
+    *("%d", "%e", "%m", "%B", "%b", "%h", "%Y", "%y", "%C", "%G", "%g", "%A", "%a", "%u", "%w"),
+    *("%j", "%U", "%V", "%W", "%H", "%I", "%M", "%S", "%f", "%p"),
+    *("%F", "%D", "%T", "%R", "%x", "%X", "%c"),
+)
 
 
 def day_in_words(day: date) -> str:
@@ -20,6 +25,13 @@ def fix_day(template: str, day: date) -> str:
     It is written in the template's language: `transformers` takes no functions as arguments."""
     if "strftime_now" not in template:
         return template
-    replacements = "".join(f" | replace('{name}', '{day.strftime(name)}')" for name in FORMATS)
-    body = "{{ format" + replacements + " }}"
+    replacements = [f" | replace('{name}', '{_printed(day, name)}')" for name in DIRECTIVES]
+    body = "{{ format" + "".join(replacements) + " }}"
     return "{%- macro strftime_now(format) -%}" + body + "{%- endmacro -%}" + template
+
+
+def _printed(day: date, directive: str) -> str:
+    if "-" not in directive:
+        return day.strftime(directive)
+    number = day.strftime(directive.replace("-", ""))  # Windows knows no hyphen
+    return number.lstrip("0") or "0"

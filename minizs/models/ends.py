@@ -8,6 +8,7 @@ one is missed, a reply goes on and writes the user's next message, too."""
 from torch import nn
 
 from minizs.models.composite import text_config
+from minizs.protocol import chat_texts
 
 REPLY = "REPLY"  # stands for what an assistant says
 
@@ -29,16 +30,27 @@ def end_ids(model: nn.Module, tokenizer) -> tuple[int, ...]:
 
 
 def closing_ids(tokenizer) -> list[int]:
-    """The id of the special token that the chat template puts behind a reply, if it puts one."""
+    """The id of the special token that the chat template puts behind a reply, if it puts one there.
+
+    Some templates close only a reply that something follows."""
     if not tokenizer.chat_template:
         return []
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
-    options = getattr(tokenizer, "chat_template_args", {})
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception:  # a template is a program, and this one takes no such conversation
-        return []
-    rest = text.rpartition(REPLY)[2].strip()
+    question = {"role": "user", "content": "?"}
+    chat = [question, {"role": "assistant", "content": REPLY}]
+    for messages in (chat, [*chat, question]):
+        try:
+            [text] = chat_texts(tokenizer, [messages])
+        except Exception:  # a template is a program, and this one takes no such conversation
+            continue
+        _, reply, rest = text.rpartition(REPLY)
+        token = first_special_token(tokenizer, rest.strip()) if reply else None
+        if token is not None:
+            return [token]
+    return []
+
+
+def first_special_token(tokenizer, text: str) -> int | None:
+    """The id of the special token that a text begins with, if it begins with one."""
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
-    names = [name for name in special if name and rest.startswith(name)]
-    return [special[max(names, key=len)]] if names else []
+    names = [name for name in special if name and text.startswith(name)]
+    return special[max(names, key=len)] if names else None

@@ -18,7 +18,7 @@ from minizs.models.composite import load_language_model
 from minizs.models.gguf import read_once
 from minizs.models.lora import load_lora, lora_base, save_lora
 from minizs.models.support import check_supported, plain_attention, position_limit, row_limit
-from minizs.protocol import PROMPT
+from minizs.protocol import PROBE, PROMPT, chat_texts
 
 logging.disable_progress_bar()  # a model of this size is loaded before a bar is drawn
 
@@ -153,14 +153,35 @@ def load_tokenizer(
     check_model(name)
     with readable(name):
         tokenizer = read_once(AutoTokenizer, *location(name))
-    if chat_template == "none":
-        tokenizer.chat_template = None
-    options = dict(chat_template_args or {})
-    if day and tokenizer.chat_template:
-        options.setdefault("date_string", day_in_words(day))
-        options["chat_template"] = fix_day(tokenizer.get_chat_template(), day)
+        if chat_template == "none":
+            tokenizer.chat_template = None
+        options = dict(chat_template_args or {})
+        if day and tokenizer.chat_template:
+            options.setdefault("date_string", day_in_words(day))
+            template = options.get("chat_template") or tokenizer.get_chat_template()
+            options["chat_template"] = fix_day(template, day)
     tokenizer.chat_template_args = options
+    check_template(name, tokenizer)
     return tokenizer
+
+
+def check_template(name: str, tokenizer) -> None:
+    """Raise UserError for a chat template that takes no question, or none with these arguments."""
+    if not tokenizer.chat_template:
+        return
+    advice = "mend --chat_template_args, or give --chat_template none"
+    try:
+        [text] = chat_texts(
+            tokenizer, [[{"role": "user", "content": PROBE}]], add_generation_prompt=True
+        )
+    except Exception as error:  # a template is a program
+        raise UserError(
+            f"The chat template of {name!r} takes no question ({brief(error)}); {advice}."
+        ) from error
+    require(
+        PROBE in text.lower(),
+        f"The chat template of {name!r} leaves the question out; {advice}.",
+    )
 
 
 def load_prompt(name: str) -> str:

@@ -346,8 +346,12 @@ def agreed_folder(accelerator, config: SearchConfig) -> Path:
 
 
 def make_accelerator(config: ModelSettings):
-    """Accelerate, computing in the type of the settings. Raises UserError for what it cannot do."""
+    """Accelerate, computing in the type of the settings. Raises UserError for what it cannot do.
+
+    Processes that started on both sides of midnight take the first one's day from here on.
+    """
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import broadcast_object_list
 
     half = compute_dtype(config) == torch.bfloat16
     # With efficient loading all processes but one load nothing, and tied weights come untied.
@@ -368,4 +372,5 @@ def make_accelerator(config: ModelSettings):
         plugin.mixed_precision_policy = replace(
             plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
         )
+    [config.day] = broadcast_object_list([config.day])
     return accelerator

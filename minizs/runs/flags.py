@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ FALSE = ("false", "no", "f", "n", "0")
 INSTALL = "install it with: pip install -r requirements.txt"
 # Each launcher sets one of these variables: `accelerate launch` and `torchrun`.
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+MAPPINGS = ("chat_template_args",)  # a file can hold these as a mapping of its own
 METAVARS = {int: "N", float: "X", bool: "true|false"}
 
 
@@ -191,6 +193,10 @@ def read_yaml(path: str) -> list[str]:
         raise UserError(f"The configuration {path} cannot be read: {brief(error)}") from error
     require(isinstance(values, dict), f"{path} should hold lines such as 'steps: 100'.")
     for name, value in values.items():
+        if isinstance(value, dict) and name in MAPPINGS:
+            values[name] = value = yaml.safe_dump(value, default_flow_style=True).strip()
+        if isinstance(value, date):
+            values[name] = value = value.isoformat()
         require(
             isinstance(value, str | int | float) and name != "config",
             f"{path} gives {name} no value or many; remove the line or give one.",

@@ -175,6 +175,15 @@ def test_a_thought_is_opened_by_the_model():
         assert tokenizer.decode(ids) == "hello|" + expected
 
 
+@pytest.mark.parametrize("content", ["m['content'][0]['text']", "m['content'] | join('', 'text')"])
+def test_a_template_that_takes_parts_is_given_parts(content):
+    """Templates of models that read images leave out a plain text: the question would be lost."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ " + content + " }}>{% endfor %}"
+    prompts = protocol.prompt_ids(tokenizer, ["hello", "you & {me}"])
+    assert tokenizer.batch_decode(prompts) == ["<hello>", "<you & {me}>"]
+
+
 # ---- Documents ----------------------------------------------------------------------------------
 
 

@@ -67,6 +67,13 @@ def test_the_wording_travels_with_the_model(tmp_path):
     assert load_template("no-one/has-this-model") == PROMPT
 
 
+def test_a_gguf_file_has_no_wording(tmp_path):
+    """It is a model: its simulator gets the shipped wording."""
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF")
+    assert load_template(path) == load_template("tuned")
+
+
 def test_a_template_without_a_query_is_refused(tmp_path):
     """Another file that is given for a template is told in a sentence."""
     (tmp_path / "other.txt").write_text("{question}")

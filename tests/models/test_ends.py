@@ -35,6 +35,17 @@ def with_template(template):
             ["<|end|>"],
         ),
         ("{{ raise_exception('no assistant, please') }}", []),
+        (  # closes a reply that something follows
+            "{% for m in messages %}{{ m['content'] }}{% if not loop.last %}<|end|>{% endif %}"
+            "{% endfor %}",
+            ["<|end|>"],
+        ),
+        (  # leaves out what is no list of parts
+            "{% for m in messages %}<|im_start|>{% for part in m['content'] %}"
+            "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>"
+            "{% endfor %}",
+            ["<|im_end|>"],
+        ),
     ],
 )
 def test_the_token_that_closes_a_reply(template, names):

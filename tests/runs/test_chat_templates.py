@@ -2,9 +2,11 @@
 
 import shutil
 from dataclasses import asdict
+from datetime import date
 
 import pytest
 import yaml
+from conftest import make_tokenizer
 from scripts import EVAL, metrics, policy
 from servers import serving
 from transformers import AutoTokenizer
@@ -13,8 +15,9 @@ import evaluate
 import train_policy
 from minizs import UserError
 from minizs.models import loading
+from minizs.models.chat import fix_day
 from minizs.protocol import prompt_ids
-from minizs.runs import build, settings
+from minizs.runs import build, flags, settings
 from minizs.runs.settings import PolicyConfig
 from minizs.trajectory import SearchRequest
 
@@ -43,7 +46,7 @@ def start_of_prompt(config) -> str:
     apply = tokenizer.apply_chat_template
     tokenizer.apply_chat_template = lambda *a, **k: seen.append(apply(*a, **k)) or seen[-1]
     prompt_ids(tokenizer, ["x"])
-    return seen[0][0]
+    return seen[-1][0]
 
 
 def test_the_template_gets_its_arguments_and_the_day(chat):
@@ -55,6 +58,55 @@ def test_the_template_gets_its_arguments_and_the_day(chat):
         assert start_of_prompt(config) == "03 Feb 2026 February 03 2026 thoughts x"
     config.chat_template_args = "{date_string: '1 May 2025'}"
     assert start_of_prompt(config).startswith("1 May 2025 February 03")
+
+
+def test_a_file_of_settings_may_hold_a_mapping(chat, work):
+    """And a bare date. Both mean what they mean as a flag."""
+    lines = f"policy: {chat}\nday: 2026-02-03\nchat_template_args:\n  thinking: true\n"
+    (work / "settings.yaml").write_text(lines)
+    config = flags.parse(PolicyConfig, ["--config", "settings.yaml"])
+    assert start_of_prompt(config) == "03 Feb 2026 February 03 2026 thoughts x"
+    (work / "settings.yaml").write_text("seed:\n  thinking: true\n")
+    with pytest.raises(UserError, match="gives seed no value or many"):
+        flags.parse(PolicyConfig, ["--config", "settings.yaml"])
+
+
+@pytest.mark.parametrize(
+    "directives",
+    ["%A, %B %-d, %Y", "%F", "%D", "%e %h %y", "%I:%M %p", "%j %U %u", "%d/%m %H:%M:%S"],
+)
+def test_every_way_to_print_the_day(directives):
+    """A template may ask for any form of it, and gets what Python prints."""
+    tokenizer = make_tokenizer()
+    template = "{% set day = strftime_now('" + directives + "') %}{{ day }}"
+    tokenizer.chat_template = fix_day(template, date(2026, 2, 3))
+    [text] = tokenizer.apply_chat_template([[{"role": "user", "content": ""}]], tokenize=False)
+    assert text == date(2026, 2, 3).strftime(directives)
+
+
+@pytest.mark.parametrize(
+    "template, args, words",
+    [
+        (
+            TEMPLATE,
+            "{tokenize: true}",
+            "takes no question .*multiple values.*mend --chat_template_",
+        ),
+        (TEMPLATE, "{messages: []}", "takes no question"),
+        ("{{ raise_exception('system first') }}", "", "takes no question .system first"),
+        ("{{ bos_token }}", "", "leaves the question out; .*--chat_template none"),
+    ],
+)
+def test_a_template_that_takes_no_question_is_told(chat, work, template, args, words):
+    """In one sentence, before a run has a folder."""
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(chat)
+    with pytest.raises(UserError, match=words):
+        policy("--policy", "chat", "--chat_template_args", args, "--output", "run")
+    assert not (work / "run").exists()
+    policy_tokenizer = loading.load_tokenizer(str(chat), "none")
+    assert prompt_ids(policy_tokenizer, ["who"]) == policy_tokenizer(["who"])["input_ids"]
 
 
 @pytest.mark.parametrize("text", ["x", "[1]", "{1: 2}", "{a: ", "{day: 2026-02-03}"])
@@ -91,6 +143,14 @@ def test_a_resumed_run_keeps_its_day(chat, work, monkeypatch):
     assert yaml.safe_load((work / "later" / "config.yaml").read_text())["day"] == "2026-02-04"
     # The policy is tested with the prompts that it was trained on.
     config, _ = evaluate.read_settings([*EVAL, "--policy", str(work / "whole" / "policy")])
+    assert config.day == "2026-02-03"
+
+
+def test_processes_agree_on_the_day(monkeypatch):
+    """Of two that start around midnight, the second takes the day of the first."""
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", lambda values: ["2026-02-03"])
+    config = PolicyConfig(day="2026-02-04")
+    build.make_accelerator(config)
     assert config.day == "2026-02-03"
 
 

@@ -61,8 +61,8 @@ def main() -> None:
     files = sorted(ROOT.glob("requirements*.txt"))
     pins = [pin for file in files for pin in PIN.findall(file.read_text(encoding="utf-8"))]
     direct = {normal(name) for _, name in pins}
-    wanted = [whole for whole, name in pins if name not in SOURCE]
-    versions = resolve([*wanted, *SOMETIMES, *NEEDED_BY_SOURCE])
+    requirements = [whole for whole, name in pins if name not in SOURCE]
+    versions = resolve([*requirements, *SOMETIMES, *NEEDED_BY_SOURCE])
     versions |= {name: newest(name) for name in SOURCE}
     for file in files:
         text = renewed(file.read_text(encoding="utf-8"), versions)

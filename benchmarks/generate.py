@@ -158,7 +158,7 @@ def library(name: str, cache: str) -> Callable[[Workload, int], int]:
             pad_token_id=0,
         )
         rows = zip(out[:, width:].tolist(), load.new, strict=True)
-        return sum(len(row[:wanted]) for row, wanted in rows)
+        return sum(len(row[:budget]) for row, budget in rows)
 
     return work
 
@@ -259,8 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     print("| workload | batch | side | tokens/s | minizs is faster | peak MB | floor reached |")
     print("|---|---|---|---|---|---|---|")
     sides = {
-        name: measure.Side(make, args.model, *more, threads=args.threads)
-        for name, (make, *more) in SIDES.items()
+        name: measure.Side(make, args.model, *arguments, threads=args.threads)
+        for name, (make, *arguments) in SIDES.items()
         if name in args.sides
     }
     with measure.together(sides):

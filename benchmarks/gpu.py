@@ -105,8 +105,8 @@ class Bench:
     def record(self, part: str, name: str, **values) -> None:
         """A line of the table."""
         self.results.setdefault(part, {})[name] = values
-        shown = ", ".join(f"{key} {_brief(value)}" for key, value in values.items())
-        print(f"| {part} | {name} | {shown} |", flush=True)
+        cells = ", ".join(f"{key} {_brief(value)}" for key, value in values.items())
+        print(f"| {part} | {name} | {cells} |", flush=True)
 
     def save(self) -> None:
         text = json.dumps(self.results, indent=1, default=str)
@@ -685,9 +685,9 @@ def tests(bench: Bench) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests"]
     if bench.dry:
         command = [sys.executable, "-c", "pass"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=70)
-    lines = (done.stdout + done.stderr).strip().splitlines()[-30:]
-    bench.record("tests", "marked gpu", status=done.returncode, said=" / ".join(lines)[-1500:])
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=70)
+    lines = (process.stdout + process.stderr).strip().splitlines()[-30:]
+    bench.record("tests", "marked gpu", status=process.returncode, said=" / ".join(lines)[-1500:])
 
 
 def job(bench: Bench) -> None:

@@ -50,8 +50,8 @@ def main() -> None:
         if other:
             other.kill()
     for name, values in seconds.items():
-        shown = ", ".join(f"{value:.2f}" for value in values)
-        print(f"{name} threads: {median(values):.2f} s a step, the median of {shown}")
+        cells = ", ".join(f"{value:.2f}" for value in values)
+        print(f"{name} threads: {median(values):.2f} s a step, the median of {cells}")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def comes_to_its_end(flags: list[str], seconds: float | None = None) -> bool:
         os._exit(0)
     end = time.monotonic() + (seconds if seconds is not None else 600)
     while time.monotonic() < end:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
             assert status == 0, status
             return True
         time.sleep(0.002)

@@ -219,11 +219,11 @@ def two_processes(script: str, *flags: str) -> str:
     launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, "-m", *launch, str(ROOT / script), *flags]
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
+    process = subprocess.run(
         command, env=os.environ | settings, capture_output=True, text=True, timeout=200
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
 
 
 def on_each(processes: int, call: Callable, monkeypatch) -> list:

@@ -45,15 +45,15 @@ def serving(answer, reason=None):
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             body = json.loads(body) if body else None
             if self.path == "/":  # is anyone there? Real servers say something like this
-                status, content, *more = 404, "not found"
+                status, content, *headers = 404, "not found"
             else:
                 seen.append((self.path, body))
-                status, content, *more = answer(self.path, body, self.headers)
+                status, content, *headers = answer(self.path, body, self.headers)
             content = content if isinstance(content, bytes | str) else json.dumps(content)
             content = content.encode() if isinstance(content, str) else content
             self.send_response(status, reason)
             self.send_header("Content-Length", str(len(content)))
-            for name, value in (more[0] if more else {}).items():
+            for name, value in (headers[0] if headers else {}).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)

@@ -48,8 +48,8 @@ def test_sides_take_turns_and_warm_up():
 
 def hold(megabytes: int):
     """A side that once takes as much memory as it is told, from a start of so much."""
-    kept = torch.ones(megabytes * measure.MB // 4)
-    return lambda more, _: (torch.ones(more * measure.MB // 4) + kept[0]).sum().item()
+    block = torch.ones(megabytes * measure.MB // 4)
+    return lambda more, _: (torch.ones(more * measure.MB // 4) + block[0]).sum().item()
 
 
 @pytest.mark.slow
@@ -209,8 +209,8 @@ def test_memory_runs(capsys):
             "yes",
         ]
     )
-    kept, anew = lines(capsys.readouterr().out)
-    assert [kept[1], anew[1]] == ["no", "yes"] and float(kept[2]) > float(anew[2])
+    block, anew = lines(capsys.readouterr().out)
+    assert [block[1], anew[1]] == ["no", "yes"] and float(block[2]) > float(anew[2])
 
 
 @pytest.mark.slow

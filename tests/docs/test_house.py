@@ -119,7 +119,7 @@ def test_one_name_is_one_thing():
         for node in tree(path).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 modules[node.name].add(module)
-    shared = {name: found for name, found in modules.items() if len(found) > 1}
+    shared = {name: owners for name, owners in modules.items() if len(owners) > 1}
     assert shared.keys() == SHARED_NAMES.keys(), shared
 
 

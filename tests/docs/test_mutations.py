@@ -175,8 +175,8 @@ def actions_of_the_whole_text(patch: pytest.MonkeyPatch) -> None:
 
 def search_first(text: str) -> protocol.Action:
     """Reads a search even behind an earlier answer."""
-    found = re.search(r"<search>(.*?)</search>", text)
-    return protocol.Action("search", found[1]) if found else protocol.Action("invalid")
+    match = re.search(r"<search>(.*?)</search>", text)
+    return protocol.Action("search", match[1]) if match else protocol.Action("invalid")
 
 
 def one_search_a_query(patch: pytest.MonkeyPatch) -> None:

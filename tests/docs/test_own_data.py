@@ -53,9 +53,9 @@ def test_the_files_are_what_the_page_says():
 def test_the_commands_of_the_page(work, capsys):
     """Each command finds what the one before it left, and the test is of held-out questions."""
     shutil.copytree(FILES, "docs/own_data")
-    found = commands()
-    assert len(found) == len(SMALL)
-    for (script, *flags), small in zip(found, SMALL, strict=True):
+    lines = commands()
+    assert len(lines) == len(SMALL)
+    for (script, *flags), small in zip(lines, SMALL, strict=True):
         flags = ["../base" if flag == "MODEL" else flag for flag in flags]
         capsys.readouterr()
         SCRIPTS[script].main([*flags, *small.split(), "--threads", "1"])

@@ -87,7 +87,7 @@ def needs(name: str) -> list[str]:
 def test_what_they_need_is_fixed_too():
     """Every distribution that the direct ones bring along here has its line in constraints.txt."""
     direct, fixed = pinned("requirements.txt"), pinned("constraints.txt")
-    installed = {renew_pins.normal(found.name) for found in metadata.distributions()}
+    installed = {renew_pins.normal(package.name) for package in metadata.distributions()}
     seen, waiting = set(), list(direct)
     while waiting:
         name = waiting.pop()
@@ -104,6 +104,6 @@ def test_a_renewal_changes_versions_alone():
     versions = {"pyyaml": "7.1", "transformers": "6.2"}
     expected = "# Why.\n-c constraints.txt\nPyYAML==7.1\ntransformers[serving]==6.2\n"
     assert renew_pins.renewed(text, versions) == expected
-    more = versions | {"regex": "2.3", "nvidia-nccl-cu13": "2.29", "triton": "3.7", "anyio": "4.1"}
-    fixed = renew_pins.constraints(more, set(versions)).splitlines()
+    newer = versions | {"regex": "2.3", "nvidia-nccl-cu13": "2.29", "triton": "3.7", "anyio": "4.1"}
+    fixed = renew_pins.constraints(newer, set(versions)).splitlines()
     assert [line for line in fixed if not line.startswith("#")] == ["anyio==4.1", "regex==2.3"]

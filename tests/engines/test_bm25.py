@@ -59,16 +59,16 @@ def write(path, rows):
 def test_corpora_in_their_usual_layouts(tmp_path, name, rows):
     """Each layout gives the documents that its publisher meant, and no blank ones."""
     engine = BM25.of_corpus(write(tmp_path / name, rows), top_k=3)
-    found = engine.search([ask("hires"), ask("rome 1950"), ask("oslo town")])
+    replies = engine.search([ask("hires"), ask("rome 1950"), ask("oslo town")])
     texts = [" ".join(text.split()) for text in CONTENTS]
-    assert [documents[0] for documents in found] == [texts[1], texts[0], texts[2]]
-    assert all(len(documents) == 1 for documents in found)  # the others share no word
+    assert [documents[0] for documents in replies] == [texts[1], texts[0], texts[2]]
+    assert all(len(documents) == 1 for documents in replies)  # the others share no word
     if name != "a.txt":
         assert list(load_corpus(tmp_path / name)) == CONTENTS  # as they stand
 
 
 @pytest.mark.parametrize(
-    "name, content, said",
+    "name, content, sentence",
     [
         ("nowhere.txt", None, "There is no corpus"),
         ("a.txt", "", "a.txt has no text"),
@@ -83,12 +83,12 @@ def test_corpora_in_their_usual_layouts(tmp_path, name, rows):
         ("a.jsonl", '{"title": "x", "text": " "}\n{"text": null, "title": "x"}\n', "no text in"),
     ],
 )
-def test_files_that_are_no_corpus(tmp_path, name, content, said):
+def test_files_that_are_no_corpus(tmp_path, name, content, sentence):
     """A file that is no corpus is refused in a sentence that says why."""
     if content is not None:
         content = content if isinstance(content, bytes) else content.encode()
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(sentence)):
         BM25.of_corpus(tmp_path / name)
 
 
@@ -123,21 +123,21 @@ def test_a_changed_corpus_is_read_anew(tmp_path):
 
 def test_an_index_is_made_once_and_again_when_the_corpus_changes(tmp_path, monkeypatch):
     """An index is made once, used again, and made anew when the corpus or its time changes."""
-    path, made = write(tmp_path / "a.txt", DOCUMENTS), []
+    path, indexes = write(tmp_path / "a.txt", DOCUMENTS), []
     make = bm25.make_index
-    monkeypatch.setattr(bm25, "make_index", lambda texts: made.append(1) or make(texts))
+    monkeypatch.setattr(bm25, "make_index", lambda texts: indexes.append(1) or make(texts))
     requests = [ask("Ann born in", noisy) for noisy in (False, True)]
     expected = BM25(DOCUMENTS, 3).search(requests)
-    made.clear()
+    indexes.clear()
     for _ in range(2):
         engine = BM25.of_corpus(path, 3)
         assert engine.search(requests) == expected
-    assert len(made) == 1 and isinstance(engine.index.scores["data"], np.memmap)
+    assert len(indexes) == 1 and isinstance(engine.index.scores["data"], np.memmap)
     write(path, ["Cid likes cats", *DOCUMENTS])
     assert BM25.of_corpus(path, 1).search([ask("Cid cats")]) == [["Cid likes cats"]]
     os.utime(path, (1, 1))
     BM25.of_corpus(path, 1)
-    assert len(made) == 3
+    assert len(indexes) == 3
 
 
 def test_an_index_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -23,10 +23,10 @@ class Counting:
         if any(request.query == "broken" for request in requests):
             raise ServiceError("The server is gone.")
         self.asked += requests
-        found = self.engine.find(requests)
+        replies = self.engine.find(requests)
         return [
             None if request.query == "failing" else documents
-            for request, documents in zip(requests, found, strict=True)
+            for request, documents in zip(requests, replies, strict=True)
         ]
 
 
@@ -49,19 +49,19 @@ def test_what_differs_is_asked_anew(tmp_path):
     for other, name in ((Counting(), "b"), (Counting(3), "a")):
         Cached(other, path, name).search([ask("Ann born")])
         assert len(other.asked) == 1
-    again = Counting()
+    second = Counting()
     cats = ask("Ann born", noisy=True, answers=("cats",))
-    assert Cached(again, path, "a").search([cats]) == BM25(DOCUMENTS, 2).search([cats])
-    Cached(again, path, "a").search([ask("Ann born", answers=("cats",))])
-    assert again.asked == [cats]
+    assert Cached(second, path, "a").search([cats]) == BM25(DOCUMENTS, 2).search([cats])
+    Cached(second, path, "a").search([ask("Ann born", answers=("cats",))])
+    assert second.asked == [cats]
 
 
 def test_failures_are_counted_and_not_kept(tmp_path):
     """A failed request is counted, answered with nothing, and asked again the next time."""
     engine = Cached(inner := Counting(), str(tmp_path / "cache"), "a")
     for _ in range(2):
-        found = engine.search([ask("failing"), ask("Oslo"), ask("failing")])
-        assert [len(documents) for documents in found] == [0, 2, 0]
+        replies = engine.search([ask("failing"), ask("Oslo"), ask("failing")])
+        assert [len(documents) for documents in replies] == [0, 2, 0]
     assert engine.failed == 4
     assert [request.query for request in inner.asked] == ["failing", "Oslo", "failing"]
 
@@ -71,8 +71,8 @@ def test_what_came_before_a_failure_is_kept(tmp_path):
     requests, path = [ask(f"Ann {i}") for i in range(BETWEEN_WRITES)], str(tmp_path / "cache")
     with pytest.raises(ServiceError):
         Cached(Counting(), path, "a").search([*requests, ask("broken")])
-    Cached(again := Counting(), path, "a").search(requests)
-    assert again.asked == []
+    Cached(second := Counting(), path, "a").search(requests)
+    assert second.asked == []
 
 
 def search_much(path, number):

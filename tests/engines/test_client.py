@@ -156,13 +156,13 @@ def test_a_type_of_error_cannot_repeat_the_key(kind):
 
 def test_a_silent_server_is_given_up():
     """A server that takes a request and never answers costs `timeout` seconds a try."""
-    done = threading.Event()
-    with serving(lambda *_: (done.wait(5), (200, {"x": 1}))[1]) as (url, _):
+    finished = threading.Event()
+    with serving(lambda *_: (finished.wait(5), (200, {"x": 1}))[1]) as (url, _):
         start = time.monotonic()
         with pytest.raises(ServiceError, match="did not answer within 0.1 seconds"):
             Client(url, timeout=0.1, retries=1).get("/f", x)
         assert time.monotonic() - start < 2
-        done.set()
+        finished.set()
 
 
 @pytest.mark.parametrize("opening", [b"", b"HTTP/1.1 200 OK\r\n\r\n"])

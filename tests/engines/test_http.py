@@ -18,8 +18,8 @@ def retriever(shape, documents=DOCUMENTS):
     def answer(path, body, headers):
         assert path == "/retrieve"
         if shape == WIKI:
-            [found] = engine.rank([ask(body["query"])], body["top_k"])
-            return 200, [{"title": "", "text": text, "score": 0.5} for text in found]
+            [ranked] = engine.rank([ask(body["query"])], body["top_k"])
+            return 200, [{"title": "", "text": text, "score": 0.5} for text in ranked]
         rows = engine.rank([ask(query) for query in body["queries"]], body["topk"])
         if shape == PLAIN:
             return 200, [[{"id": "7", "contents": text} for text in row] for row in rows]
@@ -128,6 +128,6 @@ def test_a_query_that_fails_empties_its_part_alone():
     with serving(answer) as (url, _):
         engine = HttpSearch(Client(url, retries=0, on_error="empty"), top_k=2)
         with pytest.warns(UserWarning, match="answered 500"):
-            found = engine.search(requests)
-    assert found == [[] if i < AT_ONCE else [r.query] for i, r in enumerate(requests)]
+            ranked = engine.search(requests)
+    assert ranked == [[] if i < AT_ONCE else [r.query] for i, r in enumerate(requests)]
     assert engine.failed == AT_ONCE

@@ -28,9 +28,9 @@ def ask(query, noisy=False, answers=("Rome",)):
 def test_the_best_documents_come_first():
     """The best-ranked documents come first, at most top_k of them, in the order of the requests."""
     engine = BM25(DOCUMENTS, top_k=2)
-    found = engine.search([ask("where was ann BORN?"), ask("Oslo lies in")])
-    assert [len(documents) for documents in found] == [2, 2]
-    assert found[0][0] == DOCUMENTS[0] and found[1][0] == DOCUMENTS[8]
+    replies = engine.search([ask("where was ann BORN?"), ask("Oslo lies in")])
+    assert [len(documents) for documents in replies] == [2, 2]
+    assert replies[0][0] == DOCUMENTS[0] and replies[1][0] == DOCUMENTS[8]
     assert engine.search([]) == []
     assert len(BM25(DOCUMENTS[:2], top_k=5).search([ask("Ann")])[0]) == 2
 
@@ -61,7 +61,7 @@ def test_the_share_of_noisy_requests_is_what_was_asked_for():
     """A reply is noisy where its request is marked so, and nowhere else."""
     engine, p = BM25(DOCUMENTS, top_k=2), 0.3
     requests = [ask("Ann born in", uniform(0, i) < p) for i in range(300)]
-    spoiled = ["Ann was born in Rome" not in found for found in engine.search(requests)]
+    spoiled = ["Ann was born in Rome" not in documents for documents in engine.search(requests)]
     assert spoiled == [request.noisy for request in requests]
     assert sum(spoiled) / 300 == pytest.approx(p, abs=0.08)
 

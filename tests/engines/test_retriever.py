@@ -58,7 +58,7 @@ def test_the_published_shapes(url):
     """Answers have the shapes that clients of Search-R1 and ZeroSearch read."""
     status, scored = post(url, {"queries": ["Ann born", "Oslo"], "topk": 1, "return_scores": True})
     [[first], [second]] = scored["result"]
-    scores = [found[0][1] for found in BM25(TEXTS).scored(["Ann born", "Oslo"], 1)]
+    scores = [hits[0][1] for hits in BM25(TEXTS).scored(["Ann born", "Oslo"], 1)]
     assert status == 200 and [first["score"], second["score"]] == scores and min(scores) > 0
     assert first["document"] == {"contents": TEXTS[0]}  # its line break too: a title ends there
     plain = {"result": [[{"contents": TEXTS[2]}]]}
@@ -69,12 +69,12 @@ def test_the_published_shapes(url):
 
 def test_how_many_documents(url):
     """The request says how many documents; else the server's default; never more than there are."""
-    for more, n in (({}, 2), ({"topk": None}, 2), ({"topk": 1}, 1), ({"topk": 99}, 3)):
-        assert len(post(url, {"queries": ["Ann Bob"]} | more)[1]["result"][0]) == n
+    for options, n in (({}, 2), ({"topk": None}, 2), ({"topk": 1}, 1), ({"topk": 99}, 3)):
+        assert len(post(url, {"queries": ["Ann Bob"]} | options)[1]["result"][0]) == n
 
 
 @pytest.mark.parametrize(
-    "body, said",
+    "body, sentence",
     [
         (b"", "Expecting"),
         (b"{", "Expecting"),
@@ -88,10 +88,10 @@ def test_how_many_documents(url):
         ({"queries": ["a"], "topk": "3"}, ""),
     ],
 )
-def test_bad_requests_are_told_so(url, body, said):
+def test_bad_requests_are_told_so(url, body, sentence):
     """A request that makes no sense is answered with 400 and what is wrong."""
     status, answer = post(url, body)
-    assert status == 400 and said in answer["error"] and "give 'queries'" in answer["error"]
+    assert status == 400 and sentence in answer["error"] and "give 'queries'" in answer["error"]
 
 
 def serve_once(*flags):

@@ -32,8 +32,8 @@ def completion(text, reason="stop"):
     return 200, {"choices": [{"text": text, "finish_reason": reason}]}
 
 
-def chat(content, reason="stop", **more):
-    message = {"role": "assistant", "content": content, **more}
+def chat(content, reason="stop", **fields):
+    message = {"role": "assistant", "content": content, **fields}
     return 200, {"choices": [{"message": message, "finish_reason": reason}]}
 
 

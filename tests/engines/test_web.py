@@ -34,23 +34,23 @@ def web(url, top_k=3, **options):
 def test_web_results_are_title_and_snippet():
     """A reply is made of titles and snippets; a noisy one costs one page as well."""
     with serving(page) as (url, seen):
-        found = web(url).search([ask("Ann born"), ask("Ann born", noisy=True)])
-    assert found == [LINES[:3], LINES[1:]] and len(seen) == 2
+        replies = web(url).search([ask("Ann born"), ask("Ann born", noisy=True)])
+    assert replies == [LINES[:3], LINES[1:]] and len(seen) == 2
 
 
 def test_a_web_search_that_finds_nothing():
     """A page without results is an empty reply; an answer of another form is a failure."""
-    asked = {"searchParameters": {"q": "a"}}
-    for more in ({"organic": []}, {"answerBox": {"answer": "x"}}, {"organic": None}):
-        with serving(lambda *_, more=more: (200, asked | more)) as (url, _):
+    answer = {"searchParameters": {"q": "a"}}
+    for fields in ({"organic": []}, {"answerBox": {"answer": "x"}}, {"organic": None}):
+        with serving(lambda *_, fields=fields: (200, answer | fields)) as (url, _):
             assert web(url).search([ask("a")]) == [[]]
     for nonsense in (
         {},
         {"organic": []},
         [],
-        asked | {"organic": [{"title": 5}]},
-        asked | {"organic": ["x"]},
-        asked | {"organic": 3},
+        answer | {"organic": [{"title": 5}]},
+        answer | {"organic": ["x"]},
+        answer | {"organic": 3},
     ):
         with serving(lambda *_, nonsense=nonsense: (200, nonsense)) as (url, _):
             with pytest.raises(ServiceError, match="expected form"):

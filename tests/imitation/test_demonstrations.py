@@ -24,8 +24,8 @@ def played(example: Example = EXAMPLE):
     return row
 
 
-def decoded(ids: list[int], mask: list[int], wanted: int) -> str:
-    return TOKENIZER.decode([token for token, m in zip(ids, mask, strict=True) if m == wanted])
+def decoded(ids: list[int], mask: list[int], bit: int) -> str:
+    return TOKENIZER.decode([token for token, m in zip(ids, mask, strict=True) if m == bit])
 
 
 def test_the_loss_is_on_the_policys_own_turns():

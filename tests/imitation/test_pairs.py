@@ -32,9 +32,9 @@ def test_our_rows_are_balanced():
     """As many useful as noisy rows are taken, in the order of the file, from all of it."""
     rows = [OURS | {"query": f"q{i}", "label": "noisy" if i % 5 else "useful"} for i in range(40)]
     texts = make_pairs(rows, TEMPLATE, seed=1)
-    asked = [prompt.split() for [(prompt, _), _] in texts]
-    assert [words[-1] for words in asked].count("useful") == 8 and len(asked) == 16
-    order = [int(words[0][1:]) for words in asked]
+    prompts = [prompt.split() for [(prompt, _), _] in texts]
+    assert [words[-1] for words in prompts].count("useful") == 8 and len(prompts) == 16
+    order = [int(words[0][1:]) for words in prompts]
     assert order == sorted(order) and max(order) > 20
     assert texts == make_pairs(rows, TEMPLATE, seed=1) != make_pairs(rows, TEMPLATE, seed=2)
 

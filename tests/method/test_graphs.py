@@ -123,8 +123,8 @@ def test_logits_that_are_nan_leave_no_cache_behind():
         generate(model, [[5, 6]], 3, cuda_graphs="on")
     assert model not in graphs._steps_of
     model.lm_head.weight.data.copy_(weight)
-    [again], [plain] = (generate(model, [[5, 6]], 3, cuda_graphs=s) for s in ("on", "off"))
-    assert again.ids == plain.ids
+    [replayed], [plain] = (generate(model, [[5, 6]], 3, cuda_graphs=s) for s in ("on", "off"))
+    assert replayed.ids == plain.ids
 
 
 def test_buckets():

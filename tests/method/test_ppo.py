@@ -71,10 +71,10 @@ def test_gae_with_a_document_equals_gae_without_it():
     g = torch.Generator().manual_seed(1)
     rewards, values = torch.randn(2, 9, generator=g), torch.randn(2, 9, generator=g)
     mask = torch.tensor([[1, 1, 0, 0, 0, 0, 1, 1, 0]] * 2)
-    kept = mask[0].nonzero().flatten()
+    positions = mask[0].nonzero().flatten()
     with_document, _ = ppo.gae(rewards, values, mask, 0.9, 0.8)
-    without, _ = ppo.gae(rewards[:, kept], values[:, kept], torch.ones(2, 4), 0.9, 0.8)
-    assert torch.allclose(with_document[:, kept], without, atol=1e-6)
+    without, _ = ppo.gae(rewards[:, positions], values[:, positions], torch.ones(2, 4), 0.9, 0.8)
+    assert torch.allclose(with_document[:, positions], without, atol=1e-6)
     assert (with_document[mask == 0] == 0).all()
 
 

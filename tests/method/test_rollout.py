@@ -33,8 +33,8 @@ def to_ids(text) -> list[int]:
 class ScriptedDecoder:
     """In place of `Decoder`: in its k-th turn row i writes `scripts[i][k]`, as far as it is let."""
 
-    def __init__(self, scripts, made, _model, prompts, *, tokenizer, stop, ends_turn, **_):
-        made.append(self)
+    def __init__(self, scripts, decoders, _model, prompts, *, tokenizer, stop, ends_turn, **_):
+        decoders.append(self)
         self.scripts = [iter(script) for script in scripts]
         self.contexts = [list(prompt) for prompt in prompts]
         self.stop = StopStrings(stop, tokenizer, ends_turn)
@@ -84,15 +84,15 @@ def play(
     **options,
 ):
     """Roll out one row a script, whose gold answer is "gold 0" (1, ...): (rows, engine)."""
-    engine, made = engine or RecordingEngine("a document"), []
+    engine, decoders = engine or RecordingEngine("a document"), []
     golds = golds or [f"gold {i}" for i in range(len(scripts))]
     examples = [Example(f"question {i}?", (gold,)) for i, gold in enumerate(golds)]
     policy = Policy(None, tokenizer, template, limits, seed=seed)
-    with mock.patch("minizs.rollout.Decoder", partial(ScriptedDecoder, scripts, made)):
+    with mock.patch("minizs.rollout.Decoder", partial(ScriptedDecoder, scripts, decoders)):
         rows = rollout(policy, examples, engine, **options)
     for row in rows:
         row.reward = f1_score(row.answer, row.example.answers)
-    for row, context in zip(rows, made[0].contexts, strict=True):
+    for row, context in zip(rows, decoders[0].contexts, strict=True):
         assert row.ids == context  # what is trained on is what the model saw
         assert len(row.ids) == len(row.loss_mask) == len(row.logprobs)
     return rows, engine
@@ -505,5 +505,5 @@ def test_groups():
     assert [row.example for row in rows] == [e for e in QUESTIONS for _ in range(3)]
     for first in range(0, 12, 3):
         assert len({tuple(row.ids) for row in rows[first : first + 3]}) == 3
-    _, again = sample(group_size=3, seed=3)
-    assert [row.ids for row in rows] != [row.ids for row in again]
+    _, second = sample(group_size=3, seed=3)
+    assert [row.ids for row in rows] != [row.ids for row in second]

@@ -38,12 +38,12 @@ def test_only_the_opening_piece_gets_a_bos():
 def test_batches_hold_every_text_once_within_the_budget():
     """An epoch holds each text once, in batches within the budget and in random order."""
     texts = make_texts(50)
-    made = list(sft.batches(iter(texts), 40, random.Random(0), pool=20))
-    assert sorted(t for batch in made for t in batch) == sorted(texts)
-    widths = [max(len(ids) for ids, _ in batch) for batch in made]
-    assert all(len(batch) * width <= 40 for batch, width in zip(made, widths, strict=True))
+    batches = list(sft.batches(iter(texts), 40, random.Random(0), pool=20))
+    assert sorted(t for batch in batches for t in batch) == sorted(texts)
+    widths = [max(len(ids) for ids, _ in batch) for batch in batches]
+    assert all(len(batch) * width <= 40 for batch, width in zip(batches, widths, strict=True))
     assert widths != sorted(widths, reverse=True)
-    assert made != list(sft.batches(iter(texts), 40, random.Random(1), pool=20))
+    assert batches != list(sft.batches(iter(texts), 40, random.Random(1), pool=20))
 
 
 def test_nll_against_loops():

@@ -94,8 +94,8 @@ def test_an_untuned_model_is_shown_both_kinds():
         assert "{" not in text
     example = useful.split("Now write")[0]
     assert noisy.startswith(example) and "useful output" in example and "noisy output" in example
-    shown = example.split("noisy output:")
-    assert "Danube" in shown[0].split("useful output:")[1] and "Danube" not in shown[1]
+    parts = example.split("noisy output:")
+    assert "Danube" in parts[0].split("useful output:")[1] and "Danube" not in parts[1]
 
 
 # ---- training -----------------------------------------------------------------------------------
@@ -141,9 +141,9 @@ def test_all_requests_of_a_turn_are_one_generation():
 
     engine = SimulatedSearch(None, tokenizer, TEMPLATE, top_k=3, seed=4, temperature=0.8)
     with mock.patch("minizs.simulator.generate", answer):
-        found = engine.search([request("a", key=(1, 2)), request("b", key=(3, 4))])
+        replies = engine.search([request("a", key=(1, 2)), request("b", key=(3, 4))])
         assert engine.search([]) == []
-    assert found == [["on a", "x", "y"], ["on b", "x", "y"]]
+    assert replies == [["on a", "x", "y"], ["on b", "x", "y"]]
     assert len(calls) == 1
     assert calls[0]["keys"] == [(1, 2), (3, 4)]
     assert (calls[0]["seed"], calls[0]["temperature"]) == (4, 0.8)

@@ -182,8 +182,8 @@ def test_the_version_check_of_transformers_is_not_asked(saved, monkeypatch):
     folder, model = saved
     loaded, tokenizer = loading.load_model(str(folder))
     loading.save_model(loaded, tokenizer, folder.parent / "again")
-    again, _ = loading.load_model(str(folder.parent / "again"))
-    assert torch.equal(logits(again), logits(model))
+    reloaded, _ = loading.load_model(str(folder.parent / "again"))
+    assert torch.equal(logits(reloaded), logits(model))
     fresh = make_model(vocab_size=len(tokenizer))
     merged = lora.merge_lora(fresh, folder)
     torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=0)

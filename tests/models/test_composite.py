@@ -114,8 +114,8 @@ def test_what_is_saved_of_it_is_an_ordinary_folder(composite, tmp_path):
     model, tokenizer = loading.load_model(str(folder))
     loading.save_model(model, tokenizer, tmp_path / "policy")
     ids = torch.tensor([[5, 6, 7, 8]])
-    again, _ = loading.load_model(str(tmp_path / "policy"))
-    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    reloaded, _ = loading.load_model(str(tmp_path / "policy"))
+    assert torch.equal(reloaded(input_ids=ids).logits, model(input_ids=ids).logits)
     if model.config is text_config(model):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
         torch.testing.assert_close(plain(ids).logits, model(ids).logits)

@@ -99,12 +99,12 @@ def test_a_family_from_load_to_save(family, make, tmp_path):
     scored, sampled = score(model, tokenizer, rows)
     assert len(sampled) > 100 and (scored - sampled).abs().max() < 1e-4
     loading.save_model(model, tokenizer, tmp_path / "policy")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     ids = torch.tensor([rows[0].ids])
     with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
-    kept = loading.load_tokenizer(str(tmp_path / "policy"))
-    assert protocol.prompt_ids(kept, ["a b"]) == protocol.prompt_ids(make(), ["a b"])
+        assert torch.equal(reloaded(ids).logits, model(ids).logits)
+    reloaded_tokenizer = loading.load_tokenizer(str(tmp_path / "policy"))
+    assert protocol.prompt_ids(reloaded_tokenizer, ["a b"]) == protocol.prompt_ids(make(), ["a b"])
 
 
 def test_a_chat_template_wraps_the_prompt_alone():
@@ -113,8 +113,8 @@ def test_a_chat_template_wraps_the_prompt_alone():
     [ids] = protocol.prompt_ids(tokenizer, ["a "])
     tokens = tokenizer.convert_ids_to_tokens(ids)
     assert tokens == ["<eos>", "<|user|>", "a", "<eos>", "<|assistant|>"]
-    both = protocol.prompt_ids(tokenizer, ["a ", "bc"])
-    assert both[0] == ids != both[1] and len(both) == 2
+    prompts = protocol.prompt_ids(tokenizer, ["a ", "bc"])
+    assert prompts[0] == ids != prompts[1] and len(prompts) == 2
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=1024)
     for row in play(model, tokenizer):
         assert row.ids[:2] == ids[:2]
@@ -145,15 +145,15 @@ def test_training_and_use_open_alike():
 @pytest.mark.parametrize("make", [make_tokenizer, llama_tokenizer])
 def test_a_simulator_is_used_on_what_it_was_trained_on(make, monkeypatch):
     """A simulator is asked in the format that it was trained in, and learns to end its reply."""
-    tokenizer, asked, template = make(), [], "Write {top_k} {quality} ones: {query}\n"
+    tokenizer, prompts_read, template = make(), [], "Write {top_k} {quality} ones: {query}\n"
     request = SearchRequest("q", "who?", ("me",))
     monkeypatch.setattr(
-        simulator, "generate", lambda model, prompts, *_, **__: asked.extend(prompts) or []
+        simulator, "generate", lambda model, prompts, *_, **__: prompts_read.extend(prompts) or []
     )
     simulator.SimulatedSearch(None, tokenizer, template, top_k=2).search([request])
     text = simulator.training_text(template, request, ["one", "two"])
     ids, mask = sft.encode(tokenizer, text, end=True)
-    assert asked == [ids[: mask.index(1)]]
+    assert prompts_read == [ids[: mask.index(1)]]
     assert tokenizer.decode(ids[mask.index(1) :]) == "Doc 1: one\nDoc 2: two<eos>"
 
 

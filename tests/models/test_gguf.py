@@ -79,8 +79,8 @@ def test_a_gguf_file_is_a_model_with_its_tokenizer(gguf_file, tmp_path):
     loading.save_model(model, tokenizer, tmp_path / "policy", prompt="{question}")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     assert torch.equal(saved(torch.tensor([ids])).logits, logits)
-    _, again = loading.load_model(str(tmp_path / "policy"))
-    assert again("abcd")["input_ids"] == ids
+    _, reloaded = loading.load_model(str(tmp_path / "policy"))
+    assert reloaded("abcd")["input_ids"] == ids
 
 
 @pytest.mark.slow

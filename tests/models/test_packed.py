@@ -247,13 +247,13 @@ def test_pytorchs_packed_kernel_equals_padded_sdpa():
     model = weights.cast_weights(make_model(num_attention_heads=4, head_dim=32), torch.bfloat16)
     model, batch = model.cuda(), [t.cuda() for t in make_batch()]
     assert flash.can_pack(model, torch.bfloat16)
-    found = []
+    results = []
     for kind, packed in (("sdpa", False), (flash.PACKED, True)):
         model.set_attn_implementation(kind)
         model.zero_grad()
         logprobs, entropy = score(model, *batch, packed=packed)
         (logprobs + 0.1 * entropy).sum().backward()
-        found.append((logprobs, torch.cat([p.grad.flatten() for p in model.parameters()])))
-    (a, ga), (b, gb) = found
+        results.append((logprobs, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (a, ga), (b, gb) = results
     assert (a - b).abs().max() < 0.3 and (a - b).abs().mean() < 0.03
     assert torch.nn.functional.cosine_similarity(ga.float(), gb.float(), dim=0) > 0.99

@@ -305,6 +305,8 @@ def main(argv):
     raise SystemExit({said!r})
 run_script(main)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (status, "done")
-    assert done.stderr.splitlines()[-1:] == ([said] if isinstance(said, str) else [])
+    process = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (process.returncode, process.stdout) == (status, "done")
+    assert process.stderr.splitlines()[-1:] == ([said] if isinstance(said, str) else [])

@@ -622,7 +622,7 @@ finally:
 def test_a_process_answers_at_once(wrong, script):
     """--help and a wrong flag need no slow library, and an error is one line and exit status 2."""
     code = QUICK.replace("sys.argv[0]", repr(str(ROOT / f"{script}.py")))
-    asked = [["--help"], ["--stepz", "5"], ["--seed", "x"], ["--config", "yaml/deep.yaml"]]
+    commands = [["--help"], ["--stepz", "5"], ["--seed", "x"], ["--config", "yaml/deep.yaml"]]
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", code, *flags],
@@ -632,12 +632,12 @@ def test_a_process_answers_at_once(wrong, script):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        for flags in asked
+        for flags in commands
     ]
     (text, nothing), *refused = [process.communicate() for process in processes]
     assert "--seed" in text and "Delete what an earlier run left" in text and not nothing
     assert [process.returncode for process in processes] == [0, 2, 2, 2]
-    for (out, said), flags in zip(refused, asked[1:], strict=True):
-        assert out == "" and said.startswith("error: ") and said.count("\n") == 1
-        assert flags[0] in said or flags[1] in said
+    for (out, error), flags in zip(refused, commands[1:], strict=True):
+        assert out == "" and error.startswith("error: ") and error.count("\n") == 1
+        assert flags[0] in error or flags[1] in error
         COUNTS["bad inputs tried"] += 1

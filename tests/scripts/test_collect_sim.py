@@ -39,9 +39,9 @@ def run_advice(message: str) -> str:
     """Run the command that a message gives, as a shell would, and return what it prints."""
     advised = shlex.split(re.search(r"Go on with: (.*)", message)[1])
     assert advised[0] == "python"
-    done = subprocess.run([sys.executable, *advised[1:]], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    process = subprocess.run([sys.executable, *advised[1:]], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
 
 
 def test_no_policy_is_needed(work):

@@ -26,14 +26,14 @@ def run(work, processes: int, *flags: str, **environment: str) -> list[dict]:
     command = [sys.executable, *(launch if processes > 1 else [])]
     command += [str(ROOT / "tests" / "in_double.py"), *FLAGS, *flags]
     settings = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         env=os.environ | settings | environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert process.returncode == 0, process.stderr[-3000:]
     return torch.load(work / "runs" / "steps.pt", weights_only=False)
 
 
@@ -84,8 +84,19 @@ def test_all_skip_what_is_not_finite_on_one(work, algorithm, how):
 def test_half_precision_under_fsdp2(work):
     """LoRA and checkpointed layers train in bfloat16 under FSDP2."""
     (work / "runs").mkdir()
-    for more in (["--lora_rank", "4", "--algorithm", "ppo"], ["--gradient_checkpointing", "true"]):
-        flags = [*more, "--dtype", "bfloat16", "--steps", "2", "--output", f"runs/{len(more)}"]
+    for options in (
+        ["--lora_rank", "4", "--algorithm", "ppo"],
+        ["--gradient_checkpointing", "true"],
+    ):
+        flags = [
+            *options,
+            "--dtype",
+            "bfloat16",
+            "--steps",
+            "2",
+            "--output",
+            f"runs/{len(options)}",
+        ]
         one, two = run(work, 2, *flags, **SHARDED)
         assert not torch.equal(one["weights"], two["weights"])
 

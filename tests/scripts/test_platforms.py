@@ -163,9 +163,9 @@ def test_letters_that_the_terminal_lacks_are_replaced():
     """A question in other letters is no reason to stop, as it is where they cannot be printed."""
     code = "from minizs.runs.flags import run_script; run_script(lambda _: print('F1 ± \\u4e2d'))"
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == b"F1 ? ?"
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == b"F1 ? ?"
 
 
 # ---- Busy machines -----------------------------------------------------------------------------
@@ -199,8 +199,8 @@ sys.meta_path.insert(0, Finder())
 import {script}
 {script}.main(["--output", "x", "--threads", "1"])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == ["PASSIVE"], done.stderr
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.stdout.split() == ["PASSIVE"], process.stderr
 
 
 @pytest.mark.parametrize("name, value", [("OMP_WAIT_POLICY", "ACTIVE"), ("GOMP_SPINCOUNT", "9")])
@@ -264,8 +264,8 @@ def test_the_launchers_are_told_apart_from_the_user(environment, tmp_path, launc
         own = os.environ | {"PYTHONPATH": str(ROOT)}
         if number:
             own["OMP_NUM_THREADS"] = number
-        done = subprocess.run(command, env=own, capture_output=True, text=True)
-        assert f"chosen {expected}" in done.stdout, done.stderr
+        process = subprocess.run(command, env=own, capture_output=True, text=True)
+        assert f"chosen {expected}" in process.stdout, process.stderr
 
 
 # ---- What is missing ---------------------------------------------------------------------------
@@ -292,9 +292,9 @@ from minizs.runs.flags import run_script
 run_script({script}.main)
 """
     own = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
-    lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2, done.stderr[-2000:]
+    process = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 2, process.stderr[-2000:]
     assert lines[-1] == (
         f"error: the package {package} is missing; install it with: pip install -r requirements.txt"
     )
@@ -355,11 +355,11 @@ def test_a_run_prints_nothing_of_other_packages(work):
     """No warning and no loading bar of a library: only our bar, and the launcher's first words."""
     command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train_policy.py")]
     flags = [*POLICY, "--lora_rank", "2", "--merge", "True", "--save_every", "1", "--output", "run"]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    lines = re.split(r"[\r\n]+", done.stderr)
+    process = subprocess.run([*command, *flags], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    lines = re.split(r"[\r\n]+", process.stderr)
     foreign = [line for line in lines if line.strip() and not re.search(f"{LAUNCHER}|{BAR}", line)]
     assert not foreign
     starts = ("../questions.jsonl", "Attention by", "A new run in", "The policy is in")
-    for line in done.stdout.splitlines():
+    for line in process.stdout.splitlines():
         assert line.startswith(starts) or " queries (" in line, line

@@ -189,8 +189,8 @@ def test_other_settings_do_not_go_on(work, collected, stop, monkeypatch, capsys)
     with pytest.raises(MemoryError):
         train_sim.main([])
     train_sim.main([])
-    said = [line for line in capsys.readouterr().out.splitlines() if "runs/simulator.p" in line]
-    assert [line.split()[0] for line in said] == ["A"] * 3
+    lines = [line for line in capsys.readouterr().out.splitlines() if "runs/simulator.p" in line]
+    assert [line.split()[0] for line in lines] == ["A"] * 3
     assert Path("runs/simulator/report.json").is_file()
 
 

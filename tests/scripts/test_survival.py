@@ -93,13 +93,13 @@ def end(process: subprocess.Popen) -> str:
 @pytest.mark.parametrize("algorithm", ["grpo", "ppo", "reinforce"])
 def test_two_processes_are_killed(work, algorithm):
     """The same for two processes, which are killed together."""
-    wanted = int(os.environ.get("MINIZS_KILLS", "20"))  # fewer, on a slow machine
+    most_kills = int(os.environ.get("MINIZS_KILLS", "20"))  # fewer, on a slow machine
     flags, rng, kills = ["--algorithm", algorithm, "--output"], random.Random(2), 0
     started = time.monotonic()
     end(launch(*flags, "whole"))
     seconds = time.monotonic() - started
-    for run in range(wanted):
-        while kills < wanted:
+    for run in range(most_kills):
+        while kills < most_kills:
             process = launch(*flags, f"cut-{run}", "--resume")
             try:
                 process.communicate(timeout=rng.uniform(0.3, 1) * seconds)
@@ -107,7 +107,7 @@ def test_two_processes_are_killed(work, algorithm):
             except subprocess.TimeoutExpired:
                 kill(process)
                 kills += 1
-        if kills == wanted:
+        if kills == most_kills:
             end(launch(*flags, f"cut-{run}", "--resume"))
             break
     for run in work.glob("cut-*"):

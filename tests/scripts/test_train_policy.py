@@ -53,10 +53,10 @@ def test_a_run_leaves_what_it_promises(work, algorithm, capsys, caplog):
     assert "shared tensor" not in caplog.text  # Accelerate's, amid the progress bar
     assert sum(row["reward"] for row in rows) > 0 and rows[0]["searches_per_question"] > 0
     assert all(0 < row["valid_rate"] <= 1 and row["entropy"] > 0 for row in rows)
-    shown = [json.loads(line) for line in (run / "trajectories.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in shown] == [1] * 8 + [2] * 8 + [3] * 8
-    assert len({row["example"]["question"] for row in shown[:4]}) == 4  # one of each group first
-    assert {"ids", "loss_mask", "logprobs", "turns", "reward"} <= shown[0].keys()
+    lines = [json.loads(line) for line in (run / "trajectories.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in lines] == [1] * 8 + [2] * 8 + [3] * 8
+    assert len({row["example"]["question"] for row in lines[:4]}) == 4  # one of each group first
+    assert {"ids", "loss_mask", "logprobs", "turns", "reward"} <= lines[0].keys()
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-2", "step-3"]
     model = AutoModelForCausalLM.from_pretrained(run / "policy")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
@@ -70,9 +70,9 @@ def test_the_tiny_world_tests_on_facts_that_it_does_not_train_on(work):
     """Held-out questions are none of the training questions."""
     policy("--data", "world", "--corpus", "", "--eval_every", "1", "--eval_questions", "8")
     assert all(0 <= row["held_out_f1"] <= 1 for row in metrics(work / "runs" / "policy-1"))
-    shown = (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines()
+    lines = (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines()
     held_out = {example.question for example in data.load_examples("world", "dev")}
-    assert not held_out & {json.loads(line)["example"]["question"] for line in shown}
+    assert not held_out & {json.loads(line)["example"]["question"] for line in lines}
 
 
 def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
@@ -193,10 +193,10 @@ def test_noise_follows_the_curriculum_of_the_simulator(work):
     # method.md: start + (base^(i/n) - 1) / (base - 1) * (end - start), with base 4
     expected = [0.1 + (4 ** (i / 3) - 1) / 3 * 0.9 for i in (1, 2, 3)]
     assert [row["noise"] for row in rows] == pytest.approx(expected)
-    shown = (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines()
+    lines = (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines()
     turns = [
         turn
-        for line in shown
+        for line in lines
         if json.loads(line)["step"] == 3
         for turn in json.loads(line)["turns"]
         if turn["documents"] is not None
@@ -251,9 +251,9 @@ def test_a_chat_template_can_be_left_out(work):
     names = ("autochat", "nonechat", "autobase")
     with_it, without, plain = (metrics(work / name) for name in names)
     assert with_it != without == plain
-    for name, kept in (("autochat", True), ("nonechat", False)):
+    for name, has_template in (("autochat", True), ("nonechat", False)):
         saved = AutoTokenizer.from_pretrained(work / name / "policy")
-        assert bool(saved.chat_template) == kept
+        assert bool(saved.chat_template) == has_template
 
 
 def searches(run) -> list[list[str]]:
@@ -294,8 +294,8 @@ def test_a_retriever_is_asked_once_for_each_query(work):
     """With --cache no query is sent twice, in a second run neither."""
 
     def answer(path, body, headers):
-        found = [[{"document": {"contents": f"{query} on January"}}] for query in body["queries"]]
-        return 200, {"result": [rows * body["topk"] for rows in found]}
+        replies = [[{"document": {"contents": f"{query} on January"}}] for query in body["queries"]]
+        return 200, {"result": [rows * body["topk"] for rows in replies]}
 
     with serving(answer) as (url, seen):
         flags = ["--engine", "http", "--engine_url", url, "--timeout", "20", "--retries", "0"]
@@ -304,7 +304,7 @@ def test_a_retriever_is_asked_once_for_each_query(work):
         queries = [query for _, body in seen for query in body["queries"]]
     assert queries and len(queries) == len({*queries})
     first, second = (searches(work / "runs" / f"policy-{n}") for n in (1, 2))
-    assert first == second and all(len(found) == 2 for found in first)
+    assert first == second and all(len(replies) == 2 for replies in first)
 
 
 GONE = "http://127.0.0.1:9"
@@ -332,8 +332,8 @@ def test_a_served_simulator_may_die(work):
         if path == "/v1/models":
             return 200, {"data": [{"id": "mine"}, {"id": "another"}]}
         left[0] -= 1
-        said = {"message": {"content": f"Doc 1: {len(body['messages'][0]['content'])} January"}}
-        reply = {"choices": [said | {"finish_reason": "stop"}]}
+        choice = {"message": {"content": f"Doc 1: {len(body['messages'][0]['content'])} January"}}
+        reply = {"choices": [choice | {"finish_reason": "stop"}]}
         return (200, reply) if left[0] >= 0 else (400, "gone")
 
     with serving(answer) as (url, seen):
@@ -357,9 +357,9 @@ def test_a_served_simulator_may_die(work):
         with pytest.raises(ServiceError, match=url) as error:
             policy(*flags, "--output", "cut")
         left[0] = 10**9
-        done = len(metrics(work / "cut"))
-        assert 0 < done < 4
-        assert f"Step {done} is saved; go on with: " in str(error.value)
+        steps_done = len(metrics(work / "cut"))
+        assert 0 < steps_done < 4
+        assert f"Step {steps_done} is saved; go on with: " in str(error.value)
         assert "train_policy.py --output cut --resume" in str(error.value)
         with serving(answer) as (moved, _):  # a server may move; a model of one's own is another
             with pytest.raises(UserError, match="--simulator"):

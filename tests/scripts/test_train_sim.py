@@ -36,8 +36,8 @@ def test_a_simulator_is_a_model_folder_with_its_prompt_and_report(work, capsys):
     each step, its settings and a report."""
     simulator("--seed", "3")
     folder = work / "runs" / "simulator"
-    there = {p.name for p in (work / "runs").iterdir()}
-    assert there == {"simulator", "simulator.lock"} and not (folder / "checkpoints").exists()
+    names = {p.name for p in (work / "runs").iterdir()}
+    assert names == {"simulator", "simulator.lock"} and not (folder / "checkpoints").exists()
     assert [row["step"] for row in losses(folder)] == [1, 2, 3]
     assert (folder / "simulator_prompt.txt").read_text() == base.SIMULATOR_PROMPT
     settings = yaml.safe_load((folder / "config.yaml").read_text())
@@ -65,8 +65,8 @@ def test_collected_rows_are_balanced_and_read_back(work, collected, capsys):
         for row in collected
     ]
     simulator("--collect", "--output", "again")
-    again = [json.loads(x) for x in (work / "again" / "collected.jsonl").read_text().splitlines()]
-    assert again == collected
+    second = [json.loads(x) for x in (work / "again" / "collected.jsonl").read_text().splitlines()]
+    assert second == collected
     files = ["again", "again.lock", "again/collected.jsonl", "again/config.yaml"]
     assert sorted(everything(work)) == files  # no model was trained
     simulator("--data", COLLECTED, "--output", "from-rows")
@@ -118,8 +118,8 @@ def test_a_policy_collects_from_a_real_engine(work, capsys):
         simulator(*flags, "--engine_noise", "1", "--output", "none")
     assert '"noisy"' in Path("none.partial/collected.jsonl").read_text()  # it was paid for
     simulator("--data", "one/collected.jsonl", "--output", "sim")
-    kept = 2 * min(labels["useful"], labels["noisy"])
-    assert f"{kept} of {len(rows)} pairs are taken" in capsys.readouterr().out
+    size = 2 * min(labels["useful"], labels["noisy"])
+    assert f"{size} of {len(rows)} pairs are taken" in capsys.readouterr().out
     assert weights(work / "sim") != weights(work.parent / "base")
 
 

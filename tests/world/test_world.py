@@ -14,9 +14,9 @@ def world() -> World:
 
 def test_a_seed_is_a_world(world):
     """The same seed gives the same world, and another seed another one."""
-    again, other = World(5), World(6)
-    assert again.facts == world.facts and again.documents == world.documents
-    assert again.questions() == world.questions()
+    same, other = World(5), World(6)
+    assert same.facts == world.facts and same.documents == world.documents
+    assert same.questions() == world.questions()
     assert other.facts != world.facts
 
 
@@ -112,14 +112,14 @@ def test_the_judge_is_exact(world):
 def test_bm25_finds_what_a_good_query_is_after(world):
     """Three documents of BM25 hold what a good query asks for in at least 95 % of all steps."""
     engine = BM25(world.documents, 3)
-    asked = [
+    answers = [
         SearchRequest(RELATIONS[r].query.format(s=s), q.text, (q.answer,))
         for q in world.questions()[:400]
         for s, r in q.path
     ]
     hits = [
         any(world.judge(text, request) for text in documents)
-        for request, documents in zip(asked, engine.search(asked), strict=True)
+        for request, documents in zip(answers, engine.search(answers), strict=True)
     ]
     assert sum(hits) >= 0.95 * len(hits)
 

@@ -203,7 +203,8 @@ def continuous(name: str) -> Callable[[Workload, int], int]:
 
 def floor(model, load: Workload, read_rate: float, matrix_rate: float) -> float:
     """Seconds; see the top of this file. The first new token comes from the prompt's forward."""
-    config, rows = model.config, list(zip(load.prompts, load.new, strict=True))
+    config = model.config
+    rows = list(zip(load.prompts, load.new, strict=True))
     head = config.hidden_size * config.vocab_size
     body = sum(p.numel() for p in model.get_decoder().parameters()) - head  # embeddings: a look-up
     item = model.dtype.itemsize

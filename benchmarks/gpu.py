@@ -234,7 +234,8 @@ def machine(bench: Bench) -> None:
 
 
 def correctness(bench: Bench) -> None:
-    sizes, part = bench.sizes, "correctness"
+    sizes = bench.sizes
+    part = "correctness"
     if torch.cuda.is_available():
         right = flash.kernel_is_right(loading.device(), torch.bfloat16)
         bench.record(part, "flash attention over rows", right=right)
@@ -306,7 +307,8 @@ def decode(bench: Bench, name: str, work: Work) -> None:
     part = f"decode {name}, {rows} rows"
     model = make_model(bench, name, torch.bfloat16)
     prompts = make_prompts(bench, rows)
-    equal, mixed = [new] * rows, mixed_budgets(rows, sizes.most_new)
+    equal = [new] * rows
+    mixed = mixed_budgets(rows, sizes.most_new)
     held = sum(len(prompt) + new / 2 for prompt in prompts)
     floor = step_floor(bench, model, held)
     first_side: dict[str, float] = {}
@@ -440,7 +442,8 @@ def profile_update(bench: Bench) -> None:
 
 def variants(bench: Bench) -> None:
     """Steps of the 1.5B shape run in other ways. Each has its own model: graphs are kept by it."""
-    sizes, part = bench.sizes, "variants"
+    sizes = bench.sizes
+    part = "variants"
     prompts = make_prompts(bench, sizes.rows)
 
     def measure_steps(name: str, model) -> None:
@@ -477,7 +480,8 @@ def variants(bench: Bench) -> None:
 
     def compile_all(model):
         decoder = model.get_decoder()
-        plain, fused = decoder.forward, torch.compile(decoder.forward, dynamic=False)
+        plain = decoder.forward
+        fused = torch.compile(decoder.forward, dynamic=False)
 
         @functools.wraps(plain)
         def forward(*args, input_ids=None, **more):
@@ -494,7 +498,8 @@ def variants(bench: Bench) -> None:
 
 def rollout(bench: Bench) -> None:
     """64 rows in groups of 8, three turns, documents after the first two."""
-    sizes, group = bench.sizes, 8
+    sizes = bench.sizes
+    group = 8
     model = make_model(bench, "1.5b", torch.bfloat16)
     starts = make_prompts(bench, max(1, sizes.rows // group))
     prompts = [start for start in starts for _ in range(group)]

@@ -80,14 +80,16 @@ def report(rows: list[Trajectory], group: int, fed: int, computed: int) -> dict[
 
 def minizs_side(policy: str, simulated: str) -> Callable:
     model, tokenizer = loading.load_model(policy, loading.device())
-    engine, wording = loading.load_model(simulated, loading.device()), loading.resolve(simulated)
+    engine = loading.load_model(simulated, loading.device())
+    wording = loading.resolve(simulated)
     engine = simulator.SimulatedSearch(
         *engine,
         simulator.load_template(wording),
         temperature=SIMULATOR_TEMPERATURE,
         max_new_tokens=LIMITS.document_tokens,
     )
-    template, positions = loading.load_prompt(policy), Positions(model)
+    template = loading.load_prompt(policy)
+    positions = Positions(model)
     minizs.rollout.Decoder = Counted
 
     def work(examples: list[Example], group: int, seed: int) -> dict[str, float]:
@@ -104,7 +106,8 @@ def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
     logging.set_verbosity_error()
     model, tokenizer = loading.load_model(policy, loading.device())
     engine, engine_tokenizer = loading.load_model(simulated, loading.device())
-    prompt, wording = loading.load_prompt(policy), loading.resolve(simulated)
+    prompt = loading.load_prompt(policy)
+    wording = loading.resolve(simulated)
     wording, positions = simulator.load_template(wording), Positions(model)
     stops = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(protocol.STOP)]
     if tokenizer.unk_token_id in stops or None in stops:
@@ -131,7 +134,8 @@ def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
 
     def work(examples: list[Example], group: int, seed: int) -> dict[str, float]:
         torch.manual_seed(seed)
-        before, fed = positions.count, 0
+        before = positions.count
+        fed = 0
         rows = [Trajectory(example) for example in examples for _ in range(group)]
         texts = [protocol.build_prompt(row.example.question, prompt) for row in rows]
         for row, ids in zip(rows, protocol.prompt_ids(tokenizer, texts), strict=True):
@@ -141,7 +145,8 @@ def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
             batch = rows if keep else live
             written = write(model, [row.ids for row in batch], LIMITS.turn_tokens, 1.0, stops)
             fed += sum(len(row.ids) + len(ids) - 1 for row, ids in zip(batch, written, strict=True))
-            ended, going = {id(row) for row in rows} - {id(row) for row in live}, []
+            ended = {id(row) for row in rows} - {id(row) for row in live}
+            going = []
             for row, ids in zip(batch, written, strict=True):
                 if id(row) in ended:
                     continue

@@ -166,7 +166,8 @@ class Searching:
     keys = count()  # one for each search, for the engine's random numbers
 
     def reset(self, question: str, answers: list[str], **_) -> None:
-        self._question, self._answers = question, tuple(answers)
+        self._question = question
+        self._answers = tuple(answers)
 
     def search(self, query: str) -> str:
         """Search for documents.

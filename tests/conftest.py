@@ -78,7 +78,8 @@ class ScriptedHead(nn.Module):
 
     def __init__(self, script: list[int], vocab_size: int) -> None:
         super().__init__()
-        self.script, self.vocab_size = iter(script), vocab_size
+        self.script = iter(script)
+        self.vocab_size = vocab_size
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(*hidden.shape[:-1], self.vocab_size)

@@ -17,7 +17,8 @@ from minizs.models import loading, weights
 from minizs.runs import build, run_folder
 from minizs.runs.flags import run_script
 
-load, update = loading.load_model, learner.Learner.update
+load = loading.load_model
+update = learner.Learner.update
 make_accelerator = build.make_accelerator
 
 

@@ -67,7 +67,8 @@ def language_model_of(model: PreTrainedModel) -> PreTrainedModel:
 def transplant(model: PreTrainedModel, config) -> PreTrainedModel | None:
     """A causal language model of this configuration with the modules of the composite, or None if
     these are not all that it needs."""
-    head, embedding = model.get_output_embeddings(), model.get_decoder().get_input_embeddings()
+    head = model.get_output_embeddings()
+    embedding = model.get_decoder().get_input_embeddings()
     config.tie_word_embeddings = head.weight is embedding.weight
     with torch.device("meta"):  # takes no memory: its modules are replaced
         alone = AutoModelForCausalLM.from_config(config)

@@ -121,7 +121,9 @@ def test_the_floor_of_a_workload():
     # Three forwards; after the prompts, row 0 reads 3 + 1 and 3 + 2 positions, row 2 reads 2 + 1.
     size = 4 * (3 * (body + 32 * 97) + (4 + 5 + 3) * 2 * 2 * 8)
     assert generate.floor(model, load, 1.0, float("inf")) == size
-    fed, sampled, attended = 3 + 2 + (2 + 0 + 1), 6, 12 + 3 * 3 // 2 + 2 * 2 // 2
+    fed = 3 + 2 + (2 + 0 + 1)
+    sampled = 6
+    attended = 12 + 3 * 3 // 2 + 2 * 2 // 2
     work = 2 * body * fed + 2 * 32 * 97 * sampled + 4 * 4 * 8 * attended
     assert generate.floor(model, load, float("inf"), 1.0) == work
 

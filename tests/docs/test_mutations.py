@@ -161,7 +161,8 @@ def answers_of_the_whole_text(policy, examples, engine, **options):
 
 def actions_of_the_whole_text(patch: pytest.MonkeyPatch) -> None:
     """An action is read from all that has been written since the prompt."""
-    read_turn, parse_action = rollout.read_turn, protocol.parse_action
+    read_turn = rollout.read_turn
+    parse_action = protocol.parse_action
 
     def read(policy, row, generated, is_last):
         trajectory = row.trajectory
@@ -191,7 +192,8 @@ def one_search_a_query(patch: pytest.MonkeyPatch) -> None:
 
 def encoded_again(arguments: dict):
     """What was sampled, decoded and encoded."""
-    generated, tokenizer = arguments["generated"], arguments["policy"].tokenizer
+    generated = arguments["generated"]
+    tokenizer = arguments["policy"].tokenizer
     ids = tokenizer.encode(tokenizer.decode(generated.ids, skip_special_tokens=True))
     return replace(generated, ids=ids, logprobs=[0.0] * len(ids))
 
@@ -220,7 +222,8 @@ def raw_documents(patch: pytest.MonkeyPatch) -> None:
 
 
 def documents_in_the_loss(patch: pytest.MonkeyPatch) -> None:
-    append_replies, append = rollout.append_replies, Trajectory.append
+    append_replies = rollout.append_replies
+    append = Trajectory.append
 
     def append_as_own(self, ids, logprobs=None):
         append(self, ids, logprobs or [0.0] * len(ids))
@@ -235,7 +238,8 @@ def documents_in_the_loss(patch: pytest.MonkeyPatch) -> None:
 
 def noise_by_place(patch: pytest.MonkeyPatch) -> None:
     """The number behind a noise draw depends on how many searches have been made before."""
-    numbers, uniform = itertools.count(), rollout.uniform
+    numbers = itertools.count()
+    uniform = rollout.uniform
     patch.setattr(rollout, "uniform", lambda seed, use, *key: uniform(seed, use, next(numbers)))
 
 

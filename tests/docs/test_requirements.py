@@ -88,7 +88,8 @@ def test_what_they_need_is_fixed_too():
     """Every distribution that the direct ones bring along here has its line in constraints.txt."""
     direct, fixed = pinned("requirements.txt"), pinned("constraints.txt")
     installed = {renew_pins.normal(package.name) for package in metadata.distributions()}
-    seen, waiting = set(), list(direct)
+    seen = set()
+    waiting = list(direct)
     while waiting:
         name = waiting.pop()
         if name not in seen and name in installed and not renew_pins.PLATFORM.match(name):

@@ -123,7 +123,8 @@ def test_a_changed_corpus_is_read_anew(tmp_path):
 
 def test_an_index_is_made_once_and_again_when_the_corpus_changes(tmp_path, monkeypatch):
     """An index is made once, used again, and made anew when the corpus or its time changes."""
-    path, indexes = write(tmp_path / "a.txt", DOCUMENTS), []
+    path = write(tmp_path / "a.txt", DOCUMENTS)
+    indexes = []
     make = bm25.make_index
     monkeypatch.setattr(bm25, "make_index", lambda texts: indexes.append(1) or make(texts))
     requests = [ask("Ann born in", noisy) for noisy in (False, True)]
@@ -158,7 +159,8 @@ def test_an_index_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
 
 def test_processes_that_make_the_same_index_share_it(tmp_path, monkeypatch):
     """Two processes that make the same index at once end with one."""
-    path, make = write(tmp_path / "a.txt", DOCUMENTS), bm25.make_index
+    path = write(tmp_path / "a.txt", DOCUMENTS)
+    make = bm25.make_index
 
     def slowly(texts):
         monkeypatch.setattr(bm25, "make_index", make)

@@ -17,7 +17,9 @@ class Counting:
     """BM25 that notes what it was asked, ends at a query "broken", and has none to "failing"."""
 
     def __init__(self, top_k=2):
-        self.engine, self.top_k, self.asked = BM25(DOCUMENTS, top_k), top_k, []
+        self.engine = BM25(DOCUMENTS, top_k)
+        self.top_k = top_k
+        self.asked = []
 
     def find(self, requests):
         if any(request.query == "broken" for request in requests):
@@ -33,7 +35,8 @@ class Counting:
 def test_nothing_is_asked_twice(tmp_path):
     """Equal requests are asked once, within a call, in a run and in later runs."""
     requests = [ask("Ann born"), ask("Oslo"), ask("Ann born"), ask("Ann born", noisy=True)]
-    expected, path = BM25(DOCUMENTS, 2).search(requests), str(tmp_path / "cache")
+    expected = BM25(DOCUMENTS, 2).search(requests)
+    path = str(tmp_path / "cache")
     first, later = Counting(), Counting()
     engine = Cached(first, path, "a")
     assert engine.search(requests) == expected and engine.search([]) == []
@@ -44,7 +47,8 @@ def test_nothing_is_asked_twice(tmp_path):
 
 def test_what_differs_is_asked_anew(tmp_path):
     """A reply belongs to its engine and number of documents, a noisy one to its question too."""
-    path, engine = str(tmp_path / "cache"), Counting()
+    path = str(tmp_path / "cache")
+    engine = Counting()
     Cached(engine, path, "a").search([ask("Ann born"), ask("Ann born", noisy=True)])
     for other, name in ((Counting(), "b"), (Counting(3), "a")):
         Cached(other, path, name).search([ask("Ann born")])
@@ -68,7 +72,8 @@ def test_failures_are_counted_and_not_kept(tmp_path):
 
 def test_what_came_before_a_failure_is_kept(tmp_path):
     """Replies that came before a failure are in the file."""
-    requests, path = [ask(f"Ann {i}") for i in range(BETWEEN_WRITES)], str(tmp_path / "cache")
+    requests = [ask(f"Ann {i}") for i in range(BETWEEN_WRITES)]
+    path = str(tmp_path / "cache")
     with pytest.raises(ServiceError):
         Cached(Counting(), path, "a").search([*requests, ask("broken")])
     Cached(second := Counting(), path, "a").search(requests)
@@ -83,7 +88,8 @@ def search_much(path, number):
 
 def test_processes_share_a_cache(tmp_path):
     """Several processes read and write one file."""
-    path, context = str(tmp_path / "cache"), get_context("fork")
+    path = str(tmp_path / "cache")
+    context = get_context("fork")
     workers = [context.Process(target=search_much, args=(path, n)) for n in range(3)]
     for worker in workers:
         worker.start()

@@ -59,7 +59,8 @@ def test_noise_goes_as_deep_as_it_takes():
 
 def test_the_share_of_noisy_requests_is_what_was_asked_for():
     """A reply is noisy where its request is marked so, and nowhere else."""
-    engine, p = BM25(DOCUMENTS, top_k=2), 0.3
+    engine = BM25(DOCUMENTS, top_k=2)
+    p = 0.3
     requests = [ask("Ann born in", uniform(0, i) < p) for i in range(300)]
     spoiled = ["Ann was born in Rome" not in documents for documents in engine.search(requests)]
     assert spoiled == [request.noisy for request in requests]

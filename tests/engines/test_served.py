@@ -62,7 +62,8 @@ def test_served_documents_are_the_local_ones(length):
 def test_a_served_reply_has_its_own_seed():
     """Seeds differ between requests, are the same again for the same run, and fit into 31 bits."""
     model, tokenizer = loading.load_model("tiny")
-    template, seeds = load_template(loading.resolve("tiny")), []
+    template = load_template(loading.resolve("tiny"))
+    seeds = []
     requests = [request(key=(0, i)) for i in range(4)]
     for seed in (1, 1, 2):
         with serving(openai(model, tokenizer, seen := [])) as (url, _):
@@ -357,7 +358,8 @@ def test_transformers_serve(tmp_path):
             [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log
         )
     try:
-        url, template = f"http://127.0.0.1:{port}", load_template(folder)
+        url = f"http://127.0.0.1:{port}"
+        template = load_template(folder)
         for _ in range(120):
             try:
                 Client(url, retries=0).get("/health", lambda _: None)

@@ -44,7 +44,8 @@ def test_training_against_a_served_simulator(work):
 def test_a_server_that_dies_loses_nothing_that_was_saved(work, monkeypatch):
     """A server that dies ends the run in one sentence, and what was saved can go on."""
     monkeypatch.setattr("minizs.engines.client.FIRST_WAIT", 0.01)
-    answer, dead = openai(*loading.load_model("../base"), [], ["tiny"]), threading.Event()
+    answer = openai(*loading.load_model("../base"), [], ["tiny"])
+    dead = threading.Event()
     mortal = lambda *call: (503, {}) if dead.is_set() else answer(*call)  # noqa: E731
     written = train_policy.run_folder.write_lines
 

@@ -25,7 +25,8 @@ class Engine:
 
 def answer(method: str, says: str, monkeypatch, **options):
     """(trajectories, prompts, settings of the one decoder, what the engine was asked)."""
-    seen, engine = [], Engine()
+    seen = []
+    engine = Engine()
     model = make_model(vocab_size=len(TOKENIZER), max_position_embeddings=4096)
     model.lm_head = ScriptedHead(TOKENIZER(says)["input_ids"], len(TOKENIZER))
 

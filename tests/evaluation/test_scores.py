@@ -37,7 +37,9 @@ class Answers:
     """Answers questions, and keeps which; the batch after `stop_after` ones fails."""
 
     def __init__(self, stop_after=10**9):
-        self.keys, self.sizes, self.stop_after = [], [], stop_after
+        self.keys = []
+        self.sizes = []
+        self.stop_after = stop_after
 
     def __call__(self, examples, keys):
         if len(self.keys) >= self.stop_after:
@@ -71,7 +73,8 @@ def test_a_row_comes_back_from_its_line():
 @pytest.mark.parametrize("logged", [True, False])
 def test_every_row_exactly_once_and_in_order(tmp_path, monkeypatch, processes, logged):
     """The main process has all rows, in order; the key of a question is its index, whoever asks."""
-    answers, path = Answers(), tmp_path / "kept" / "name" if logged else None
+    answers = Answers()
+    path = tmp_path / "kept" / "name" if logged else None
     main, *others = on_each(
         processes, lambda a: answer_all(answers, EXAMPLES, a, 2, path), monkeypatch
     )
@@ -110,7 +113,8 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, first, then)
 
 def test_interrupted_again_and_again(tmp_path, monkeypatch):
     """A second interruption loses nothing of what was there after the first."""
-    keys, path = [], tmp_path / "kept"
+    keys = []
+    path = tmp_path / "kept"
 
     def run(answers):
         call = lambda a: answer_all(answers, EXAMPLES, a, 2, path)  # noqa: E731

@@ -44,7 +44,8 @@ def rescored(model, prefix, pieces, **options):
 
 def test_greedy_equals_transformers(family):
     """Rows of different lengths write, greedily, what `transformers` writes for each alone."""
-    model, prompts = make_model(family), make_prompts()
+    model = make_model(family)
+    prompts = make_prompts()
     for prompt, result in zip(prompts, generate(model, prompts, 24, temperature=0), strict=True):
         assert result.ids == library_greedy(model, prompt, 24)
         assert result.logprobs == pytest.approx(
@@ -55,7 +56,8 @@ def test_greedy_equals_transformers(family):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_train_mode_and_attention_are_the_callers(attention):
     """Generation has no dropout and a right mask, and leaves the model as it was."""
-    model, prompts = make_model(attention_dropout=0.5), make_prompts()
+    model = make_model(attention_dropout=0.5)
+    prompts = make_prompts()
     expected = generate(model, prompts, 8)
     model.train()
     model.set_attn_implementation(attention)
@@ -68,7 +70,8 @@ def test_train_mode_and_attention_are_the_callers(attention):
 def test_logprobs_of_several_turns_equal_rescoring(family, temperature, vocab_size):
     """Sampled log-probabilities are those that training computes, over turns with documents, with
     a temperature, a cut vocabulary, and a pad id that equals eos and occurs in a prompt."""
-    model, prompts = make_model(family), make_prompts()
+    model = make_model(family)
+    prompts = make_prompts()
     prompts[0][3] = EOS
     options = {"temperature": temperature, "vocab_size": vocab_size}
     decoder = Decoder(model, prompts, seed=3, **options)
@@ -113,7 +116,8 @@ def test_a_batch_of_one_equals_a_batch_of_many():
 
 def test_turns_do_not_depend_on_the_other_rows():
     """Swapping rows and growing the cache change no row."""
-    model, prompts = make_model(dtype=torch.float64), make_prompts((9, 2, 17, 4, 6))
+    model = make_model(dtype=torch.float64)
+    prompts = make_prompts((9, 2, 17, 4, 6))
 
     def play(rows):
         decoder = Decoder(model, prompts, seed=5, eos_id=range(20))
@@ -134,7 +138,8 @@ def test_turns_do_not_depend_on_the_other_rows():
 
 def test_chunks_in_groups_of_rows(monkeypatch):
     """A forward pass that is split into groups of rows gives the same tokens."""
-    model, prompts = make_model(dtype=torch.float64), make_prompts((9, 8, 17, 4, 6))
+    model = make_model(dtype=torch.float64)
+    prompts = make_prompts((9, 8, 17, 4, 6))
     expected = generate(model, prompts, 10)
     monkeypatch.setitem(FORWARD_TOKENS, "cpu", 20)
     assert [r.ids for r in generate(model, prompts, 10)] == [r.ids for r in expected]
@@ -142,7 +147,10 @@ def test_chunks_in_groups_of_rows(monkeypatch):
 
 def test_every_token_is_computed_once():
     """A group computes its prompt once, and no turn computes a token again."""
-    model, prompt, group, new = make_model(), make_prompts((30,))[0], 4, 5
+    model = make_model()
+    prompt = make_prompts((30,))[0]
+    group = 4
+    new = 5
     fed = []
     generate(model, [prompt], 1)  # a new model is tried on a few tokens first
     model.model.embed_tokens.register_forward_hook(lambda _m, ids, _o: fed.append(ids[0].numel()))
@@ -161,7 +169,8 @@ def test_every_token_is_computed_once():
 def test_prompts_of_mixed_lengths_are_computed_with_little_padding(monkeypatch):
     """Prompts of like length are computed together, with little padding, and each row has its own
     prompt afterwards."""
-    model, prompts = make_model(dtype=torch.float64), make_prompts((3, 21, 2, 20, 3, 21, 2))
+    model = make_model(dtype=torch.float64)
+    prompts = make_prompts((3, 21, 2, 20, 3, 21, 2))
     prompts += prompts[:2]  # two of them are shared
     computed = []
     expected = [generate(model, [p], 5, keys=[i])[0].ids for i, p in enumerate(prompts)]
@@ -228,7 +237,8 @@ def test_sliding_windows(full_layers, cuda_graphs):
     """Layers of both kinds see what `transformers` lets them see, each row at its own length, far
     beyond the window and over turns."""
     window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": full_layers}
-    model, prompts = make_model("qwen2", torch.float64, eos_token_id=None, **window), make_prompts()
+    model = make_model("qwen2", torch.float64, eos_token_id=None, **window)
+    prompts = make_prompts()
     model.generation_config.eos_token_id = None
     decoder = Decoder(model, prompts, temperature=0, cuda_graphs=cuda_graphs)
     texts = list(prompts)

@@ -246,7 +246,8 @@ def test_flat_groups_stay_in_the_normaliser_and_keep_their_kl():
 @pytest.mark.parametrize("kind", ["k2", "k3"])
 def test_kl_moves_the_policy_towards_the_reference(kind):
     """With equal rewards each update lowers the KL. The paper's code raises it (D2)."""
-    rows, reference = make_trajectories((0.5,) * 6), make_model()
+    rows = make_trajectories((0.5,) * 6)
+    reference = make_model()
     with torch.no_grad():
         for p in reference.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(5)))
@@ -322,7 +323,9 @@ def test_a_sampler_that_differs_is_seen():
 def test_fillers_change_nothing(options):
     """A process with fewer micro-batches adds empty ones, which teach nothing; so none waits."""
     reference = make_model(seed=1) if options.get("kl_coef") else None
-    rows, calls, gather = make_trajectories(), [], Accelerator.gather
+    rows = make_trajectories()
+    calls = []
+    gather = Accelerator.gather
     _, expected = update(rows, reference=reference, **options)
 
     def another_process_has_five(self, tensor):
@@ -365,7 +368,8 @@ def test_ppo_trains_policy_and_critic():
 def test_both_gradient_norms_are_logged(monkeypatch):
     """The policy's is `grad_norm` and the critic's is `critic_grad_norm`, each before clipping."""
     learner = make_learner(algorithm="ppo")
-    norms, clip = {}, learner.accelerator.clip_grad_norm_
+    norms = {}
+    clip = learner.accelerator.clip_grad_norm_
 
     def spied(parameters, limit):
         parameters = list(parameters)
@@ -410,7 +414,8 @@ def test_build_learner():
     assert (weights(model) - start()).abs().max() > 1e-3  # the model that rolls out learns
     for p, own in zip(learner.critic.backbone.parameters(), model.model.parameters(), strict=True):
         assert p.data_ptr() != own.data_ptr()
-    settings.kl_coef, settings.algorithm = 0.0, "grpo"
+    settings.kl_coef = 0.0
+    settings.algorithm = "grpo"
     bare = build_learner(Accelerator(cpu=True), settings, make_model(), VOCAB)
     assert bare.reference is None and not isinstance(bare, PPOLearner)
 

@@ -43,7 +43,8 @@ def plain(model, ids, attention, loss, temperature=1.0, vocab_size=None):
 def test_equals_plain_log_softmax(family, temperature, vocab_size, monkeypatch):
     """Log-probabilities and entropies are those of full logits, whatever the chunks."""
     monkeypatch.setattr(minizs.logprobs, "CHUNK", 4)
-    model, (ids, attention, loss) = make_model(family), make_batch()
+    model = make_model(family)
+    ids, attention, loss = make_batch()
     ids = ids.clamp(max=89)
     expected = plain(model, ids, attention, loss, temperature, vocab_size)
     actual = score(model, ids, attention, loss, temperature, vocab_size)
@@ -57,7 +58,8 @@ def test_equals_plain_log_softmax(family, temperature, vocab_size, monkeypatch):
 def test_gradient_equals_plain_gradient(monkeypatch):
     """Gradients of all parameters are those of full logits: checkpointing loses none."""
     monkeypatch.setitem(minizs.logprobs.LOGITS, "cpu", 5 * VOCAB - 1)
-    model, batch = make_model(), make_batch()
+    model = make_model()
+    batch = make_batch()
     weights = torch.rand(batch[0].shape)
     gradients = []
     for function in (score, plain):
@@ -103,7 +105,8 @@ def test_cut_vocabulary_sums_to_one(dtype):
 
 def test_head_sees_only_scored_positions():
     """The head runs on the tokens of the loss alone, not on prompts, documents or padding."""
-    model, (ids, attention, loss) = make_model(), make_batch()
+    model = make_model()
+    ids, attention, loss = make_batch()
     rows = []
     model.lm_head.register_forward_hook(lambda _m, inputs, _o: rows.append(len(inputs[0])))
     with torch.no_grad():
@@ -117,12 +120,14 @@ def test_replaced_head_is_called():
     class Shifted(nn.Module):
         def __init__(self, head):
             super().__init__()
-            self.head, self.shift = head, nn.Parameter(torch.linspace(-3, 3, VOCAB))
+            self.head = head
+            self.shift = nn.Parameter(torch.linspace(-3, 3, VOCAB))
 
         def forward(self, hidden):
             return self.head(hidden) + self.shift
 
-    model, batch = make_model(), make_batch()
+    model = make_model()
+    batch = make_batch()
     before = token_logprobs(model, *batch)
     model.lm_head = Shifted(model.lm_head)
     after = token_logprobs(model, *batch)
@@ -132,7 +137,8 @@ def test_replaced_head_is_called():
 
 def test_nothing_to_score_still_gives_gradients():
     """Without a policy token all gradients are there and 0, or other DDP processes would wait."""
-    model, (ids, attention, loss) = make_model(), make_batch()
+    model = make_model()
+    ids, attention, loss = make_batch()
     logprobs, entropy = Scorer(model)(ids, attention, torch.zeros_like(loss))
     assert not logprobs.any() and not entropy.any()
     (logprobs.sum() + entropy.sum()).backward()
@@ -146,6 +152,7 @@ def test_scorer_names_the_layers_to_shard():
 
 def test_refusals():
     """A first token, which nothing precedes, cannot be scored."""
-    model, (ids, attention, loss) = make_model(), make_batch()
+    model = make_model()
+    ids, attention, loss = make_batch()
     with pytest.raises(ValueError, match="first token"):
         token_logprobs(model, ids, attention, torch.ones_like(loss))

@@ -61,9 +61,12 @@ def test_loss_and_stats_against_loops():
     logprobs, old, advantages, mask = batch()
     weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(1))
     loss, stats = losses.policy_loss(logprobs, old, advantages, mask, 0.2, 0.28, 7.0, weights)
-    terms, ratios, clipped = [], [], 0
+    terms = []
+    ratios = []
+    clipped = 0
     for b, t in mask.nonzero().tolist():
-        ratio, a = math.exp(logprobs[b, t] - old[b, t]), advantages[b, t].item()
+        ratio = math.exp(logprobs[b, t] - old[b, t])
+        a = advantages[b, t].item()
         free, limited = ratio * a, min(max(ratio, 0.8), 1.28) * a
         terms.append(-min(free, limited) * weights[b, t].item())
         clipped += limited < free
@@ -150,7 +153,9 @@ def test_padding_row_order_and_micro_batches_change_nothing(kind):
     )
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     for sizes in ([6], [1] * 6, [4, 2]):
-        total, shares, grads = 0.0, 0.0, torch.zeros_like(logprobs)
+        total = 0.0
+        shares = 0.0
+        grads = torch.zeros_like(logprobs)
         for rows in order.split(sizes):
             parts = [torch.nn.functional.pad(x[rows], (2, 3)) for x in (logprobs, old, advantages)]
             part_mask = torch.nn.functional.pad(mask[rows], (2, 3))
@@ -204,7 +209,8 @@ def test_stats_of_parts_merge_to_those_of_the_whole():
 
 def test_kl_by_hand():
     """Policy 1/2, reference 1/4: d = log 2, and k3 = 1/2 - 1 + log 2."""
-    logprobs, reference = torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log()
+    logprobs = torch.tensor([[0.5]]).log()
+    reference = torch.tensor([[0.25]]).log()
     for kind, expected in (("k1", 0.693147), ("k2", 0.240227), ("k3", 0.193147)):
         assert losses.kl(logprobs, reference, kind).item() == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match="k1"):

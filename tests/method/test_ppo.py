@@ -93,7 +93,8 @@ def test_gae_ignores_masked_positions(junk):
 
 def test_lambda_one_is_monte_carlo():
     """With gamma = lam = 1 (the paper's) every return is the trajectory's reward."""
-    values, mask = torch.rand(3, 7), holed_mask()
+    values = torch.rand(3, 7)
+    mask = holed_mask()
     rewards = ppo.token_rewards(torch.tensor([0.7, 0.7, 0.7]), torch.zeros(3, 7), mask, 0.0)
     _, returns = ppo.gae(rewards, values, mask, 1.0, 1.0)
     assert torch.allclose(returns, 0.7 * mask, atol=1e-5)
@@ -108,7 +109,8 @@ def test_whiten_sees_sampled_tokens_only():
     advantages = torch.randn(3, 7, generator=torch.Generator().manual_seed(3)) * 4 + 7
     got = ppo.whiten(advantages.masked_fill(mask == 0, math.nan), mask)
     sampled = advantages[mask == 1].tolist()
-    mean, deviation = statistics.fmean(sampled), statistics.stdev(sampled)
+    mean = statistics.fmean(sampled)
+    deviation = statistics.stdev(sampled)
     expected = torch.tensor([(x - mean) / deviation for x in sampled])
     assert torch.allclose(got[mask == 1], expected, atol=1e-5)
     assert (got[mask == 0] == 0).all()
@@ -165,7 +167,9 @@ def test_value_loss_against_loops_and_finite_differences():
     def slow(values):
         total = 0.0
         for b, t in mask.nonzero().tolist():
-            v, o, r = values[b, t].item(), old[b, t].item(), returns[b, t].item()
+            v = values[b, t].item()
+            o = old[b, t].item()
+            r = returns[b, t].item()
             total += 0.5 * max((v - r) ** 2, (min(max(v, o - 0.5), o + 0.5) - r) ** 2)
         return total / mask.sum().item()
 
@@ -187,7 +191,8 @@ def test_value_loss_against_loops_and_finite_differences():
 def test_value_loss_ignores_masked_positions(junk):
     """The paper's code trains its critic on document positions too."""
     g = torch.Generator().manual_seed(6)
-    inputs, mask = list(torch.randn(3, 3, 7, generator=g).unbind()), holed_mask()
+    inputs = list(torch.randn(3, 3, 7, generator=g).unbind())
+    mask = holed_mask()
     clean = value_loss_and_grad(*inputs, mask, 0.5)
     spoiled = [x.masked_fill(mask == 0, junk) for x in inputs]
     assert all(map(torch.equal, clean, value_loss_and_grad(*spoiled, mask, 0.5)))
@@ -196,7 +201,8 @@ def test_value_loss_ignores_masked_positions(junk):
 def test_value_loss_of_micro_batches_adds_up():
     """One global normaliser, and statistics that merge."""
     g = torch.Generator().manual_seed(7)
-    inputs, mask = list(torch.randn(3, 3, 7, generator=g).unbind()), holed_mask()
+    inputs = list(torch.randn(3, 3, 7, generator=g).unbind())
+    mask = holed_mask()
     whole, stats = ppo.value_loss(*inputs, mask, 0.5)
     parts = [
         ppo.value_loss(*(x[b : b + 1] for x in inputs), mask[b : b + 1], 0.5, mask.sum())
@@ -221,7 +227,8 @@ def tiny_critic():
 
 def test_critic_starts_at_zero_and_learns():
     """A random head's values would be the first thing the policy is trained on."""
-    critic, ids = tiny_critic(), torch.arange(8).view(1, 8)
+    critic = tiny_critic()
+    ids = torch.arange(8).view(1, 8)
     values = critic(ids, torch.ones_like(ids))
     assert values.dtype == torch.float32 and torch.equal(values, torch.zeros(1, 8))
     ppo.value_loss(values, values, torch.ones(1, 8), torch.ones(1, 8), 0.5)[0].backward()
@@ -230,7 +237,8 @@ def test_critic_starts_at_zero_and_learns():
 
 def test_critic_sees_what_stands_before_a_token_and_no_more():
     """Off by one, the critic would know the token whose advantage it is the baseline of."""
-    critic, ids = tiny_critic(), torch.arange(8).view(1, 8)
+    critic = tiny_critic()
+    ids = torch.arange(8).view(1, 8)
     torch.nn.init.normal_(critic.head.weight)
     changed = ids.clone()
     changed[0, 4] = 20
@@ -243,7 +251,8 @@ def test_critic_sees_what_stands_before_a_token_and_no_more():
 
 def test_critic_ignores_padding_on_either_side():
     """Without explicit position ids, left padding moves every token."""
-    critic, ids = tiny_critic(), torch.arange(1, 7).view(1, 6)
+    critic = tiny_critic()
+    ids = torch.arange(1, 7).view(1, 6)
     torch.nn.init.normal_(critic.head.weight)
     alone = critic(ids, torch.ones_like(ids))
     pad = torch.nn.functional.pad

@@ -105,7 +105,8 @@ def test_the_best_gold_answer_wins():
 def test_equal_scores_are_equal_floats():
     """F1 is symmetric to the last bit, or a group of equal answers would have an advantage."""
     for count in range(2, 30):
-        long, short = " ".join(f"w{i}" for i in range(count)), "w0 w1"
+        long = " ".join(f"w{i}" for i in range(count))
+        short = "w0 w1"
         assert f1_score(long, [short]) == f1_score(short, [long])
 
 

@@ -62,7 +62,8 @@ class RecordingEngine:
     """Keeps the requests of every call, and answers each with the same documents."""
 
     def __init__(self, *documents: str) -> None:
-        self.documents, self.calls = list(documents), []
+        self.documents = list(documents)
+        self.calls = []
 
     def search(self, requests) -> list[list[str]]:
         self.calls.append(requests)
@@ -265,7 +266,8 @@ class SpyTokenizer:
     """Passes everything on, and keeps every text that is turned into ids."""
 
     def __init__(self, tokenizer) -> None:
-        self.tokenizer, self.texts = tokenizer, []
+        self.tokenizer = tokenizer
+        self.texts = []
 
     def __call__(self, texts, **options):
         self.texts += [texts] if isinstance(texts, str) else texts

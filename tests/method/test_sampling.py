@@ -24,7 +24,10 @@ def test_uniforms_agree_with_the_scalar_hash():
 
 def test_samples_follow_the_softmax():
     """A token is drawn as often as its probability says, and no id beyond `vocab_size` ever."""
-    model, prompt, n, vocab_size = make_model(), [5, 6, 7], 4000, 20
+    model = make_model()
+    prompt = [5, 6, 7]
+    n = 4000
+    vocab_size = 20
     options = {"temperature": 1.5, "vocab_size": vocab_size}
     results = generate(model, [prompt] * n, 1, eos_id=(), **options)
     counts = torch.bincount(torch.tensor([r.ids[0] for r in results]), minlength=VOCAB)
@@ -45,7 +48,8 @@ def test_draw_never_takes_an_impossible_token():
 
 def test_keys_seed_and_turns_change_the_numbers():
     """Equal prompts get different samples, and so do two seeds."""
-    model, prompt = make_model(), [5, 6, 7]
+    model = make_model()
+    prompt = [5, 6, 7]
     a, b = generate(model, [prompt] * 2, 12, eos_id=())
     assert a.ids != b.ids
     assert generate(model, [prompt], 12, eos_id=(), keys=[1])[0].ids == b.ids
@@ -118,9 +122,11 @@ def test_characters_of_several_byte_tokens():
     """A stop string is found where a byte-level tokenizer cuts its last character in two."""
     vocab = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = ByteLevel(False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer = ByteLevel(False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    stop, ids = StopStrings(("答案→",), tokenizer), tokenizer.encode("é 答案→x")
+    stop = StopStrings(("答案→",), tokenizer)
+    ids = tokenizer.encode("é 答案→x")
     assert [stop.complete(ids[: i + 1]) for i in range(len(ids))].index(True) == len(ids) - 2
 
 

@@ -49,7 +49,8 @@ def test_batches_hold_every_text_once_within_the_budget():
 def test_nll_against_loops():
     """The loss is the sum over marked tokens, computed one by one; padding and first tokens do not
     count."""
-    model, texts = make_model(), make_texts()
+    model = make_model()
+    texts = make_texts()
     loss, count = sft.nll(model, *sft.collate(texts))
     expected = 0.0
     for ids, mask in texts:
@@ -61,7 +62,8 @@ def test_nll_against_loops():
 
 def test_training_lowers_the_loss():
     """The gradient reaches the model."""
-    model, batch = make_model(), sft.collate(make_texts())
+    model = make_model()
+    batch = sft.collate(make_texts())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(5):

@@ -103,7 +103,8 @@ def test_an_untuned_model_is_shown_both_kinds():
 
 def test_the_loss_is_on_the_documents_and_eos_alone():
     """The simulator learns to write documents and then to stop, and does not learn its prompt."""
-    tokenizer, documents = make_tokenizer(), ["one", "two"]
+    tokenizer = make_tokenizer()
+    documents = ["one", "two"]
     ids, mask = encode(tokenizer, training_text(TEMPLATE, request(), documents), end=True)
     marked = [i for i, m in zip(ids, mask, strict=True) if m]
     assert tokenizer.decode(marked) == number_documents(documents) + "<eos>"
@@ -131,7 +132,8 @@ def test_training_starts_with_the_ids_of_use():
 
 def test_all_requests_of_a_turn_are_one_generation():
     """The requests of a turn are generated together, and each gets its own documents."""
-    tokenizer, calls = make_tokenizer(), []
+    tokenizer = make_tokenizer()
+    calls = []
 
     def answer(model, prompts, max_new_tokens, **options):
         calls.append(options)

@@ -28,7 +28,8 @@ def logits(model) -> torch.Tensor:
 @pytest.fixture
 def trained(monkeypatch) -> list:
     """The models that runs of this test train."""
-    seen, add = [], lora.add_lora
+    seen = []
+    add = lora.add_lora
 
     def spied(model, *rest):
         add(model, *rest)
@@ -82,7 +83,8 @@ def test_a_run_from_end_to_end(work, trained):
     policy(*FLAGS, "--output", "run", "--save_every", "2", "--eval_every", "4")
     rows = metrics(work / "run")
     assert rows[0]["kl"] == 0 and rows[-1]["kl"] > 1e-4
-    [model], (base, _) = trained, loading.load_model("../base")
+    [model] = trained
+    base, _ = loading.load_model("../base")
     weights = {name.replace(".base_layer", ""): w for name, w in model.named_parameters()}
     assert all(torch.equal(weight, weights[name]) for name, weight in base.named_parameters())
     folder = work / "run" / "policy"

@@ -34,7 +34,8 @@ def llama_tokenizer():
     """As an instruct Llama's: a bos before any text, and a template that names it as well."""
     tokenizer = with_bos(make_tokenizer(ACTIONS))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
-    tokenizer.bos_token, tokenizer.chat_template = "<eos>", CHAT
+    tokenizer.bos_token = "<eos>"
+    tokenizer.chat_template = CHAT
     return tokenizer
 
 
@@ -145,7 +146,9 @@ def test_training_and_use_open_alike():
 @pytest.mark.parametrize("make", [make_tokenizer, llama_tokenizer])
 def test_a_simulator_is_used_on_what_it_was_trained_on(make, monkeypatch):
     """A simulator is asked in the format that it was trained in, and learns to end its reply."""
-    tokenizer, prompts_read, template = make(), [], "Write {top_k} {quality} ones: {query}\n"
+    tokenizer = make()
+    prompts_read = []
+    template = "Write {top_k} {quality} ones: {query}\n"
     request = SearchRequest("q", "who?", ("me",))
     monkeypatch.setattr(
         simulator, "generate", lambda model, prompts, *_, **__: prompts_read.extend(prompts) or []

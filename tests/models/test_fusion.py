@@ -31,7 +31,8 @@ def compiler(monkeypatch) -> list[str]:
 
 def test_norms_mlps_and_rotary_positions_are_compiled_inside_the_block(compiler):
     """And nothing of it is left behind it, whatever happens inside."""
-    model, ids = make_model("qwen2"), torch.tensor([[5, 6, 7]])
+    model = make_model("qwen2")
+    ids = torch.tensor([[5, 6, 7]])
     expected = model(ids).logits
     with pytest.raises(KeyError), fusion.compiled_pieces(model):
         assert torch.equal(model(ids).logits, expected)

@@ -178,7 +178,8 @@ def test_the_type_to_compute_in():
 
 def test_attention_is_chosen_by_what_there_is(monkeypatch):
     """Flash attention is taken where it can run, and refused where it cannot and is asked for."""
-    choose, half = loading.choose_attention, torch.bfloat16
+    choose = loading.choose_attention
+    half = torch.bfloat16
     monkeypatch.setattr(loading, "is_flash_attn_2_available", lambda: True)
     assert choose("auto", torch.device("cuda"), half) == "flash_attention_2"
     assert choose("flash_attention_2", "cuda", torch.float16) == "flash_attention_2"

@@ -67,7 +67,8 @@ def assert_equal_packed_and_padded(make_module, inputs):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "window"])
 def test_the_scorer_packed_equals_padded(family, side):
     """Packed sequences score as padded ones do: positions start anew, targets are their own."""
-    model, batch = make(family), make_batch(side)
+    model = make(family)
+    batch = make_batch(side)
     options = {"temperature": 0.7, "vocab_size": 90}
     assert_equal_packed_and_padded(lambda flag: Scorer(model, packed=flag, **options), batch)
 
@@ -76,7 +77,8 @@ def test_the_scorer_packed_equals_padded(family, side):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_critic_packed_equals_padded(family, side):
     """The critic's values are those of padded rows: a first token has none of its neighbour's."""
-    backbone, (ids, mask, _) = make(family).base_model, make_batch(side)
+    backbone = make(family).base_model
+    ids, mask, _ = make_batch(side)
 
     def make_critic(packed):
         critic = ppo.Critic(backbone, packed).double()
@@ -93,7 +95,8 @@ def test_the_critic_packed_equals_padded(family, side):
 
 def test_supervised_packed_equals_padded():
     """Stage 1 has the same loss on the same tokens, packed or padded."""
-    model, (ids, mask, loss_mask) = make_model(dtype=torch.float64), make_batch()
+    model = make_model(dtype=torch.float64)
+    ids, mask, loss_mask = make_batch()
     loss_mask[:, 0] = 1  # a text may be marked from its first token on, which is not predicted
     losses = []
     for packed in (False, True):
@@ -109,7 +112,8 @@ def test_supervised_packed_equals_padded():
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_a_sequence_cannot_see_its_neighbours(family):
     """A sequence is the same bit for bit, whatever stands in the others."""
-    model, (ids, mask, loss_mask) = make(family), make_batch()
+    model = make(family)
+    ids, mask, loss_mask = make_batch()
     for row in range(len(ids)):
         others = torch.arange(len(ids)) != row
         changed = ids.clone()
@@ -123,7 +127,8 @@ def test_a_sequence_cannot_see_its_neighbours(family):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_positions_restart_and_no_padding_is_computed(side):
     """Positions start from 0 in each sequence, and padding is not computed."""
-    model, seen = make_model(), []
+    model = make_model()
+    seen = []
     model.get_decoder().register_forward_pre_hook(
         lambda _module, _args, given: seen.append(given), with_kwargs=True
     )
@@ -149,7 +154,8 @@ def test_nothing_to_score_still_gives_gradients(lengths):
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_what_nothing_precedes_is_refused(side):
     """A first token, after padding or after another sequence, is refused."""
-    model, (ids, mask, _) = make_model(), make_batch(side)
+    model = make_model()
+    ids, mask, _ = make_batch(side)
     for wrong in ((mask == 1) & (mask.cumsum(-1) == 1), mask == 0):
         for packed in (False, True):
             with pytest.raises(ValueError, match="first token"):
@@ -159,8 +165,10 @@ def test_what_nothing_precedes_is_refused(side):
 @pytest.mark.parametrize("packed", [False, True])
 def test_checkpointed_layers_give_the_same_gradients(packed):
     """Gradient checkpointing happens, and train mode brings no dropout."""
-    model, batch = make_model(attention_dropout=0.5), make_batch()
-    scorer, calls = Scorer(model, packed=packed), []
+    model = make_model(attention_dropout=0.5)
+    batch = make_batch()
+    scorer = Scorer(model, packed=packed)
+    calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     expected = outputs_and_gradients(scorer, batch)
     assert len(calls) == 1
@@ -214,7 +222,8 @@ def test_packed_attention_is_defined_by_a_mask(window):
 
 def test_packed_attention_without_its_arguments_is_sdpa(monkeypatch):
     """A model that is set to it can be run on a padded batch as well."""
-    model, batch = make_model(dtype=torch.float64), make_batch("left")
+    model = make_model(dtype=torch.float64)
+    batch = make_batch("left")
     expected = score(model, *batch)
     model.set_attn_implementation(flash.PACKED)
     for a, b in zip(score(model, *batch), expected, strict=True):
@@ -224,7 +233,8 @@ def test_packed_attention_without_its_arguments_is_sdpa(monkeypatch):
 def test_packed_attention_gets_its_arguments_through_the_model(monkeypatch):
     """Every layer is told where sequences end; with the kernel's definition in its place, packed
     scores and gradients are those of a padded batch."""
-    model, batch = make_model(dtype=torch.float64), make_batch()
+    model = make_model(dtype=torch.float64)
+    batch = make_batch()
     expected = outputs_and_gradients(Scorer(model), batch)
     monkeypatch.setattr(
         flash, "varlen_attn", lambda q, k, v, edges, *_, **__: plain_varlen(q, k, v, edges)

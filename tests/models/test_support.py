@@ -69,7 +69,8 @@ def test_logits_changed_after_the_head(name):
     model = make_changed(name)
     own = [own_logprobs(model, row) for row in ROWS]
     lengths = [len(row) for row in ROWS]
-    ids, mask = pad(ROWS), attention(lengths)
+    ids = pad(ROWS)
+    mask = attention(lengths)
     marked = mask.clone()
     marked[:, 0] = 0
     scored = token_logprobs(model, ids, mask, marked)
@@ -141,7 +142,8 @@ def make_longrope():
 def test_longrope_ends_where_its_positions_are_turned_otherwise(tmp_path):
     """Up to that length all is exact, in short rows beside long ones too; more is refused, by a
     sentence before anything starts."""
-    model, tokenizer = make_longrope(), make_tokenizer()
+    model = make_longrope()
+    tokenizer = make_tokenizer()
     assert support.row_limit(model) == 32
     prompts = [list(range(5, 5 + n)) for n in (20, 3)]
     decoder = Decoder(model, prompts, temperature=0, eos_id=())

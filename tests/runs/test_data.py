@@ -241,7 +241,8 @@ def hub(monkeypatch):
     """In the hub's place: a table for each name and config, and what was asked for."""
     import datasets
 
-    tables, lookups = {}, []
+    tables = {}
+    lookups = []
     local = datasets.load_dataset
 
     def load_dataset(path, name=None, *, data_files=None, split=None):

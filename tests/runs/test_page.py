@@ -61,7 +61,9 @@ class Tags(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.open, self.tags, self.text = [], set(), ""
+        self.open = []
+        self.tags = set()
+        self.text = ""
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):

@@ -188,7 +188,8 @@ MODELS = {
 @pytest.fixture(scope="module")
 def wrong(tmp_path_factory):
     """The folder of all these, a right model and right data; scripts run in one below."""
-    root, tokenizer = tmp_path_factory.mktemp("wrong"), tiny.make_tokenizer()
+    root = tmp_path_factory.mktemp("wrong")
+    tokenizer = tiny.make_tokenizer()
     loading.save_model(
         tiny.make_model(tokenizer, hidden=32, layers=2, seed=0),
         tokenizer,

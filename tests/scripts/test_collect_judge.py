@@ -134,7 +134,8 @@ def test_a_local_model_judges(work, capsys):
     """A local model's words are the labels, the same as `transformers` generates."""
     ask_for_many()
     model, tokenizer = loading.load_model("../base")
-    rng, optimizer = random.Random(0), torch.optim.AdamW(model.parameters(), lr=0.01)
+    rng = random.Random(0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     words = {"Fota": "useful", "Holo": "noisy", "Mirka": "January"}
     for _ in range(60):
         texts = []
@@ -154,7 +155,8 @@ def test_a_local_model_judges(work, capsys):
         optimizer.zero_grad()
     loading.save_model(model.eval(), tokenizer, Path("judge"))
     simulator(*COLLECT, "--judge", "judge", "--output", "out")
-    rows, said = rows_in("out"), []
+    rows = rows_in("out")
+    said = []
     for row in rows:
         ids = torch.tensor([tokenizer(shown(row))["input_ids"]])
         out = model.generate(

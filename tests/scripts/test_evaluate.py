@@ -68,7 +68,8 @@ def test_standard_errors_by_hand(work, monkeypatch):
     monkeypatch.setattr(stage3, "table", lambda all: (rows.extend(all), table(all))[1])
     evaluation("--policy", "../base", *FILE, "--output", "out.json", "--temperature", "1")
     em = [float(row.answer == row.example.answers[0]) for row in rows]
-    mean, n = sum(em) / len(em), len(em)
+    mean = sum(em) / len(em)
+    n = len(em)
     assert n == 9 and 0 < mean < 1
     overall = figures()["overall"]
     assert overall["em"] == pytest.approx(mean)
@@ -181,7 +182,9 @@ ANSWERED = ["--policy", "mine", "--before", "../base", *FILE, "--temperature", "
 def questions_put(work, monkeypatch) -> list:
     """The keys of all questions that are put to a model, here a copy of `base` in `mine`. At the
     18th the user presses Ctrl-C, once."""
-    seen, stopped, play = [], [], stage3.rollout
+    seen = []
+    stopped = []
+    play = stage3.rollout
 
     def spied(policy, examples, **named):
         if len(seen) == 17 and not stopped:
@@ -227,7 +230,8 @@ def test_answers_of_another_test_are_not_taken(work, questions_put, other):
 def test_baselines(work, method, capsys, monkeypatch):
     """Only rag searches, once for all questions; --ask shows a baseline as well."""
     shutil.copytree("../base", "mine")
-    searched, build_engine = [], build.build_engine
+    searched = []
+    build_engine = build.build_engine
 
     def spied(*arguments):
         engine = build_engine(*arguments)

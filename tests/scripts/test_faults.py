@@ -63,7 +63,10 @@ KINDS = (
 def faulty(share, seed=0, hopeless="hopeless"):
     """A simulator's server and a retriever, which fail a request with this probability in one of
     `KINDS`, and always one that holds the word `hopeless`. Yields its address and the kinds."""
-    rng, lock, done, seen = random.Random(seed), threading.Lock(), threading.Event(), []
+    rng = random.Random(seed)
+    lock = threading.Lock()
+    done = threading.Event()
+    seen = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -178,12 +181,14 @@ def test_queries_with_faults_of_all_kinds(kind, n, retries, tmp_path, monkeypatc
     monkeypatch.setattr("minizs.engines.client.FIRST_WAIT", 0.001)
     queries = ["hopeless" if i % 100 == 99 else f"query {i}" for i in range(n)]
     with faulty(0.3) as (url, seen):
-        engine, start = engine_of(kind, url, retries, tmp_path), time.monotonic()
+        engine = engine_of(kind, url, retries, tmp_path)
+        start = time.monotonic()
         requests = [SearchRequest(query, "?", key=(i,)) for i, query in enumerate(queries)]
         found = engine.search(requests)
         seconds = time.monotonic() - start
     answered = [reply == [f"on {query}"] for query, reply in zip(queries, found, strict=True)]
-    empty, hopeless = sum(reply == [] for reply in found), n // 100
+    empty = sum(reply == [] for reply in found)
+    hopeless = n // 100
     assert len(found) == n and sum(answered) + empty == n and not any(answered[99::100])
     assert empty == engine.failed >= hopeless
     assert engine.failed == hopeless if retries == 10 else engine.failed < 0.9 * n

@@ -87,7 +87,8 @@ def test_the_widest_float():
 def test_only_a_file_opened_for_writing_is_synchronised(work, monkeypatch):
     """As on Windows, where `os.fsync` of a file opened for reading is an error."""
     fcntl = pytest.importorskip("fcntl")
-    fsync, count = os.fsync, []
+    fsync = os.fsync
+    count = []
 
     def strict(number: int) -> None:
         if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:

@@ -54,7 +54,8 @@ def test_a_killed_run_leaves_no_simulator(work, collected, monkeypatch):
 
 def test_of_two_processes_the_second_waits(work, collected, monkeypatch, capsys):
     """A run waits for another one that makes the same simulator, and uses that one's."""
-    load, begun = build.load_configured_model, threading.Event()
+    load = build.load_configured_model
+    begun = threading.Event()
 
     def other():
         with FileLock("runs/simulator.lock"):
@@ -100,7 +101,8 @@ def stop(monkeypatch):
     fails, as if the process had been killed there."""
 
     def at(step: int, number: signal.Signals | None = None) -> None:
-        steps, collate = iter(range(1, step + 1)), sft.collate
+        steps = iter(range(1, step + 1))
+        collate = sft.collate
 
         def patched(*arguments):
             if next(steps, 0) == step:

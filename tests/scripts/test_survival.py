@@ -94,7 +94,9 @@ def end(process: subprocess.Popen) -> str:
 def test_two_processes_are_killed(work, algorithm):
     """The same for two processes, which are killed together."""
     most_kills = int(os.environ.get("MINIZS_KILLS", "20"))  # fewer, on a slow machine
-    flags, rng, kills = ["--algorithm", algorithm, "--output"], random.Random(2), 0
+    flags = ["--algorithm", algorithm, "--output"]
+    rng = random.Random(2)
+    kills = 0
     started = time.monotonic()
     end(launch(*flags, "whole"))
     seconds = time.monotonic() - started
@@ -185,7 +187,8 @@ class Faulty:
     """An engine that fails for good at the k-th call, and counts what it lost before."""
 
     def __init__(self, calls: int) -> None:
-        self.calls, self.failed = calls, 0
+        self.calls = calls
+        self.failed = 0
 
     def search(self, requests):
         self.calls -= 1
@@ -337,7 +340,8 @@ def test_two_runs_never_write_to_one_folder(work, trained):
 
 def spoil(monkeypatch, *steps: int) -> None:
     """Rewards that are not a number, in these updates."""
-    update, numbers = learner.Learner.update, iter(range(1, 100))
+    update = learner.Learner.update
+    numbers = iter(range(1, 100))
 
     def spoilt(self, trajectories):
         reward = trajectories[0].reward
@@ -388,7 +392,10 @@ def test_too_many_skipped_steps_end_a_run(work, monkeypatch):
 class Tracker:
     """In place of TensorBoard's."""
 
-    name, requires_logging_directory, main_process_only, seen = "tensorboard", True, True, []
+    name = "tensorboard"
+    requires_logging_directory = True
+    main_process_only = True
+    seen = []
 
     def __init__(self, project: str, folder: str) -> None:
         self.seen.append(folder)
@@ -446,7 +453,9 @@ def test_a_shown_trajectory_says_what_was_made_of_it(work):
 @pytest.mark.slow
 def test_three_hundred_steps_leak_nothing(work, monkeypatch):
     """Memory and open files do not grow with the number of steps."""
-    sizes, handles, process = [], [], psutil.Process()
+    sizes = []
+    handles = []
+    process = psutil.Process()
     written = run_folder.write_lines
 
     def measured(path, rows, *mode):

@@ -91,7 +91,8 @@ def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
 
 def test_held_out_questions_are_shared_by_place(work, monkeypatch):
     """An answer depends on the question's place, not on the number of processes."""
-    seen, models = [], iter("abcd")
+    seen = []
+    models = iter("abcd")
 
     def rollout(policy, examples, keys, **_):
         seen.append((keys, policy.model, policy.temperature))
@@ -273,7 +274,8 @@ def test_without_an_engine_searches_find_nothing(work):
 def test_the_simulators_wording_may_be_ones_own(work, monkeypatch):
     """A --simulator_template is what the simulator is prompted with."""
     (work / "mine.txt").write_text("Query: {query} Question: {question} {quality} documents:")
-    seen, generate = [], simulator.generate
+    seen = []
+    generate = simulator.generate
 
     def spied(model, prompts, *rest, **named):
         seen.extend(prompts)

@@ -21,8 +21,14 @@ from collections.abc import Callable, Iterable
 # document can be said to contain them.
 JUDGEMENTS = frozenset({"yes", "no", "noanswer"})
 ARTICLE = re.compile("\\b(a|an|the)\\b(?![\u0300-\u036f])")  # "a" with a loose accent is none
-# Letters by their Unicode class that people write for an apostrophe, and the acute accent.
-APOSTROPHES = "\u02b9\u02bb\u02bc\u02bd\u02c8\u00b4"
+# Signs that stand for one of ASCII's. Some of the apostrophes are letters by their Unicode class.
+SIGNS = {
+    "'": "\u02b9\u02bb\u02bc\u02bd\u02be\u02bf\u02c8\u2018\u2019\u201b\u2032\ua78c",
+    '"': "\u201c\u201d\u201f\u2033",
+    "-": "\u2010\u2011\u2012\u2013\u2014\u2015\u2212",
+    "/": "\u2044\u2215",
+}
+FRACTION = re.compile("([¼-¾⅐-⅟↉])")  # 5½ is 5 1/2, and not 51/2
 # Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer; kana and ideographs.
 UNSPACED = (
     "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"
@@ -32,33 +38,47 @@ UNSPACED = (
 CHARACTER = re.compile(f"([{UNSPACED}])")
 
 
-class _WithoutPunctuation(dict):
-    """For `str.translate`: removes punctuation and what is invisible. A character is looked up in
-    Unicode's tables when it is first met. ASCII's symbols ($, +, <, ^ …) are punctuation in the
-    official script, and so they are here."""
+class _Folded(dict):
+    """For `str.translate`: one spelling of `SIGNS`, and nothing that is invisible. A character is
+    looked up in Unicode's tables when it is first met."""
 
     def __missing__(self, code: int) -> int | None:
-        character = chr(code)
-        category = unicodedata.category(character)
-        removed = character in string.punctuation or category[0] == "P" or category == "Cf"
-        self[code] = None if removed else code
+        self[code] = None if unicodedata.category(chr(code)) == "Cf" else code
         return self[code]
 
 
-_PUNCTUATION = _WithoutPunctuation(dict.fromkeys(map(ord, APOSTROPHES)))
+class _WithoutPunctuation(dict):
+    """For `str.translate`: removes punctuation, in the same way. ASCII's symbols ($, +, <, ^ …) are
+    punctuation in the official script, and so they are here."""
+
+    def __missing__(self, code: int) -> int | None:
+        character = chr(code)
+        is_punctuation = unicodedata.category(character)[0] == "P"
+        self[code] = None if character in string.punctuation or is_punctuation else code
+        return self[code]
+
+
+_FOLDED = _Folded({ord(sign): plain for plain, signs in SIGNS.items() for sign in signs})
+# Selectors of a character's variant, such as an emoji's, are marks by their Unicode class.
+_FOLDED.update(dict.fromkeys([0x034F, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]))
+_PUNCTUATION = _WithoutPunctuation()
 
 
 def fold(text: str) -> str:
-    """The text in one spelling: Unicode's compatible form (NFKC), in lower case, with spaces around
-    each character of a script that has none between its words. ASCII text is only lowered.
+    """The text in one spelling: Unicode's compatible form (NFKC), in lower case, with ASCII's signs
+    for those that stand for them, and with spaces around each character of a script that has none
+    between its words. ASCII text is only lowered.
 
     BM25 (engines/bm25.py) splits documents and queries on it as well.
     """
     if text.isascii():
         return text.lower()
     text = text.replace("\u00b4", "'")  # NFKC would make a space and a loose accent of it
+    text = FRACTION.sub(r" \1", text)
     text = unicodedata.normalize("NFKC", text).casefold()
-    return CHARACTER.sub(r" \1 ", unicodedata.normalize("NFKC", text))
+    text = text.replace("i\u0307", "i")  # what becomes of the Turkish İ
+    text = unicodedata.normalize("NFKC", text).translate(_FOLDED)
+    return CHARACTER.sub(r" \1 ", text)
 
 
 def words(text: str) -> list[str]:

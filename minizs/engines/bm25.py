@@ -1,6 +1,7 @@
 """BM25 (Robertson and Zaragoza, 2009) over a list of documents or a corpus file, with `bm25s`."""
 
 import os
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -15,10 +16,17 @@ from minizs.engines.ranking import Judge, Ranking, holds_answer
 from minizs.reward import fold
 from minizs.trajectory import SearchRequest
 
+# Accents and vowel signs that are characters of their own, as in Hindi and Arabic, are parts of
+# words, although Python's \w has letters and digits alone.
+MARKS = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c)[0] == "M")
 # Words and punctuation marks of a folded text (see `reward.fold`), which is in lower case and in
 # one spelling of Unicode; in scripts without spaces a character is a word. Words are not stemmed,
 # and none is left out.
-WORDS = {"token_pattern": r"\w+|[^\w\s]", "stopwords": [], "show_progress": False}
+WORDS = {
+    "token_pattern": rf"[\w{MARKS}]+|[^\w\s{MARKS}]",
+    "stopwords": [],
+    "show_progress": False,
+}
 
 
 class BM25(Ranking):
@@ -87,7 +95,7 @@ def index_folders(path: Path) -> list[Path]:
     """Where the index of a corpus may be: in a folder beside the file, or, if that cannot be made,
     in the user's cache folder. The names have the size and the time of the file, so that a
     changed corpus is indexed anew."""
-    name = f"{path.name}.{path.stat().st_size}-{path.stat().st_mtime_ns}.folded.bm25"
+    name = f"{path.name}.{path.stat().st_size}-{path.stat().st_mtime_ns}.words.bm25"
     whole_path = zlib.crc32(str(path.resolve()).encode())
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return [path.with_name(name), Path(cache, "minizs", f"{whole_path:08x}-{name}")]

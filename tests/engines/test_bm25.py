@@ -224,6 +224,25 @@ def test_one_spelling_of_unicode():
     assert [reply[0][:3] for reply in engine.search(requests)] == ["Ren", "O\u2019B"]
 
 
+@pytest.mark.parametrize(
+    "query, document",
+    [
+        ("दिल्ली", "दिल्ली भारत की राजधानी है"),
+        ("كِتَابٌ", "كِتَابٌ جَدِيدٌ"),
+        ("தமிழ்", "தமிழ் மொழி"),
+        ("יְרוּשָׁלַיִם", "יְרוּשָׁלַיִם עיר"),
+        ("co\u00adoperation", "the cooperation of many"),
+        ("Hawaiʻi", "on Hawai'i it rains"),
+        ("½", "add 1/2 of it"),
+    ],
+)
+def test_a_word_is_whole_in_every_script(query, document):
+    """Its accents and vowel signs belong to it: documents that share only these are not found."""
+    others = ["गुलाब एक फूल चेन्नई", "مُحَمَّدٌ رَسُولٌ", "சென்னை நகரம்", "תַּפּוּחַ טעים"]
+    [reply] = BM25([*others, document]).search([ask(query)])
+    assert reply == [document]
+
+
 @pytest.mark.parametrize("query", ["zzz", "", "\n", "東西"])
 def test_what_shares_no_word_is_not_found(query):
     """A document of score 0 is no document: the reply is shorter, or empty."""

@@ -171,6 +171,16 @@ def test_a_judgement_is_matched_whole(score, gold):
         ("Москва!", "МОСКВА"),
         ("サッカー、野球", "サッカー・野球"),
         ("zero\u200bwidth", "zerowidth"),
+        ("½", "1/2"),
+        ("5½", "5 1/2"),
+        ("−40 °C", "-40 °C"),
+        ("İSTANBUL", "istanbul"),
+        ("Ⅳ", "IV"),
+        ("ﬁsh", "fish"),
+        ("❤\ufe0f", "❤"),
+        ("ʿAlī", "'Alī"),
+        ("ﾀﾜｰ", "タワー"),
+        ("\u1109\u1165\u110b\u116e\u11af", "서울"),
     ],
 )
 def test_one_answer_in_two_spellings(prediction, gold):

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from minizs import brief, graphs
+from minizs import graphs
 from minizs.cache import RowCache
 from minizs.models import flash
-from minizs.models.composite import text_config
-from minizs.models.support import plain_attention, row_limit
+from minizs.models.fusion import uncompiled
+from minizs.models.support import attending, plain_attention, row_limit
 from minizs.randomness import hash64
 from minizs.sampling import StopStrings, sample, uniforms
 
@@ -55,16 +55,13 @@ class Draft:
 @contextmanager
 def decoding(model: nn.Module) -> Iterator[None]:
     """No gradients, eval mode, and an attention that computes rows of different lengths right."""
-    config = text_config(model)
-    attention = config._attn_implementation
+    attention = flash.ROWS if flash.can_use(model) else plain_attention(model)
     training = [module for module in model.modules() if module.training]
-    config._attn_implementation = flash.ROWS if flash.can_use(model) else plain_attention(model)
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), attending(model, attention), uncompiled(model):
             yield
     finally:
-        config._attn_implementation = attention
         for module in training:
             module.training = True
 
@@ -84,13 +81,12 @@ def check_decoding(model: nn.Module) -> None:
             cache.feed(model, 0, [(0, head) for head in heads])
             parts = [(len(head), tail) for head, tail in zip(heads, tails, strict=True)]
             ours = cache.feed(model, 0, parts)  # (2, d)
-            text_config(model)._attn_implementation = plain_attention(model)
-            alone = [last_state(model, row) for row in rows]
+            with attending(model, plain_attention(model)):
+                alone = [last_state(model, row) for row in rows]
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family does not expect
-        reason = brief(error)
-        raise ValueError(f"{name} is not supported: no cache of rows fits it ({reason})") from error
+        raise ValueError(f"{name} is not supported: no cache of rows fits it") from error
     own = torch.stack(alone)  # (2, d)
     most = 0.01 if model.dtype in (torch.float32, torch.float64) else 0.2
     if not (ours - own).norm() <= most * own.norm():

@@ -32,6 +32,7 @@ from minizs import grpo, losses, ppo, reinforce
 from minizs.logprobs import Scorer
 from minizs.models import flash
 from minizs.models.batches import Batch, by_budget, make_batch
+from minizs.models.fusion import compile_modules
 from minizs.models.lora import lora_off
 from minizs.models.weights import cast_weights, checkpoint_layers
 from minizs.trajectory import Trajectory
@@ -362,14 +363,21 @@ def build_learner(
         checkpoint_layers(model)
 
     # Copies are made before the policy is prepared, which may shard it.
+    copies = []
     reference = None
     if settings.kl_coef and not settings.lora_rank:
         frozen = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False)
         reference = make_scorer(frozen.to(accelerator.device))
+        copies.append(frozen)
     critic = None
     if settings.algorithm == "ppo":  # the critic starts as the policy does (paper, appendix F)
         backbone = copy.deepcopy(model.base_model)
         critic = prepare(accelerator, ppo.Critic(backbone, packed), settings.critic_lr, settings)
+        copies.append(backbone)
+
+    if settings.compile_layers:
+        for part in copies + [model]:
+            compile_modules(part, whole_layers=True)
 
     scorer, optimizer = prepare(accelerator, make_scorer(model), settings.lr, settings)
     if settings.kl_coef and settings.lora_rank:

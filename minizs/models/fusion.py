@@ -83,6 +83,22 @@ def compile_modules(model: nn.Module, whole_layers: bool = False) -> None:
             module.compile(dynamic=True)
 
 
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside the block no module of the model is a compiled one. Layers that are compiled for
+    learning would be compiled anew for every shape of a cache."""
+    compiled_calls = {}
+    for module in model.modules():
+        if module._compiled_call_impl is not None:
+            compiled_calls[module] = module._compiled_call_impl
+            module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled_calls.items():
+            module._compiled_call_impl = call
+
+
 def is_piece(module: nn.Module) -> bool:
     """Whether it is a norm of many small kernels, or an MLP."""
     return type(module).__name__.endswith(PIECES)

@@ -59,7 +59,7 @@ def check_model(name: str, context: int = 0) -> None:
     limit = positions(name)
     require(
         limit is None or context <= limit,
-        f"--max_context {context} is more than the {limit} positions of {name}.",
+        f"--max_context {context} is more than the {limit} positions of {name}; lower it.",
     )
     has_tokenizer = path.is_file() or any(path.glob("tokenizer*.json"))
     require(has_tokenizer, f"{name!r} holds no tokenizer; save one there.")

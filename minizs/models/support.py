@@ -4,14 +4,23 @@ PyTorch's own kernel does not compute, layers that see a window, and limits on a
 Models that this package would compute wrongly are refused before anything starts: their numbers
 would be wrong without a word."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 
 import torch
 from torch import Tensor, nn
 
+from minizs import brief
 from minizs.models.composite import text_config
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Families that are computed wrongly in rows longer than those that `check_decoding` tries.
+REFUSED = {
+    "dory": "with a cache it computes other numbers than without one",
+    "gpt_neo": "its local layers would see more than their window",
+    "moshi": "its window is used by some kinds of attention and not by others",
+}
 # A family that multiplies by a setting by which others divide, and one that does not use its own.
 MULTIPLIED = ("hyperclovax", "logits_scaling")
 UNUSED = ("mpt", "logit_scale")
@@ -69,7 +78,15 @@ def check_supported(model: nn.Module) -> None:
     )
     try:
         ids = torch.tensor([[1, 2, 3]], device=model.device)
-        own = model(input_ids=ids, use_cache=False).logits.float()
+        with attending(model, plain_attention(model)):
+            own = model(input_ids=ids, use_cache=False).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family needs besides text
+        reason = brief(error)
+        raise ValueError(
+            f"{name} is not supported: it does not run on text alone: {reason}"
+        ) from error
     finally:
         hook.remove()
     ours = None
@@ -87,13 +104,31 @@ def plain_attention(model: nn.Module) -> str:
     return "sdpa" if getattr(decoder, "_supports_sdpa", False) and not needs_own else "eager"
 
 
+@contextmanager
+def attending(model: nn.Module, attention: str) -> Iterator[None]:
+    """Inside the block the model computes with this kind of attention."""
+    config = text_config(model)
+    before = config._attn_implementation
+    config._attn_implementation = attention
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
 def row_limit(model: nn.Module) -> int:
     """The most tokens a row may have. Raises ValueError for layers that keep another state than
     keys and values."""
     config = text_config(model)
+    if config.model_type in REFUSED:
+        reason = REFUSED[config.model_type]
+        raise ValueError(f"{type(model).__name__} is not supported: {reason}")
     others = layer_kinds(config) - {FULL, SLIDING}
     if others:
-        raise ValueError(f"not supported: layers of type {sorted(others)}")
+        raise ValueError(
+            f"{type(model).__name__} is not supported: its layers of type "
+            f"{' and '.join(sorted(others))} need another memory than keys and values"
+        )
     return position_limit(config) or 2**31
 
 

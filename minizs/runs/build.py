@@ -21,6 +21,7 @@ from minizs.engines.http import HttpSearch
 from minizs.engines.ranking import NoDocuments
 from minizs.engines.served import ServedModel, ServedSearch
 from minizs.engines.web import SERPER, WebSearch
+from minizs.generate import check_decoding
 from minizs.judge import Judge
 from minizs.models import loading, lora, weights
 from minizs.models.chat import day_in_words
@@ -61,7 +62,7 @@ def load_configured_model(
     """(model, tokenizer) of a policy. The weights are of `dtype`, or of the compute dtype."""
     computed = compute_dtype(config)
     attention = loading.choose_attention(config.attention, loading.device(), computed)
-    return loading.load_model(
+    return load_checked(
         name,
         device,
         dtype or computed,
@@ -69,6 +70,14 @@ def load_configured_model(
         chat_template=config.chat_template,
         **template_options(config),
     )
+
+
+def load_checked(name: str, *args, **options):
+    """`load_model`, for a model that will generate. Raises UserError where it cannot."""
+    model, tokenizer = loading.load_model(name, *args, **options)
+    with loading.readable(name):
+        check_decoding(model)
+    return model, tokenizer
 
 
 def template_options(config: ModelSettings) -> dict:
@@ -281,7 +290,7 @@ def load_beside(config: SearchConfig, folder: str, accelerator):
     device = config.simulator_device or accelerator.device
     with loading.readable(folder):  # on a device that may not be there
         dtype = weights.named_dtype(config.dtype, device)
-        return loading.load_model(folder, device, dtype, **template_options(config))
+        return load_checked(folder, device, dtype, **template_options(config))
 
 
 def build_judge(config: SimConfig, accelerator) -> Judge:

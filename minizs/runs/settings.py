@@ -422,6 +422,12 @@ class OptimizerSettings:
         "Compute activations twice instead of keeping them: less memory, about a third more work.",
         may_change=True,
     )
+    compile_layers: bool = option(
+        False,
+        "Compile the model's layers for the update, on a GPU: of a 1.5B model it takes 0.72 of the "
+        "time and 0.83 of the memory then, and the first step some 14 s more.",
+        may_change=True,
+    )
 
 
 @dataclass

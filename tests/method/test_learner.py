@@ -490,3 +490,25 @@ def test_every_option_acts(choices):
     for a, b in itertools.combinations(results, 2):
         n = min(len(a), len(b))  # only PPO has a critic
         assert (a[:n] - b[:n]).abs().max() > 1e-6
+
+
+def test_an_update_with_compiled_layers_is_the_same_update(monkeypatch):
+    """The policy, its reference and PPO's critic run compiled layers, and learn the same."""
+    calls = []
+
+    def stand_in(function, **_options):
+        def call(*args, **kwargs):
+            calls.append(function)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    figures = {}
+    for compiled in (False, True):
+        settings = replace(SETTINGS, algorithm="ppo", kl_coef=0.1, compile_layers=compiled)
+        learner = build_learner(Accelerator(cpu=True), settings, make_model(), VOCAB)
+        assert not calls
+        figures[compiled] = learner.update(make_trajectories())
+    assert figures[True] == pytest.approx(figures[False], nan_ok=True)
+    assert len({id(function.__self__) for function in calls}) == 6  # two layers in each of three

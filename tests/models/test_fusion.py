@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 
+from minizs.generate import generate
 from minizs.logprobs import score
 from minizs.models import fusion
 
@@ -87,6 +88,16 @@ def test_a_model_on_a_cpu_is_never_worth_it(monkeypatch):
     """There, nothing is started one kernel at a time."""
     monkeypatch.setattr(fusion, "LARGE", 0)
     assert not fusion.is_worth_it(make_model())
+
+
+def test_layers_compiled_for_learning_are_not_used_in_generation(compiler):
+    """Each width of the cache would be another shape to compile for."""
+    model = make_model("qwen2")
+    fusion.compile_modules(model, whole_layers=True)
+    generate(model, [[5, 6, 7], [8]], 4)
+    assert not compiler
+    model(torch.tensor([[5, 6, 7]]))
+    assert len(compiler) == 2
 
 
 def test_compiled_modules_are_the_same_model(compiler):

@@ -76,7 +76,7 @@ def test_broken_and_unsupported_models_are_refused(folder):
     model = MambaForCausalLM(MambaConfig(vocab_size=110, hidden_size=32, num_hidden_layers=1))
     model.save_pretrained(folder / "mamba")
     make_tokenizer().save_pretrained(folder / "mamba")
-    with pytest.raises(UserError, match="not supported: layers of type .*linear_attention"):
+    with pytest.raises(UserError, match="not supported: its layers of type linear_attention"):
         loading.load_model(str(folder / "mamba"))
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be loaded"):

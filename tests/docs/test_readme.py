@@ -56,6 +56,7 @@ ELSEWHERE = {
         "test_collect_sim.test_no_policy_is_needed"
     ),
     "python train_sim.py --overwrite": "test_resume_sim.test_other_settings_do_not_go_on",
+    "python benchmarks/families.py": "test_sweep.test_all_families_are_right_or_refused",
     "python benchmarks/memory.py": "test_benchmarks.test_memory_runs",
     OWN_DOCUMENTS: "test_evaluate.test_ask_needs_nothing_but_the_repository",
     "python benchmarks/arms.py --seeds 5 --parallel 2": "test_claims.",

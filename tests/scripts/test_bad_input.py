@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState
 from conftest import make_tokenizer
 from counts import COUNTS
 from scripts import EVAL, FILE, POLICY, ROOT, SIM, everything
+from transformers import BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM
 
 import evaluate
 import train_policy
@@ -168,7 +169,12 @@ MODELS = {
     "half_config": file("config.json", "{"),
     "listed": file("config.json", "[]"),
     "positions": settings(max_position_embeddings="many"),
-    "scaled": settings(logits_scaling=8.0),
+    "mamba": lambda folder: MambaForCausalLM(
+        MambaConfig(vocab_size=4000, hidden_size=32, num_hidden_layers=1)
+    ).save_pretrained(folder),
+    "bloom": lambda folder: BloomForCausalLM(
+        BloomConfig(vocab_size=4000, hidden_size=32, n_layer=1, n_head=2)
+    ).save_pretrained(folder),
     "half_tokenizer": file("tokenizer.json", "{"),
     "no_tokenizer": file("tokenizer.json", "{}"),
     "more_tokens": lambda folder: make_tokenizer(
@@ -293,7 +299,8 @@ POLICIES = [  # wrong policies, of stage 2 and of stage 3
             ("half_config", "cannot be loaded"),
             ("listed", "cannot be loaded"),
             ("positions", "cannot be loaded"),
-            ("scaled", "logits_scaling"),
+            ("mamba", "MambaForCausalLM is not supported|linear_attention"),
+            ("bloom", "BloomForCausalLM is not supported"),
             ("half_tokenizer", "cannot be loaded"),
             ("no_tokenizer", "cannot be loaded"),
             ("more_tokens", "tokens"),

@@ -2,7 +2,7 @@
 
 wiki-18 (FlashRAG, Search-R1)   contents: "Title" in quotes, a line break, and the text
 DPR's passages                  text, title
-KILT's knowledge source         text: a list of paragraphs, wikipedia_title
+KILT's knowledge source         text: paragraphs, as texts or objects; wikipedia_title
 lines of a .txt file            a document each
 """
 
@@ -28,7 +28,7 @@ def load_corpus(path: Path) -> list[str]:
     require(
         bool(documents),
         f"The corpus {path} has no text in a column 'contents' or 'text' (perhaps with 'title'); "
-        f"it has {', '.join(map(repr, columns)) or 'no rows'}.",
+        f"it has {files.column_names(columns)}.",
     )
     return documents
 
@@ -39,10 +39,21 @@ def row_documents(row: dict) -> list[str]:
         return text_documents(row["contents"], title=None)
     title = row.get("title") or row.get("wikipedia_title")
     text = row.get("text")
+    if isinstance(text, dict):  # the hub's layout of KILT
+        text = text.get("paragraph")
     if isinstance(text, list):
-        paragraphs = [part.strip() for part in text if isinstance(part, str)]
+        paragraphs = [paragraph_text(part).strip() for part in text]
         return [titled(title, passage) for passage in passages(title, paragraphs)]
     return text_documents(text, title)
+
+
+def paragraph_text(paragraph: str | dict | list) -> str:
+    """A paragraph's text. It can be an object of it or a list of its sentences; else it is ""."""
+    if isinstance(paragraph, dict):
+        paragraph = paragraph.get("paragraph")
+    if isinstance(paragraph, list):
+        paragraph = "".join(part for part in paragraph if isinstance(part, str))
+    return paragraph if isinstance(paragraph, str) else ""
 
 
 def text_documents(text: str | None, title: str | None) -> list[str]:

@@ -15,7 +15,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +25,7 @@ FORMATS = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt")
 COMPRESSED = ".gz"
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 LONGEST_CELL = 2**31 - 1  # characters; the module's own limit is 131,072, less than a long page
+COLUMNS_SHOWN = 30
 # What the libraries raise for a broken file; RuntimeError: JSON that is nested without end.
 UNREADABLE = (OSError, ValueError, RuntimeError, EOFError, csv.Error, zlib.error)
 
@@ -44,6 +45,13 @@ def bare_name(path: Path) -> str:
 def lower_names(row: dict) -> dict[str, Any]:
     """A row whose columns have their names in lower case: publishers write `Question`, too."""
     return {str(name).strip().lower(): value for name, value in row.items()}
+
+
+def column_names(columns: Iterable[str]) -> str:
+    """The columns of a file for a sentence. An object whose keys are ids has thousands."""
+    names = list(map(repr, columns))
+    more = f" and {len(names) - COLUMNS_SHOWN} more" if len(names) > COLUMNS_SHOWN else ""
+    return ", ".join(names[:COLUMNS_SHOWN]) + more or "no rows"
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -86,9 +94,27 @@ def _parquet_rows(raw: IO[bytes]) -> Iterator[dict]:
 
 
 def _table_rows(text: IO[str], delimiter: str) -> Iterator[dict]:
-    """The rows of a .csv or .tsv. Raises ValueError for a row that has more cells than columns."""
+    """The rows of a .csv or .tsv. Raises ValueError for a row that has more cells than columns.
+
+    Many a .tsv quotes no cell, and has quotation marks of its own. Where they do not fit the rules
+    of quoting, they are ordinary characters from that row on.
+    """
     csv.field_size_limit(LONGEST_CELL)
-    for row in csv.DictReader(text, delimiter=delimiter, strict=True):
+    rows = 0
+    try:
+        for row in _whole_rows(csv.DictReader(text, delimiter=delimiter, strict=True)):
+            yield row
+            rows += 1
+    except csv.Error:
+        if delimiter != DELIMITERS[".tsv"]:
+            raise
+        text.seek(0)
+        plain = csv.DictReader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
+        yield from _whole_rows(itertools.islice(plain, rows, None))
+
+
+def _whole_rows(rows: Iterable[dict]) -> Iterator[dict]:
+    for row in rows:
         if None in row:
             raise ValueError("this row has more cells than there are columns")
         yield row

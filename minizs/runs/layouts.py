@@ -6,6 +6,7 @@ A column is told by its name, in any case. The question stands in `question`, We
     golden_answers     FlashRAG, ZeroSearch
     answers            SQuAD 1.1 and 2.0, WebQuestions on the hub, plain lists
     answer             HotpotQA, 2WikiMultiHopQA, NQ-open, TriviaQA, Bamboogle, StrategyQA
+    answerkey          ARC, CommonsenseQA: the letter of a choice
     possible_answers   PopQA: a list, written as text
     reward_model       Search-R1: `ground_truth.target`
     targetvalue        WebQuestions' own files: `(list (description "..."))`
@@ -22,6 +23,8 @@ import re
 import tokenize
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
 from minizs import require
@@ -34,6 +37,7 @@ GOLD_COLUMNS = (
     "golden_answers",
     "answers",
     "answer",
+    "answerkey",
     "possible_answers",
     "reward_model",
     "targetvalue",
@@ -101,12 +105,13 @@ class Table:
     def check_columns(self) -> None:
         """Raise UserError, with the columns there are and those that are needed."""
         names = {name.strip().lower() for name in self.columns}
+        require(bool(names), f"{self.name} has no rows.")
         readable = names & set(QUESTION_COLUMNS) and names & set(GOLD_COLUMNS)
         require(
             bool(readable),
             f"{self.name} needs columns for the question ({_or(QUESTION_COLUMNS)}) and for the "
-            f"gold answers ({_or(GOLD_COLUMNS)}); it has "
-            f"{', '.join(map(repr, self.columns)) or 'no rows'}. Rename them.",
+            f"gold answers ({_or(GOLD_COLUMNS)}); it has {files.column_names(self.columns)}. "
+            "Rename them.",
         )
 
     def summary(self) -> str:
@@ -179,8 +184,12 @@ def golds_of(value: Any) -> list[str]:
         return [gold for part in value for gold in golds_of(part)]
     if isinstance(value, bool):
         return ["yes" if value else "no"]
-    if not isinstance(value, str | int | float) or value != value:  # NaN: a table's empty cell
+    if isinstance(value, date):
+        value = value.isoformat()
+    if not isinstance(value, str | int | float | Decimal) or value != value:  # NaN: an empty cell
         return []
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of numbers with a gap in it: 1990 has become 1990.0
     text = str(value)
     return [text] if normalize_answer(text) and text != HIDDEN_GOLD else []
 
@@ -250,6 +259,8 @@ def _literal(node: ast.expr) -> Any:
         return _literal(node.args[0])
     if isinstance(node, ast.List | ast.Tuple):
         return [_literal(part) for part in node.elts]
+    if isinstance(node, ast.Name) and node.id in ("nan", "null"):
+        return None
     if isinstance(node, ast.Dict):
         keys = [ast.literal_eval(key) for key in node.keys if key is not None]
         return dict(zip(keys, map(_literal, node.values), strict=True))

@@ -248,6 +248,7 @@ def test_booleans_are_yes_and_no(tmp_path):
         ("{'text': array(['Paris', 'City of Light'], dtype=object), 'answer_start': array([1])}",)
         + (PARIS[1],),  # what the `datasets` library writes into a table
         ('["it\'s", "a, b"]', ("it's", "a, b")),
+        ("['Paris', nan]", ("Paris",)),
         ("[0, 1]", ("[0, 1]",)),  # an interval
         ("[1] a note", ("[1] a note",)),
         ("{x", ("{x",)),
@@ -292,7 +293,8 @@ def test_a_refusal_says_what_it_saw_and_needs(tmp_path):
     "name, content, words",
     [
         ("a.csv", b"question,answer\nq,x,y\n", "more cells than there are columns"),
-        ("a.tsv", b'question\tanswer\n"q" and\tx\n', "near row 1"),
+        ("a.csv", b'question,answer\n"q" and,x\n', "near row 1"),
+        ("a.tsv", b"question\tanswer\nq\tx\ty\n", "more cells than there are columns"),
         ("a.csv", b'question,answer\nq,"x\n', "near row 1"),
         ("a.jsonl.gz", b"no gzip", "Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"question": "q", "answer": "x"}' * 99)[:-9], "near row"),
@@ -305,6 +307,41 @@ def test_broken_files(tmp_path, name, content, words):
     with pytest.raises(UserError, match=words) as error:
         load(str(tmp_path / name))
     assert "\n" not in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.parametrize("compressed", ["", ".gz"])
+def test_a_table_that_quotes_no_cell(tmp_path, compressed):
+    """A .tsv may have quotation marks of its own, also at the beginning of a cell. Rows before
+    the first such one are read by the rules of quoting."""
+    text = (
+        'question\tanswer\n"a ""quoted"" cell?"\t["Al", "Bo"]\n'
+        '"Heroes" is by whom?\tBowie\nwho?\t"x\nwhy?\t"y" z\n'
+    )
+    path = tmp_path / f"a.tsv{compressed}"
+    content = text.encode("utf-8-sig")
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    examples, _ = load(str(path))
+    assert [(example.question, example.answers) for example in examples] == [
+        ('a "quoted" cell?', ("Al", "Bo")),
+        ('"Heroes" is by whom?', ("Bowie",)),
+        ("who?", ('"x',)),
+        ("why?", ('"y" z',)),
+    ]
+
+
+def test_columns_that_are_ids(tmp_path):
+    """A refusal names the first columns of an object whose keys are ids, and counts the others."""
+    rows = {f"id{number}": {"question": "q?", "answer": "x"} for number in range(2000)}
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match="it has 'id0', .*'id29' and 1970 more"):
+        load(str(tmp_path / "a.json"))
+
+
+def test_the_letter_of_a_choice(tmp_path):
+    """ARC and CommonsenseQA have it in `answerKey`."""
+    row = {"question": "q?", "choices": {"text": ["x"], "label": ["A"]}, "answerKey": "A"}
+    [example], _ = load(write(tmp_path / "arc.jsonl", [row]))
+    assert example.answers == ("A",)
 
 
 def test_long_cells(tmp_path):
@@ -359,6 +396,21 @@ def test_kilts_knowledge_source(tmp_path):
     first, second = load_corpus(path)
     assert first == '"Ann"\nAnn lives in Paris. A song ' + ("long " * 100).strip()
     assert second == '"Ann"\nThe end.'
+
+
+@pytest.mark.parametrize(
+    "paragraphs",
+    [
+        {"paragraph": ["Ann\n", "Ann lives in Paris.\n"]},
+        [{"paragraph": "Ann\n"}, {"paragraph": "Ann lives in Paris.\n"}],
+        [["Ann\n"], ["Ann lives ", "in Paris.\n"]],
+        [None, "Ann lives in Paris."],
+    ],
+)
+def test_pages_whose_paragraphs_are_no_texts(tmp_path, paragraphs):
+    """The hub has KILT's paragraphs as objects; other dumps have lists of sentences."""
+    page = {"wikipedia_title": "Ann", "text": paragraphs}
+    assert load_corpus(Path(write(tmp_path / "a.jsonl", [page]))) == ['"Ann"\nAnn lives in Paris.']
 
 
 def test_names_without_formats():

@@ -101,86 +101,97 @@ def minizs_side(policy: str, simulated: str) -> Callable:
     return work
 
 
-def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
-    """`keep`: trajectories that have ended stay in the batch until the last one has."""
-    logging.set_verbosity_error()
-    model, tokenizer = loading.load_model(policy, loading.device())
-    engine, engine_tokenizer = loading.load_model(simulated, loading.device())
-    prompt = loading.load_prompt(policy)
-    wording = loading.resolve(simulated)
-    wording, positions = simulator.load_template(wording), Positions(model)
-    stops = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(protocol.STOP)]
-    if tokenizer.unk_token_id in stops or None in stops:
-        raise SystemExit(f"The tags are no single tokens of {policy}; take another --policy.")
+class PlainSide:
+    """Turn by turn with `model.generate`. With `keep`, trajectories that have ended stay in the
+    batch until the last one has."""
 
-    def search(requests: list[SearchRequest]) -> list[list[str]]:
-        texts = [simulator.fill_template(wording, request, 3) for request in requests]
-        ids = protocol.prompt_ids(engine_tokenizer, texts)
-        replies = write(
-            engine,
-            ids,
-            LIMITS.document_tokens,
-            SIMULATOR_TEMPERATURE,
-            [engine_tokenizer.eos_token_id],
-        )
-        return [
-            simulator.read_reply(
-                engine_tokenizer.decode(reply, skip_special_tokens=True),
-                len(reply) == LIMITS.document_tokens,
-                3,
-            )
-            for reply in replies
-        ]
+    def __init__(self, policy: str, simulated: str, keep: bool) -> None:
+        self.keep = keep
+        self.model, self.tokenizer = loading.load_model(policy, loading.device())
+        self.engine, self.engine_tokenizer = loading.load_model(simulated, loading.device())
+        self.prompt = loading.load_prompt(policy)
+        self.wording = simulator.load_template(loading.resolve(simulated))
+        self.positions = Positions(self.model)
+        tags = self.tokenizer.convert_tokens_to_ids(protocol.STOP)
+        self.stops = [self.tokenizer.eos_token_id, *tags]
+        if self.tokenizer.unk_token_id in self.stops or None in self.stops:
+            raise SystemExit(f"The tags are no single tokens of {policy}; take another --policy.")
 
-    def work(examples: list[Example], group: int, seed: int) -> dict[str, float]:
+    def work(self, examples: list[Example], group: int, seed: int) -> dict[str, float]:
+        """Play all examples, and count what went through the policy."""
         torch.manual_seed(seed)
-        before = positions.count
+        before = self.positions.count
         fed = 0
-        rows = [Trajectory(example) for example in examples for _ in range(group)]
-        texts = [protocol.build_prompt(row.example.question, prompt) for row in rows]
-        for row, ids in zip(rows, protocol.prompt_ids(tokenizer, texts), strict=True):
-            row.append(ids)
+        rows = self.start(examples, group)
         live = rows
         for turn in range(LIMITS.turns):
-            batch = rows if keep else live
-            written = write(model, [row.ids for row in batch], LIMITS.turn_tokens, 1.0, stops)
-            fed += sum(len(row.ids) + len(ids) - 1 for row, ids in zip(batch, written, strict=True))
-            ended = {id(row) for row in rows} - {id(row) for row in live}
-            going = []
+            batch = rows if self.keep else live
+            texts = [row.ids for row in batch]
+            written = write(self.model, texts, LIMITS.turn_tokens, 1.0, self.stops)
+            fed += sum(len(text) + len(ids) - 1 for text, ids in zip(texts, written, strict=True))
+            live_ids = {id(row) for row in live}
+            going_on = []
             for row, ids in zip(batch, written, strict=True):
-                if id(row) in ended:
-                    continue
-                row.append(ids, [0.0] * len(ids))
-                text = tokenizer.decode(ids)
-                action = protocol.parse_action(text)
-                row.turns.append(Turn(text, action.kind, action.content))
-                row.answer = action.content if action.kind == "answer" else None
-                if row.answer is None and turn < LIMITS.turns - 1 and ids[-1] in stops:
-                    going.append(row)
-            searching = [row for row in going if row.turns[-1].action == "search"]
-            requests = [
-                SearchRequest(row.turns[-1].content, row.example.question, row.example.answers)
-                for row in searching
-            ]
-            for row, found in zip(searching, search(requests) if requests else [], strict=True):
-                row.turns[-1].documents = found
-            live = []
-            for row in going:
-                found = row.turns[-1].documents
-                reply = (
-                    protocol.INVALID_ACTION
-                    if found is None
-                    else protocol.wrap_documents(protocol.number_documents(found))
-                )
-                ids = tokenizer(reply, add_special_tokens=False)["input_ids"]
-                if len(row.ids) + len(ids) + LIMITS.turn_tokens <= LIMITS.context:
-                    row.append(ids)
-                    live.append(row)
+                is_last = turn == LIMITS.turns - 1
+                if id(row) in live_ids and self.read_turn(row, ids, is_last):
+                    going_on.append(row)
+            self.search([row for row in going_on if row.turns[-1].action == "search"])
+            live = [row for row in going_on if self.append_reply(row)]
             if not live:
                 break
-        return report(rows, group, fed, positions.count - before)
+        return report(rows, group, fed, self.positions.count - before)
 
-    return work
+    def start(self, examples: list[Example], group: int) -> list[Trajectory]:
+        rows = [Trajectory(example) for example in examples for _ in range(group)]
+        texts = [protocol.build_prompt(row.example.question, self.prompt) for row in rows]
+        for row, ids in zip(rows, protocol.prompt_ids(self.tokenizer, texts), strict=True):
+            row.append(ids)
+        return rows
+
+    def read_turn(self, row: Trajectory, ids: list[int], is_last: bool) -> bool:
+        """Add a turn to a trajectory. Returns whether it goes on."""
+        row.append(ids, [0.0] * len(ids))
+        text = self.tokenizer.decode(ids)
+        action = protocol.parse_action(text)
+        row.turns.append(Turn(text, action.kind, action.content))
+        if action.kind == "answer":
+            row.answer = action.content
+        return row.answer is None and not is_last and ids[-1] in self.stops
+
+    def search(self, rows: list[Trajectory]) -> None:
+        """Let the simulator write the documents of these rows' newest turns."""
+        if not rows:
+            return
+        requests = [
+            SearchRequest(row.turns[-1].content, row.example.question, row.example.answers)
+            for row in rows
+        ]
+        texts = [simulator.fill_template(self.wording, request, 3) for request in requests]
+        replies = write(
+            self.engine,
+            protocol.prompt_ids(self.engine_tokenizer, texts),
+            LIMITS.document_tokens,
+            SIMULATOR_TEMPERATURE,
+            [self.engine_tokenizer.eos_token_id],
+        )
+        for row, ids in zip(rows, replies, strict=True):
+            text = self.engine_tokenizer.decode(ids, skip_special_tokens=True)
+            is_unfinished = len(ids) == LIMITS.document_tokens
+            row.turns[-1].documents = simulator.read_reply(text, is_unfinished, 3)
+
+    def append_reply(self, row: Trajectory) -> bool:
+        """Append what a turn brought. Returns whether the trajectory has room for another turn."""
+        text = minizs.rollout.reply_text(row.turns[-1])
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(row.ids) + len(ids) + LIMITS.turn_tokens > LIMITS.context:
+            return False
+        row.append(ids)
+        return True
+
+
+def plain_side(policy: str, simulated: str, keep: bool) -> Callable:
+    logging.set_verbosity_error()
+    return PlainSide(policy, simulated, keep).work
 
 
 def write(

@@ -322,6 +322,45 @@ SIDES = {"minizs": minizs, "trl": trl}
 
 
 def main(argv: list[str] | None = None) -> None:
+    args = read_arguments(argv)
+    require(
+        "trl" not in args.sides or find_spec("trl") is not None,
+        "TRL is not installed; run "
+        "pip install -r requirements-bench.txt, or leave it out with --sides minizs.",
+    )
+    total = args.questions * args.group
+    rows = args.rows or max(1, total // 4)
+    require(total % rows == 0, f"--rows {rows} does not divide the {total} trajectories of a step.")
+    engine = str(build.make_default_simulator()) if args.engine == "simulator" else args.engine
+    print(measure.machine(args.threads))
+    print(
+        f"{args.policy}; {args.questions} questions x {args.group}; turns of {args.turn_tokens} "
+        f"tokens; micro-batches of {rows} rows (TRL)\n"
+    )
+    print("| task | side | seconds a step | rollout | scores | update | peak MB | tokens | F1 |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    ratios = []
+    for name in args.tasks:
+        is_multi = name == "multi"
+        task = Task(
+            args.policy,
+            engine if is_multi else "none",
+            args.questions,
+            args.group,
+            6 if is_multi else 1,
+            args.turn_tokens,
+            rows,
+            args.micro_tokens,
+        )
+        runs = run_sides(task, args)
+        for side, calls in runs.items():
+            print(table_row(name, side, calls), flush=True)
+        if len(runs) == 2:
+            ratios.append(f"{name}: {comparison(runs)}")
+    print("\n" + "\n".join(ratios))
+
+
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     trained = run_folder.newest_run()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -342,58 +381,42 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=2, help="that count, in each call")
     parser.add_argument("--calls", type=int, default=3, help="of each side, by turns")
     parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads a side")
-    args = parser.parse_args(argv)
-    require(
-        "trl" not in args.sides or find_spec("trl") is not None,
-        "TRL is not installed; run "
-        "pip install -r requirements-bench.txt, or leave it out with --sides minizs.",
+    return parser.parse_args(argv)
+
+
+def run_sides(task: Task, args: argparse.Namespace) -> dict[str, list]:
+    """The results of all calls, by side. The sides take turns, each in its own process."""
+    sides = {side: measure.Side(SIDES[side], task, threads=args.threads) for side in args.sides}
+    calls: dict[str, list] = {side: [] for side in sides}
+    with measure.together(sides):
+        # Each call warms up by itself, so the first ones count, too.
+        for call in range(args.calls):
+            for side, run in sides.items():
+                calls[side].append(run(args.steps, call))
+    return calls
+
+
+def middle(calls: list) -> dict[str, float]:
+    """The median of each figure over all steps of all calls."""
+    steps = [step for call in calls for step in call.value]
+    return {key: median(step[key] for step in steps) for key in steps[0]}
+
+
+def table_row(name: str, side: str, calls: list) -> str:
+    figures = middle(calls)
+    return (
+        f"| {name} | {side} | {figures['step']:.2f} | {figures['rollout']:.2f} | "
+        f"{figures['scores']:.2f} | {figures['update']:.2f} | {measure.peak(calls):.0f} | "
+        f"{figures['tokens']:.1f} | {figures['reward']:.3f} |"
     )
-    total = args.questions * args.group
-    rows = args.rows or max(1, total // 4)
-    require(total % rows == 0, f"--rows {rows} does not divide the {total} trajectories of a step.")
-    engine = str(build.make_default_simulator()) if args.engine == "simulator" else args.engine
-    print(measure.machine(args.threads))
-    print(
-        f"{args.policy}; {args.questions} questions x {args.group}; turns of {args.turn_tokens} "
-        f"tokens; micro-batches of {rows} rows (TRL)\n"
-    )
-    print("| task | side | seconds a step | rollout | scores | update | peak MB | tokens | F1 |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    ratios = []
-    for name in args.tasks:
-        turns, used = (6, engine) if name == "multi" else (1, "none")
-        task = Task(
-            args.policy,
-            used,
-            args.questions,
-            args.group,
-            turns,
-            args.turn_tokens,
-            rows,
-            args.micro_tokens,
-        )
-        sides = {side: measure.Side(SIDES[side], task, threads=args.threads) for side in args.sides}
-        with measure.together(sides):
-            # Each call warms up by itself, so the first ones count, too.
-            calls = {side: [] for side in sides}
-            for call in range(args.calls):
-                for side, run in sides.items():
-                    calls[side].append(run(args.steps, call))
-        steps = {side: [step for run in made for step in run.value] for side, made in calls.items()}
-        for side, figures in steps.items():
-            middle = {key: median(step[key] for step in figures) for key in figures[0]}
-            print(
-                f"| {name} | {side} | {middle['step']:.2f} | {middle['rollout']:.2f} | "
-                f"{middle['scores']:.2f} | {middle['update']:.2f} | "
-                f"{measure.peak(calls[side]):.0f} | {middle['tokens']:.1f} | "
-                f"{middle['reward']:.3f} |",
-                flush=True,
-            )
-        if len(steps) == 2:
-            ours, theirs = (median(step["step"] for step in made) for made in steps.values())
-            share = measure.peak(calls["minizs"]) / measure.peak(calls["trl"])
-            ratios.append(f"{name}: {theirs / ours:.2f} times as fast, {share:.2f} of the memory.")
-    print("\n" + "\n".join(ratios))
+
+
+def comparison(runs: dict[str, list]) -> str:
+    ours = runs["minizs"]
+    theirs = runs["trl"]
+    ratio = middle(theirs)["step"] / middle(ours)["step"]
+    share = measure.peak(ours) / measure.peak(theirs)
+    return f"{ratio:.2f} times as fast, {share:.2f} of the memory."
 
 
 if __name__ == "__main__":

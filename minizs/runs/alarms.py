@@ -14,6 +14,9 @@ WINDOW = 10  # steps that are averaged, so that one bad batch sounds no alarm
 FIRST_STEPS = 5  # after these, a run that cannot learn is told so
 REMEMBERED = 500  # steps that are looked at
 NEARLY_ALL = 0.95
+MANY = 0.2  # of the trajectories: a limit that ends so many is named where nothing is earned
+WARM_START = "teach it that first (--warm_start scripted)"
+PAGE = "see docs/running.md"  # its section has the symptoms, their causes and their cures
 
 
 class History:
@@ -75,7 +78,8 @@ def thinking_collapsed(history: History, metric: str) -> bool:
 
 @dataclass(frozen=True)
 class Alarm:
-    """`condition` sees the history and the metric's name."""
+    """`condition` sees the history and the metric's name. In `advice`, {limit} stands for the
+    setting that ends the most trajectories."""
 
     name: str
     metric: str
@@ -118,7 +122,7 @@ ALARMS = [
         "responses at the limit",
         "truncated",
         limit_reached,
-        "most trajectories end without an answer: raise --max_turn_tokens or lower --lr",
+        "most trajectories end without an answer: raise --{limit} or lower --lr",
     ),
     Alarm(
         "answer avoidance",
@@ -159,9 +163,10 @@ class Alarms:
         for alarm in ALARMS:
             if alarm.name not in self.sounded and alarm.condition(history, alarm.metric):
                 self.sounded.add(alarm.name)
+                advice = alarm.advice.format(limit=LIMITS[limit_in_the_way(history.now)])
                 yield (
                     f"{alarm.name}: {alarm.metric} is {history.now(alarm.metric):.3g} over the "
-                    f"last {WINDOW} steps; {alarm.advice}."
+                    f"last {WINDOW} steps; {advice}; {PAGE}."
                 )
 
 
@@ -176,40 +181,66 @@ def diagnosis(rows: list[dict], replies_expected: bool = True) -> str:
     def mean(metric: str) -> float:
         return fmean(row.get(metric) or 0.0 for row in rows)
 
-    for limit in ("turn_tokens", "context"):
-        if mean(f"truncated_{limit}") >= NEARLY_ALL:
-            return limit_sentence(limit, mean(f"truncated_{limit}"), first_steps)
+    if mean("truncated_turn_tokens") + mean("truncated_context") >= NEARLY_ALL:
+        return cut_off_sentence(mean, first_steps)
     if mean("valid_rate") <= 1 - NEARLY_ALL:
         return (
             f"{mean('valid_rate'):.0%} of the turns {first_steps} hold a valid action: the model "
-            "does not write <search> or <answer>. Take a model that follows instructions, or show "
-            "it the tags by an example in its prompt."
+            "does not write <search> or <answer>. Take one that follows instructions, or "
+            f"{WARM_START}; {PAGE}."
         )
     if mean("truncated_turns") >= NEARLY_ALL:
-        return limit_sentence("turns", mean("truncated_turns"), first_steps)
-    if mean("searches_per_question") <= 1 - NEARLY_ALL:
+        return limit_sentence(mean, first_steps)
+    if replies_expected and mean("searches_per_question") <= 1 - NEARLY_ALL:
         return (
             f"There are {mean('searches_per_question'):.2f} searches a question {first_steps}: the "
             "policy answers at once, and cannot learn to search. Take a model or a prompt with "
-            "which some trajectories search, or raise --temperature."
+            f"which some trajectories search, or {WARM_START}; {PAGE}."
         )
     if replies_expected and mean("empty_replies") >= NEARLY_ALL:
         return (
             f"{mean('empty_replies'):.0%} of the replies {first_steps} hold no document: check "
             "what --engine names, its --corpus, its address or its --simulator."
         )
+    if mean("reward") == 0:
+        return no_reward_sentence(mean, first_steps)
     if mean("flat_groups") >= NEARLY_ALL:
         return (
             f"In {mean('flat_groups'):.0%} of the groups {first_steps} all rewards are equal (the "
             f"mean reward is {mean('reward'):.2f}), and such a group teaches nothing: raise "
-            "--group_size or --temperature, or take other questions."
+            f"--group_size or --temperature, or take other questions; {PAGE}."
         )
     return ""
 
 
-def limit_sentence(limit: str, share: float, where: str) -> str:
-    """That so many trajectories ended at this limit, and the flag to raise."""
+def limit_in_the_way(mean: Callable[[str], float]) -> str:
+    """The limit that ends the most trajectories, by its name in `LIMITS`."""
+    return max(LIMITS, key=lambda limit: mean(f"truncated_{limit}"))
+
+
+def limit_sentence(mean: Callable[[str], float], where: str) -> str:
+    """That a limit ended so many trajectories, and the flag to raise."""
+    limit = limit_in_the_way(mean)
     return (
-        f"{share:.0%} of the trajectories {where} end without an answer at --{LIMITS[limit]}: "
-        "raise it."
+        f"{mean(f'truncated_{limit}'):.0%} of the trajectories {where} end without an answer at "
+        f"--{LIMITS[limit]}: raise it."
     )
+
+
+def cut_off_sentence(mean: Callable[[str], float], where: str) -> str:
+    """The same where text is cut off. A model that knows no tag writes on to any limit."""
+    sentence = limit_sentence(mean, where)
+    if mean("valid_rate") > 1 - NEARLY_ALL:
+        return sentence
+    return f"{sentence} If it still writes no <search> or <answer> then, {WARM_START}; {PAGE}."
+
+
+def no_reward_sentence(mean: Callable[[str], float], where: str) -> str:
+    """That nothing was earned, and what became of the trajectories."""
+    sentence = f"Every reward {where} is 0, so that there is nothing to reinforce: "
+    sentence += f"{mean('answered'):.0%} of the trajectories give an answer, and each is wrong"
+    limit = limit_in_the_way(mean)
+    if mean(f"truncated_{limit}") >= MANY:
+        share = f"{mean(f'truncated_{limit}'):.0%}"
+        return f"{sentence}; {share} end without one at --{LIMITS[limit]}: raise it."
+    return f"{sentence}. Look at trajectories.jsonl, and {PAGE}."

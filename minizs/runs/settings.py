@@ -575,6 +575,12 @@ class SimConfig(CollectSettings, FineTuningSettings, SearchConfig):
         "With --collect and --data: the engine that answers the searches.",
         REAL_ENGINES,
     )
+    policy: str = option(
+        "tiny",
+        "With --collect and --data: the model that searches (see --searcher), a folder or a hub "
+        "name.",
+        metavar="MODEL",
+    )
 
 
 # ---- What testing the policy needs as well -------------------------------------------------------
@@ -712,6 +718,11 @@ def check_files(config: SearchConfig) -> None:
 def check_training(config: PolicyConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
     check_groups(config)
+    require(
+        config.max_turns > 1 or config.engine == "none",
+        "--max_turns 1 leaves no turn for an answer after a search: give 2 or more, or --engine "
+        "none.",
+    )
     check_noise(config)
     check_lora(config)
     check_tracker(config)

@@ -3,9 +3,10 @@
 import re
 
 import pytest
-from scripts import metrics, policy
+from scripts import ROOT, metrics, policy
 
-from minizs.runs.alarms import WINDOW, Alarm, Alarms
+from minizs.runs.alarms import ALARMS, WINDOW, Alarm, Alarms
+from minizs.runs.metrics import LIMITS
 
 WELL = {
     "step": 100,
@@ -75,7 +76,21 @@ DEAD = {"reward": 0.0, "flat_groups": 1.0, "searches_per_question": 1.0, "valid_
         ({"truncated_turns": 1.0, "valid_rate": 0.0}, "0% of the turns .* hold a valid action"),
         ({"searches_per_question": 0.0}, "0.00 searches a question"),
         ({"empty_replies": 1.0}, "100% of the replies .* hold no document: check what --engine"),
-        ({}, "In 100% of the groups .* all rewards are equal .*--group_size or --temperature"),
+        (
+            {"reward": 0.5},
+            "In 100% of the groups .* all rewards are equal .*--group_size or --temperature",
+        ),
+        ({"answered": 1.0}, "Every reward .* is 0.*100% of the trajectories .* each is wrong"),
+        ({"answered": 1.0, "flat_groups": None}, "Every reward .* is 0"),  # PPO has no such groups
+        (
+            {"answered": 0.7, "truncated_context": 0.3},
+            "Every reward .* is 0.*; 30% end without one at --max_context: raise it.",
+        ),
+        (
+            {"truncated_turn_tokens": 0.4, "truncated_context": 0.6, "valid_rate": 0.5},
+            "60% .* at --max_context: raise it.$",
+        ),
+        ({"truncated_turn_tokens": 1.0, "valid_rate": 0.0}, "If it still .*--warm_start scripted"),
     ],
 )
 def test_a_run_that_cannot_learn_is_told_so_after_five_steps(figures, words):
@@ -87,9 +102,27 @@ def test_a_run_that_cannot_learn_is_told_so_after_five_steps(figures, words):
     assert "\n" not in sentence
 
 
+def test_the_page_that_alarms_name_has_their_symptoms():
+    """docs/running.md has a section for what the alarms point to."""
+    page = (ROOT / "docs" / "running.md").read_text(encoding="utf-8")
+    section = page.split("## It does not learn")[1].split("\n## ")[0]
+    for alarm in ALARMS:
+        assert f"`{alarm.metric}`" in section, alarm.name
+    for flag in LIMITS.values():
+        assert f"--{flag}" in section
+
+
+def test_the_limit_that_is_in_the_way_is_named():
+    """Of the three limits, the alarm names the one that ends the most trajectories."""
+    well = [WELL] * (2 * WINDOW)
+    ill = [WELL | {"truncated": 0.9, "truncated_turn_tokens": 0.2, "truncated_context": 0.7}]
+    [sentence] = sentences(well + ill * WINDOW)
+    assert "raise --max_context or lower --lr" in sentence
+
+
 def test_a_run_that_can_learn_is_told_nothing():
     """Rare rewards are no illness, and without an engine no replies are expected."""
-    rows = [DEAD | {"step": step, "flat_groups": 0.9} for step in range(1, 6)]
+    rows = [DEAD | {"step": step, "flat_groups": 0.9, "reward": 0.01} for step in range(1, 6)]
     assert sentences(rows) == []
     alarms = Alarms([], replies_expected=False)
     rows = [row | {"empty_replies": 1.0} for row in rows]

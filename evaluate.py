@@ -97,12 +97,13 @@ def check_ask(config: EvalConfig, training: dict) -> None:
 
 def check_files_of_training(config: EvalConfig, memory: dict) -> None:
     """Raise UserError for a file that the policy was trained with and that is not here."""
-    paths = data.split_spec(memory.get("data", "")) + [memory.get("corpus", "")]
-    for path in filter(data.looks_like_a_file, paths):
+    files = [("--data", path) for path in data.split_spec(memory.get("data", ""))]
+    files.append(("--corpus", memory.get("corpus", "")))
+    for flag, path in files:
         require(
-            Path(path).is_file(),
-            f"{config.policy} was trained with {path}, which is not here: give --data and --corpus "
-            "to test it with others, or start this where the training was started.",
+            not data.looks_like_a_file(path) or Path(path).is_file(),
+            f"{config.policy} was trained with {flag} {path}, which is not here: give {flag} with "
+            "another file, or start this where the training was started.",
         )
 
 
@@ -136,11 +137,11 @@ def opening_sentences(config: EvalConfig, memory: dict, argv: list[str]) -> list
     knows_questions = config.data == trained_on and trained_on != "world" and not config.ask
     if knows_questions and "data" not in memory:
         sentences.append(
-            "The policy was trained on nine tenths of these questions. Without --data it is tested "
-            "on the others alone."
+            "The policy was trained on most of these questions. Without --data it is tested on the "
+            "others alone."
         )
     if "data" in memory:
-        sentences.append("It is tested on the tenth of these questions that it was not trained on.")
+        sentences.append("It is tested on those of these questions that it was not trained on.")
     return sentences
 
 

@@ -84,7 +84,8 @@ def read_config(argv: list[str]) -> PolicyConfig:
         folder = run_folder.to_resume(config.output, config.resume)
         run_folder.check_run_or_settings(folder, argv, may_change(config))
         config = parse(PolicyConfig, argv, folder / "config.yaml")
-        run_folder.check_unchanged(folder, config, may_change(config))
+        if run_folder.has_results(folder):
+            run_folder.check_unchanged(folder, config, may_change(config))
         config.output = str(folder)
     check_training(config)
     return config
@@ -130,9 +131,9 @@ def main(argv: list[str]) -> None:
     engine = build.build_engine(config, "train", accelerator, examples)
     if config.warm_start:
         # It imitates demonstrations first; then what comes of it is loaded as any policy is.
-        config = run.claim_folder(config, accelerator, saved)
-        student = build.make_policy(config, model, tokenizer, template, temperature=0.0)
-        start = warm_start(config, accelerator, student, engine, examples)
+        with run.claimed_folder(config, accelerator, saved) as config:
+            student = build.make_policy(config, model, tokenizer, template, temperature=0.0)
+            start = warm_start(config, accelerator, student, engine, examples)
         model, tokenizer = build.load_trainable(replace(config, policy=start), accelerator)
 
     # What plays, what tests and what learns. `writer` gives the model to generate with.

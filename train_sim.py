@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
         require(accelerator.num_processes == 1, "--collect: use one process.")
         sources = None if config.data == "world" else stage1.build_sources(config, accelerator)
         with stage1.alone(accelerator, output):
+            if is_finished(config):
+                return accelerator.print(f"Another run has made {output} meanwhile.")
             stage1.collect(config, sources)
         return
 

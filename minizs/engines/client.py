@@ -43,6 +43,7 @@ ADVICE = {
     429: "ask it less at a time, or raise --retries",
 }
 CHECK_SERVER = "check that this server runs, and its address"
+UNUSABLE = "it counts as an empty reply"
 CHECK_KIND = "check that the address is that of such a service"
 
 
@@ -222,7 +223,7 @@ class Client:
         try:
             return call.read(response.json())
         except Unusable as error:
-            return Failure(f"answered with nothing to use ({error})", CHECK_KIND, unusable=True)
+            return Failure(f"answered with nothing to use ({error})", UNUSABLE, unusable=True)
         except MISREAD:
             return Failure("did not answer in the expected form", CHECK_KIND)
 

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from minizs import require
+from minizs import UserError, require
 from minizs.runs.data import split_spec
 from minizs.runs.run_folder import can_be_made
 from minizs.runs.settings import EvalConfig
@@ -53,6 +53,11 @@ def check_figures_path(config: EvalConfig) -> None:
     )
     if not config.output:
         return
+    check_may_write(config, path)
+
+
+def check_may_write(config: EvalConfig, path: Path) -> None:
+    """Raise UserError where files of this output exist that are read, or may not be lost."""
     existing = [file for file in map(path.with_suffix, SUFFIXES) if file.exists()]
     inputs = [*split_spec(config.data), config.corpus, config.cache]
     real_inputs = {os.path.realpath(name) for name in inputs}
@@ -100,6 +105,12 @@ def _claim(config: EvalConfig, fingerprint: str) -> tuple[Any, Path]:
             lock is not None,
             f"Another evaluation is writing {config.output}; give another --output.",
         )
+        try:
+            check_may_write(config, Path(config.output))  # another may have ended meanwhile
+        except UserError:
+            lock.release()
+            shutil.rmtree(_answers_folder(Path(config.output)), ignore_errors=True)
+            raise
         return lock, Path(config.output)
     for path in default_paths(config.policy):
         if path.exists() or _belongs_to_another(path, fingerprint):

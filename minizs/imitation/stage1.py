@@ -46,8 +46,8 @@ class Base:
 @contextmanager
 def alone(accelerator, output: Path) -> Iterator[None]:
     """Inside, no other run makes the same output: the next one waits here."""
-    lock = FileLock(f"{output}.lock") if accelerator.is_main_process else nullcontext()
-    with lock:
+    path = output.with_name(f".{output.name}.lock")
+    with FileLock(path) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         yield
         accelerator.wait_for_everyone()

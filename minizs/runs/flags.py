@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 from minizs import UserError, brief, require
 
+PACKAGE = Path(__file__).parents[1]
 # Words in an error that come from the machine, not from the code.
 DISK_IS_FULL = "No space left|disk is full|quota|inline_"
 NOT_PERMITTED = "Permission denied|Read-?only|not permitted|name too long"
@@ -278,6 +280,7 @@ def run_script(main: Callable, argv: list[str] | None = None, settings: type | N
     """
     sentence = ""
     status = 0
+    warnings.showwarning = show_warning
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal may lack letters that a model writes
             stream.reconfigure(errors="replace")
@@ -315,6 +318,17 @@ def run_script(main: Callable, argv: list[str] | None = None, settings: type | N
         os._exit(status)
     if status:
         sys.exit(status)
+
+
+def show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """Print a warning, above a progress bar if there is one. Ours are sentences for the user, who
+    has no use for the line of code that they come from."""
+    from tqdm import tqdm
+
+    text = f"Warning: {message}"
+    if not Path(filename).is_relative_to(PACKAGE):
+        text = warnings.formatwarning(message, category, filename, lineno, line).rstrip()
+    tqdm.write(text, file=file or sys.stderr)
 
 
 def machine_advice(error: Exception, settings: type | None = None) -> str:

@@ -1,7 +1,7 @@
 """The bookkeeping of a training run, so that the loop of train_policy.py can show the method.
 
 A `Run` counts the steps, times their phases, writes the logs, saves checkpoints, and ends the run
-in good order: after a signal, when a service is gone, when too many steps had to be skipped.
+in good order: after a signal, when an engine fails, when too many steps had to be skipped.
 """
 
 import sys
@@ -17,7 +17,6 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from minizs import UserError
-from minizs.engines.client import ServiceError
 from minizs.learner import Learner
 from minizs.models import loading, lora
 from minizs.protocol import decode_pieces
@@ -38,8 +37,11 @@ def open_run(
     config: PolicyConfig, accelerator: Accelerator, folder: Path, last_step: int, engine, tokenizer
 ) -> Iterator["Run"]:
     """A run that goes on behind its step `last_step`; 0 where it begins. Inside, signals wait for
-    the end of a step, and no other run can have the folder. Raises UserError where one has it."""
+    the end of a step, and no other run can have the folder. Raises UserError where one has it, or
+    has used it since the settings were checked."""
     with run_folder.claimed(folder) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process and not config.warm_start:
+            check_still_free(config, folder)
         yield from _open_run(config, accelerator, folder, last_step, engine, tokenizer)
 
 
@@ -69,16 +71,27 @@ def _open_run(
             tracker.finish()
 
 
-def claim_folder(
+@contextmanager
+def claimed_folder(
     config: PolicyConfig, accelerator: Accelerator, saved: Path | None
-) -> PolicyConfig:
-    """Make the run's folder before its first step, for what comes earlier. Returns the settings
-    with that folder as their output, of which nothing has to be overwritten any more."""
+) -> Iterator[PolicyConfig]:
+    """Make the run's folder before its first step, for what comes earlier. Inside, no other run can
+    have it. Gives the settings with that folder as their output, of which nothing has to be
+    overwritten any more. Raises UserError as `open_run` does."""
     folder = build.agreed_folder(accelerator, config)
-    if accelerator.is_main_process:
-        prepare_folder(config, folder, checkpoint.step_of(saved) if saved else 0)
-    accelerator.wait_for_everyone()
-    return replace(config, output=str(folder), overwrite=False)
+    with run_folder.claimed(folder) if accelerator.is_main_process else nullcontext():
+        if accelerator.is_main_process:
+            check_still_free(config, folder)
+            prepare_folder(config, folder, checkpoint.step_of(saved) if saved else 0)
+        accelerator.wait_for_everyone()
+        yield replace(config, output=str(folder), overwrite=False)
+
+
+def check_still_free(config: PolicyConfig, folder: Path) -> None:
+    """Raise UserError for a folder that a run has used between the first check and the claim: a
+    model may have been loaded, and a simulator made, meanwhile."""
+    if not run_folder.is_empty(folder):
+        run_folder.check_may_lose(folder, bool(config.resume), config.overwrite)
 
 
 def opening_sentence(config: PolicyConfig, folder: Path, last_step: int) -> str:
@@ -163,12 +176,14 @@ class Run:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a part of the step. If a service is gone in it, all processes leave together."""
+        """Time a part of the step. If an engine fails in it, all processes leave together."""
         started = time.perf_counter()
         failure = None
         try:
             yield
-        except ServiceError as error:
+        except UserError as error:  # a server is gone, or a simulator is of no use
+            if name != "rollout":
+                raise
             failure = error
         if metrics.total(self.accelerator, failure is not None):
             self._leave(failure)
@@ -280,17 +295,17 @@ class Run:
             page.write_page(self.folder)
         checkpoint.save_checkpoint(self.accelerator, self.folder, step, self.config.keep)
 
-    def _leave(self, failure: ServiceError | None) -> None:
-        """A service is gone: save the steps that are done, and end all processes.
+    def _leave(self, failure: UserError | None) -> None:
+        """An engine has failed: save the steps that are done, and end all processes.
 
-        Only a rollout asks a service, so the weights are those of the step before.
+        Only a rollout asks an engine, so the weights are those of the step before.
         """
         last_step = self.step - 1
         self._save(last_step)
         if failure is None:  # another process tells why
             raise SystemExit(1)
         reason = str(failure).rstrip(".")
-        raise ServiceError(f"{reason}. {self.how_to_go_on(last_step)}") from failure
+        raise UserError(f"{reason}. {self.how_to_go_on(last_step)}") from failure
 
     def _stop(self, sentence: str) -> None:
         raise SystemExit(sentence if self.is_main else 1)

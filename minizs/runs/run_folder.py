@@ -22,6 +22,7 @@ from minizs import UserError, require
 RUNS = Path("runs")
 TRIAL = ".trial-"  # how the names of folders begin that `can_be_made` makes and removes
 DONE = Path("policy", "prompt.txt")  # the last file that a run writes: its policy is whole
+RESULTS = ("warm_start", "policy")  # beside the checkpoints
 TRAINED_WITH = "trained_with.yaml"  # beside the weights of a policy
 # The settings that a test of a policy should share with its training. The names are those of flags.
 REMEMBERED = (
@@ -218,6 +219,11 @@ def check_unchanged(folder: Path, config, free: set[str]) -> None:
         f"{folder} cannot go on with other settings: {', '.join(differences)}. Leave these as they "
         "were, in config.yaml too, or give a new run another --output.",
     )
+
+
+def has_results(folder: Path) -> bool:
+    """Whether anything of a run is kept that its settings have shaped."""
+    return bool(checkpoints(folder)) or any((folder / name).exists() for name in RESULTS)
 
 
 def is_moved_server(name: str, old: dict, new: dict) -> bool:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -310,3 +311,17 @@ run_script(main)
     )
     assert (process.returncode, process.stdout) == (status, "done")
     assert process.stderr.splitlines()[-1:] == ([said] if isinstance(said, str) else [])
+
+
+def test_a_warning_is_a_sentence(capsys, monkeypatch):
+    """Ours names no line of code; those of other packages stay as they are."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # restored afterwards
+
+    def main(argv):
+        warnings.warn_explicit("It is kept in memory.", UserWarning, flags.__file__, 1)
+        warnings.warn_explicit("Odd.", UserWarning, "/elsewhere/code.py", 7)
+
+    flags.run_script(main, [])
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "Warning: It is kept in memory."
+    assert second == "/elsewhere/code.py:7: UserWarning: Odd."

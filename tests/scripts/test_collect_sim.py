@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scripts import NAMES, everything, refused, simulator, weights
+from scripts import FILE, NAMES, everything, refused, simulator, weights
 from servers import serving
 
 import train_sim
@@ -209,6 +209,18 @@ def test_a_folder_of_others_is_left_alone(work):
     Path("notes/mine.txt").write_text("mine")
     refused(simulator, "--output notes", "give another --output.", work)
     refused(simulator, "--output notes --overwrite", "leaves it alone", work)
+
+
+def test_a_collection_that_another_run_made_meanwhile(work, monkeypatch, capsys):
+    """It is taken as it is: nothing is asked a second time."""
+
+    def late(*arguments):
+        Path("run").mkdir()
+        Path("run/collected.jsonl").write_text("")
+
+    monkeypatch.setattr("minizs.imitation.stage1.build_sources", late)
+    simulator("--collect", *FILE, "--output", "run")
+    assert "Another run has made run meanwhile." in capsys.readouterr().out
 
 
 def test_nothing_to_go_on_with(work):

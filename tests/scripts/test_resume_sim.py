@@ -48,7 +48,7 @@ def test_a_killed_run_leaves_no_simulator(work, collected, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(work)
     simulator("--data", COLLECTED)
-    assert {p.name for p in (work / "runs").iterdir()} == {"simulator", "simulator.lock"}
+    assert {p.name for p in (work / "runs").iterdir()} == {"simulator", ".simulator.lock"}
     assert not (work / "runs" / "simulator" / "report.json").exists()  # no world to test it on
 
 
@@ -58,7 +58,7 @@ def test_of_two_processes_the_second_waits(work, collected, monkeypatch, capsys)
     begun = threading.Event()
 
     def other():
-        with FileLock("runs/simulator.lock"):
+        with FileLock("runs/.simulator.lock"):
             begun.set()
             time.sleep(2)
             shutil.copytree("../base", "runs/simulator")
@@ -72,7 +72,7 @@ def test_of_two_processes_the_second_waits(work, collected, monkeypatch, capsys)
     monkeypatch.setattr(supervised, "train", lambda *_: pytest.fail("it has not waited"))
     simulator("--data", COLLECTED)
     assert "Another run has made runs/simulator" in capsys.readouterr().out
-    assert {p.name for p in (work / "runs").iterdir()} == {"simulator", "simulator.lock"}
+    assert {p.name for p in (work / "runs").iterdir()} == {"simulator", ".simulator.lock"}
     assert not (work / "runs" / "simulator" / "config.yaml").exists()  # theirs
 
 
@@ -236,4 +236,4 @@ def test_kill_9(work, collected, processes, kills):
         else:
             train_sim.main([*flags, folder])
     same("whole", "out")
-    assert {p.name for p in work.iterdir()} == {"out", "out.lock", "whole", "whole.lock"}
+    assert {p.name for p in work.iterdir()} == {"out", ".out.lock", "whole", ".whole.lock"}

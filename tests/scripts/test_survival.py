@@ -18,12 +18,12 @@ import psutil
 import pytest
 from accelerate import tracking
 from counts import COUNTS
-from scripts import POLICY, ROOT, metrics, policy, refused
+from scripts import POLICY, ROOT, everything, metrics, policy, refused
 
 import train_policy
 from minizs import UserError, learner
 from minizs.engines.client import ServiceError
-from minizs.runs import checkpoint, run_folder
+from minizs.runs import build, checkpoint, run_folder
 
 SHORT = ["--steps", "6", "--save_every", "1", "--kl_coef", "0.1"]
 
@@ -186,22 +186,25 @@ def test_two_processes_stop_together(work):
 class Faulty:
     """An engine that fails for good at the k-th call, and counts what it lost before."""
 
-    def __init__(self, calls: int) -> None:
+    def __init__(self, calls: int, error: type[UserError] = ServiceError) -> None:
         self.calls = calls
         self.failed = 0
+        self.error = error
 
     def search(self, requests):
         self.calls -= 1
         if self.calls == 0:
-            raise ServiceError("The server is gone.")
+            raise self.error("The server is gone.")
         self.failed += len(requests)
         return [[] for _ in requests]
 
 
-def test_an_engine_that_is_gone_costs_no_step(work, monkeypatch):
-    """The steps that are done are saved, and failed searches are counted in their lines."""
-    monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(5))
-    with pytest.raises(ServiceError) as error:
+@pytest.mark.parametrize("kind", [ServiceError, UserError])
+def test_an_engine_that_is_gone_costs_no_step(work, monkeypatch, kind):
+    """The steps that are done are saved, and failed searches are counted in their lines. It may be
+    a server, or a simulator here that writes no documents any more."""
+    monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(5, kind))
+    with pytest.raises(UserError) as error:
         policy("--steps", "9", "--save_every", "8", "--output", "cut short")
     rows = metrics(work / "cut short")
     done = len(rows)
@@ -216,13 +219,21 @@ def test_an_engine_that_is_gone_costs_no_step(work, monkeypatch):
 
 
 def test_an_engine_that_is_gone_at_once_leaves_nothing_to_save(work, monkeypatch):
-    """The message does not claim that a step is saved, and its command begins the run again."""
+    """The message does not claim that a step is saved, and its command begins the run again: with
+    other settings too, as its other advice may be to change one."""
     monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(1))
-    with pytest.raises(ServiceError, match="No step is saved; begin again with: ") as error:
+    with pytest.raises(UserError, match="No step is saved; begin again with: ") as error:
         policy("--output", "cut")
     monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(10**9))
     run_advice(str(error.value))
     assert len(metrics(work / "cut")) == 2
+    monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(1))
+    with pytest.raises(UserError, match="No step is saved"):
+        policy("--output", "changed")
+    monkeypatch.setattr("minizs.runs.build.build_engine", lambda *_: Faulty(10**9))
+    policy("--output", "changed", "--resume", "--top_k", "2")
+    with pytest.raises(UserError, match="--top_k was 2 and is 3"):  # now it has shaped something
+        policy("--output", "changed", "--resume", "--top_k", "3")
 
 
 FILES = ["model.safetensors", "optimizer.bin", checkpoint.SUMS]
@@ -333,6 +344,23 @@ def test_two_runs_never_write_to_one_folder(work, trained):
     with run_folder.claimed(Path("run")):
         refused(policy, "--output run --resume --steps 3", "Another run is writing to run", work)
     assert [path.name for path in work.iterdir()] == ["run"]
+    with run_folder.claimed(Path("warm")):
+        refused(policy, "--output warm --warm_start scripted", "Another run is writing", work)
+
+
+def test_a_run_that_ended_meanwhile_is_not_lost(work, trained, monkeypatch):
+    """The folder was free when the settings were checked, and is not when the first step begins."""
+    build_engine = build.build_engine
+
+    def slow(*arguments):
+        shutil.copytree(trained, "run")
+        return build_engine(*arguments)
+
+    monkeypatch.setattr("minizs.runs.build.build_engine", slow)
+    with pytest.raises(UserError, match="run is not empty; add --resume"):
+        policy("--output", "run")
+    assert everything(Path("run")).keys() == everything(trained).keys()
+    assert metrics(Path("run")) == metrics(trained)
 
 
 # ---- losses that are not finite -----------------------------------------------------------------

@@ -356,7 +356,7 @@ def test_a_served_simulator_may_die(work):
         assert {path for path, _ in posts} == {"/v1/chat/completions"}
         assert {body["model"] for _, body in posts} == {"mine"}
         left[0] = len(posts) * 2 // 3
-        with pytest.raises(ServiceError, match=url) as error:
+        with pytest.raises(UserError, match=url) as error:
             policy(*flags, "--output", "cut")
         left[0] = 10**9
         steps_done = len(metrics(work / "cut"))

@@ -234,15 +234,19 @@ def machine(bench: Bench) -> None:
 
 
 def correctness(bench: Bench) -> None:
-    sizes = bench.sizes
-    part = "correctness"
     if torch.cuda.is_available():
         right = flash.kernel_is_right(loading.device(), torch.bfloat16)
-        bench.record(part, "flash attention over rows", right=right)
+        bench.record("correctness", "flash attention over rows", right=right)
         right = flash.packing_is_right(loading.device(), torch.bfloat16)
-        bench.record(part, "flash attention over packed sequences", right=right)
+        bench.record("correctness", "flash attention over packed sequences", right=right)
+    check_greedy_tokens(bench)
+    check_graphs(bench)
+    check_scorer(bench)
 
-    # Greedy tokens, float32, against the library one prompt at a time.
+
+def check_greedy_tokens(bench: Bench) -> None:
+    """Greedy tokens in float32, against the library one prompt at a time."""
+    sizes = bench.sizes
     model = make_model(bench, "check", torch.float32, initializer_range=0.08)
     prompts = make_prompts(bench, 12)
     new = sizes.new // 3
@@ -252,19 +256,27 @@ def correctness(bench: Bench) -> None:
     for setting in ("off", "on"):
         ours = generate(model, prompts, new, temperature=0, eos_id=(), cuda_graphs=setting)
         equal = sum(a.ids == b for a, b in zip(ours, expected, strict=True))
-        bench.record(part, f"float32 greedy, graphs {setting}", equal=equal, of=len(prompts))
+        name = f"float32 greedy, graphs {setting}"
+        bench.record("correctness", name, equal=equal, of=len(prompts))
 
-    # Graphs against single steps, float64, rows that stop by themselves, then replayed.
+
+def check_graphs(bench: Bench) -> None:
+    """Graphs, recorded and replayed, against single steps: float64, rows stop by themselves."""
+    sizes = bench.sizes
     model = make_model(bench, "check", torch.float64, initializer_range=0.08)
+    prompts = make_prompts(bench, 12)
     options = {"seed": 3, "eos_id": range(sizes.shapes["check"][-1] // 50)}
     budgets = mixed_budgets(len(prompts), sizes.most_new)
     expected = generate(model, prompts, budgets, cuda_graphs="off", **options)
     for name in ("recorded", "replayed"):
         ours = generate(model, prompts, budgets, cuda_graphs="on", **options)
         equal = sum(a.ids == b.ids for a, b in zip(ours, expected, strict=True))
-        bench.record(part, f"float64 graphs, {name}", equal=equal, of=len(prompts))
+        bench.record("correctness", f"float64 graphs, {name}", equal=equal, of=len(prompts))
 
-    # Sampler against scorer, bfloat16.
+
+def check_scorer(bench: Bench) -> None:
+    """The sampler against the scorer, in bfloat16."""
+    sizes = bench.sizes
     model = make_model(bench, "0.5b", torch.bfloat16, initializer_range=0.04)
     prompts = make_prompts(bench, sizes.rows // 2)
     for setting in ("off", "on"):
@@ -277,16 +289,19 @@ def correctness(bench: Bench) -> None:
         with torch.no_grad():
             scored = token_logprobs(model, ids, seen, loss_mask)[loss_mask == 1].cpu()
         gap = (scored - sampled).abs()
-        figures = {f"q{q}": gap.quantile(q / 100).item() for q in (50, 99)}
-        name = f"bf16 |sampler - scorer|, graphs {setting}"
-        bench.record(part, name, **figures, max=gap.max().item())
+        record_gap(bench, f"bf16 |sampler - scorer|, graphs {setting}", gap)
     if flash.can_pack(model, torch.bfloat16):
         model.set_attn_implementation(flash.PACKED)
         with torch.no_grad():
             packed, _ = score(model, ids, seen, loss_mask, packed=True)
         gap = (packed[loss_mask == 1].cpu() - scored).abs()
-        figures = {f"q{q}": gap.quantile(q / 100).item() for q in (50, 99)}
-        bench.record(part, "bf16 |packed - padded scorer|", **figures, max=gap.max().item())
+        record_gap(bench, "bf16 |packed - padded scorer|", gap)
+
+
+def record_gap(bench: Bench, name: str, gap) -> None:
+    """The median, the 99th percentile and the largest of the differences (n,)."""
+    quantiles = {f"q{q}": gap.quantile(q / 100).item() for q in (50, 99)}
+    bench.record("correctness", name, **quantiles, max=gap.max().item())
 
 
 @dataclass(frozen=True)
@@ -452,7 +467,8 @@ def variants(bench: Bench) -> None:
                 return seconds(lambda: generate(model, prompts, count, eos_id=(), cuda_graphs="on"))
 
         first = run(sizes.new)
-        prefill, taken = run(1), run(sizes.new)
+        prefill = run(1)
+        taken = run(sizes.new)
         step = (taken - prefill) / (sizes.new - 1)
         bench.record(part, name, ms_a_step=1e3 * step, first_s=first)
         bench.save()
@@ -474,26 +490,31 @@ def variants(bench: Bench) -> None:
             del model
             fresh_memory()
 
-    def with_masks(_model):
-        able, flash.can_use = flash.can_use, lambda _: False
-        return lambda: setattr(flash, "can_use", able)
-
-    def compile_all(model):
-        decoder = model.get_decoder()
-        plain = decoder.forward
-        fused = torch.compile(decoder.forward, dynamic=False)
-
-        @functools.wraps(plain)
-        def forward(*args, input_ids=None, **more):
-            one = input_ids is not None and input_ids.shape[1] == 1
-            return (fused if one else plain)(*args, input_ids=input_ids, **more)
-
-        decoder.forward = forward
-
     attempt("as they are", lambda _: None)
-    attempt("attention with masks", with_masks)
+    attempt("attention with masks", use_masks)
     if not bench.dry:  # a compiler may be missing where it is only tried out
-        attempt("the whole decoder compiled", compile_all)
+        attempt("the whole decoder compiled", compile_decoder)
+
+
+def use_masks(_model) -> Callable:
+    """Attend with masks. Returns what undoes it."""
+    can_use = flash.can_use
+    flash.can_use = lambda _: False
+    return lambda: setattr(flash, "can_use", can_use)
+
+
+def compile_decoder(model) -> None:
+    """Compile the decoder for steps of one token."""
+    decoder = model.get_decoder()
+    plain = decoder.forward
+    fused = torch.compile(decoder.forward, dynamic=False)
+
+    @functools.wraps(plain)
+    def forward(*args, input_ids=None, **options):
+        is_step = input_ids is not None and input_ids.shape[1] == 1
+        return (fused if is_step else plain)(*args, input_ids=input_ids, **options)
+
+    decoder.forward = forward
 
 
 def rollout(bench: Bench) -> None:
@@ -521,12 +542,10 @@ def rollout(bench: Bench) -> None:
         texts = prompts
         for turn in range(3):
             written = library_generate(model, texts, max(budgets[turn]), "dynamic")
-            texts = [
-                text + ids[:budget]
-                for text, ids, budget in zip(texts, written, budgets[turn], strict=True)
-            ]
+            turns = [ids[:budget] for ids, budget in zip(written, budgets[turn], strict=True)]
+            texts = [text + ids for text, ids in zip(texts, turns, strict=True)]
             if turn < 2:
-                texts = [text + more for text, more in zip(texts, documents[turn], strict=True)]
+                texts = [text + ids for text, ids in zip(texts, documents[turn], strict=True)]
 
     tokens = sum(map(sum, budgets))
     sides = {
@@ -538,15 +557,13 @@ def rollout(bench: Bench) -> None:
     for name, work in sides.items():
         fresh_memory()
         taken[name] = seconds(work)
-        ratio = taken[name] / taken.get("graphs", taken[name])
-        bench.record(
-            "rollout",
-            name,
-            seconds=taken[name],
-            tokens_s=tokens / taken[name],
-            times_graphs=ratio,
-            peak_GB=peak_gb(),
-        )
+        figures = {
+            "seconds": taken[name],
+            "tokens_s": tokens / taken[name],
+            "times_graphs": taken[name] / taken.get("graphs", taken[name]),
+            "peak_GB": peak_gb(),
+        }
+        bench.record("rollout", name, **figures)
         bench.save()
 
 

@@ -205,6 +205,37 @@ def speaking(tokenizer):
     return tokenizer
 
 
+def trl_options(task: Task, longest_prompt: int) -> dict:
+    """The settings of TRL with which it does what minizs does."""
+    multi = task.turns > 1
+    return {
+        "num_generations": task.group,
+        "per_device_train_batch_size": task.rows,
+        "shuffle_dataset": False,
+        "gradient_accumulation_steps": task.questions * task.group // task.rows,
+        "max_completion_length": task.context - longest_prompt if multi else task.turn_tokens,
+        "generation_kwargs": {"max_new_tokens": task.turn_tokens},
+        "max_tool_calling_iterations": task.turns - 1 if multi else None,
+        "learning_rate": task.lr,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "beta": 0.02,
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "loss_type": "dapo",
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "gradient_checkpointing": False,
+        "bf16": loading.device().type == "cuda",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+
+
 def trl(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
     """The same with TRL."""
     from datasets import Dataset
@@ -270,35 +301,8 @@ def trl(task: Task) -> Callable[[int, int], list[dict[str, float]]]:
         prompts = [protocol.build_prompt(row["question"], template) for row in rows]
         longest = max(map(len, tokenizer(prompts)["input_ids"]))
         with tempfile.TemporaryDirectory() as folder:
-            config = GRPOConfig(
-                folder,
-                seed=seed,
-                max_steps=1 + steps,
-                num_generations=task.group,
-                per_device_train_batch_size=task.rows,
-                shuffle_dataset=False,
-                gradient_accumulation_steps=task.questions * task.group // task.rows,
-                max_completion_length=task.context - longest if multi else task.turn_tokens,
-                generation_kwargs={"max_new_tokens": task.turn_tokens},
-                max_tool_calling_iterations=task.turns - 1 if multi else None,
-                learning_rate=task.lr,
-                lr_scheduler_type="constant",
-                weight_decay=0.0,
-                max_grad_norm=1.0,
-                beta=0.02,
-                epsilon=0.2,
-                epsilon_high=0.28,
-                loss_type="dapo",
-                temperature=1.0,
-                top_p=1.0,
-                top_k=0,
-                gradient_checkpointing=False,
-                bf16=loading.device().type == "cuda",
-                save_strategy="no",
-                logging_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            )
+            options = trl_options(task, longest)
+            config = GRPOConfig(folder, seed=seed, max_steps=1 + steps, **options)
             clock = Clock()
             trainer = Timed(
                 model,

@@ -13,8 +13,9 @@ from counts import COUNTS
 from scripts import metrics, policy
 from servers import Server
 
+from minizs import UserError
 from minizs.engines.cache import Cached
-from minizs.engines.client import Client, ServiceError
+from minizs.engines.client import Client
 from minizs.engines.http import HttpSearch
 from minizs.engines.served import ServedModel, ServedSearch
 from minizs.protocol import neutralize, split_documents
@@ -59,80 +60,85 @@ KINDS = (
 )
 
 
+class FaultyHandler(http.server.BaseHTTPRequestHandler):
+    """Answers as the server's `share` and `hopeless` say; its `kinds` note how it went."""
+
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            rng = self.server.rng
+            kind = rng.choice(KINDS) if rng.random() < self.server.share else "good"
+            nonsense = rng.choice(NONSENSE)
+        kind = 500 if self.server.hopeless in str(body) else kind
+        self.server.kinds.append(kind)
+        if kind == "silent":
+            self.server.closing.wait(4 * TIMEOUT)
+        elif kind == "drip head":
+            self.drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000)
+        elif kind == "drip":
+            self.drip(b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 1000)
+        elif kind == "gone":
+            self.close_connection = True
+        elif isinstance(kind, int):
+            self.send(kind, b"<html>no</html>", {"Retry-After": "0"})
+        else:
+            good = json.dumps(right(body)).encode()
+            bad = {
+                "nothing": b"",
+                "half": good[: len(good) // 2],
+                "html": b"<html>hi</html>",
+                "deep": b"[" * 100_000,
+                "nonsense": json.dumps(nonsense).encode(),
+            }
+            self.send(200, bad.get(kind, good))
+
+    def send(self, status, content, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **(headers or {})}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def drip(self, content):
+        self.close_connection = True
+        for byte in content:
+            self.wfile.write(bytes([byte]))
+            self.wfile.flush()
+            if self.server.closing.wait(TIMEOUT / 10):
+                return
+
+    def handle(self):
+        with suppress(OSError):  # the client has given up
+            super().handle()
+
+    def finish(self):
+        with suppress(OSError):
+            super().finish()
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
 @contextmanager
 def faulty(share, seed=0, hopeless="hopeless"):
     """A simulator's server and a retriever, which fail a request with this probability in one of
     `KINDS`, and always one that holds the word `hopeless`. Yields its address and the kinds."""
-    rng = random.Random(seed)
-    lock = threading.Lock()
-    done = threading.Event()
-    seen = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1
-
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                kind = rng.choice(KINDS) if rng.random() < share else "good"
-                odd = rng.choice(NONSENSE)
-            kind = 500 if hopeless in str(body) else kind
-            seen.append(kind)
-            if kind == "silent":
-                done.wait(4 * TIMEOUT)
-            elif kind == "drip head":
-                self.drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000)
-            elif kind == "drip":
-                self.drip(b"HTTP/1.1 200 OK\r\n\r\n" + b" " * 1000)
-            elif kind == "gone":
-                self.close_connection = True
-            elif isinstance(kind, int):
-                self.send(kind, b"<html>no</html>", {"Retry-After": "0"})
-            else:
-                good = json.dumps(right(body)).encode()
-                bad = {
-                    "nothing": b"",
-                    "half": good[: len(good) // 2],
-                    "html": b"<html>hi</html>",
-                    "deep": b"[" * 100_000,
-                    "nonsense": json.dumps(odd).encode(),
-                }
-                self.send(200, bad.get(kind, good))
-
-        def send(self, status, content, headers=None):
-            self.send_response(status)
-            for name, value in {"Content-Length": len(content), **(headers or {})}.items():
-                self.send_header(name, str(value))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def drip(self, content):
-            self.close_connection = True
-            for byte in content:
-                self.wfile.write(bytes([byte]))
-                self.wfile.flush()
-                if done.wait(TIMEOUT / 10):
-                    return
-
-        def handle(self):
-            with suppress(OSError):  # the client has given up
-                super().handle()
-
-        def finish(self):
-            with suppress(OSError):
-                super().finish()
-
-        def log_message(self, *_):
-            """Quiet."""
-
-    server = Server(("127.0.0.1", 0), Handler)
+    server = Server(("127.0.0.1", 0), FaultyHandler)
     server.daemon_threads = True
+    server.share = share
+    server.hopeless = hopeless
+    server.rng = random.Random(seed)
+    server.lock = threading.Lock()
+    server.closing = threading.Event()
+    server.kinds = []
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}", seen
+        yield f"http://127.0.0.1:{server.server_port}", server.kinds
     finally:
-        done.set()
+        server.closing.set()
         server.shutdown()
         server.server_close()
 
@@ -184,12 +190,12 @@ def test_queries_with_faults_of_all_kinds(kind, n, retries, tmp_path, monkeypatc
         engine = engine_of(kind, url, retries, tmp_path)
         start = time.monotonic()
         requests = [SearchRequest(query, "?", key=(i,)) for i, query in enumerate(queries)]
-        found = engine.search(requests)
+        replies = engine.search(requests)
         seconds = time.monotonic() - start
-    answered = [reply == [f"on {query}"] for query, reply in zip(queries, found, strict=True)]
-    empty = sum(reply == [] for reply in found)
+    answered = [reply == [f"on {query}"] for query, reply in zip(queries, replies, strict=True)]
+    empty = sum(reply == [] for reply in replies)
     hopeless = n // 100
-    assert len(found) == n and sum(answered) + empty == n and not any(answered[99::100])
+    assert len(replies) == n and sum(answered) + empty == n and not any(answered[99::100])
     assert empty == engine.failed >= hopeless
     assert engine.failed == hopeless if retries == 10 else engine.failed < 0.9 * n
     if n == 1000 and kind == "simulator":
@@ -225,13 +231,13 @@ def test_training_with_a_faulty_simulator(work, monkeypatch):
     with faulty(0.5) as (url, seen):
         policy(*flags, "run", "--simulator", url, "--on_search_error", "empty")
         faults = sum(kind != "good" for kind in seen)
-        with pytest.raises(ServiceError, match=url):
+        with pytest.raises(UserError, match=url):
             policy(*flags, "stopped", "--simulator", url)
     lines = (work / "run" / "trajectories.jsonl").read_text().splitlines()
     turns = [turn for line in lines for turn in json.loads(line)["turns"]]
-    found = [(t["content"], t["documents"]) for t in turns if t["documents"] is not None]
-    for query, reply in found:
+    searches = [(t["content"], t["documents"]) for t in turns if t["documents"] is not None]
+    for query, reply in searches:
         assert reply in ([], split_documents(f"Doc 1: on {neutralize(query)}", 3))
-    empty = sum(reply == [] for _, reply in found)
-    assert 0 < faults <= empty < len(found)  # a busy machine may be late with a good answer
+    empty = sum(reply == [] for _, reply in searches)
+    assert 0 < faults <= empty < len(searches)  # a busy machine may be late with a good answer
     assert sum(row["search_errors"] for row in metrics(work / "run")) == empty

@@ -84,6 +84,7 @@ def read_config(argv: list[str]) -> PolicyConfig:
         folder = run_folder.to_resume(config.output, config.resume)
         run_folder.check_run_or_settings(folder, argv, may_change(config))
         config = parse(PolicyConfig, argv, folder / "config.yaml")
+        run_folder.keep_day(folder, config, argv)
         if run_folder.has_results(folder):
             run_folder.check_unchanged(folder, config, may_change(config))
         config.output = str(folder)

@@ -65,12 +65,15 @@ def main(argv: list[str]) -> None:
 
 
 def read_settings(argv: list[str]) -> SimConfig:
-    """The settings of these flags; a resumed run has its own where the flags are silent."""
+    """The settings of these flags; a resumed run has its own where the flags are silent, and any
+    run that goes on has its day."""
     config = parse(SimConfig, argv)
     config.output = config.output or str(COLLECTED_FOLDER if config.collect else SIMULATOR_FOLDER)
+    partial = run_folder.partial_folder(Path(config.output))
     if config.resume:
-        saved = run_folder.partial_folder(Path(config.output)) / "config.yaml"
-        config = parse(SimConfig, [*argv, "--output", config.output], saved)
+        config = parse(SimConfig, [*argv, "--output", config.output], partial / "config.yaml")
+    if argv and not config.overwrite:
+        run_folder.keep_day(partial, config, argv)
     return config
 
 

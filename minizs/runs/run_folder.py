@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from minizs import UserError, require
+from minizs.runs.flags import given
 
 RUNS = Path("runs")
 TRIAL = ".trial-"  # how the names of folders begin that `can_be_made` makes and removes
@@ -193,6 +194,14 @@ def check_run_or_settings(folder: Path, argv: list[str], free: set[str]) -> None
         f"There is no run in {folder} to resume; check --output. To begin a run there, leave out "
         "--resume or give its settings, too.",
     )
+
+
+def keep_day(folder: Path, config, argv: list[str]) -> None:
+    """Give the settings the day on which a folder's run began, unless the flags give one. The
+    default is today, with which a run would go on after midnight with other settings."""
+    day = saved_settings(folder / "config.yaml").get("day")
+    if day and "day" not in given(type(config), argv):
+        config.day = day
 
 
 def check_unchanged(folder: Path, config, free: set[str]) -> None:

@@ -7,13 +7,15 @@ from datetime import date
 import pytest
 import yaml
 from conftest import make_tokenizer
-from scripts import EVAL, metrics, policy
+from scripts import COLLECTED, EVAL, FILE, metrics, policy, simulator
 from servers import serving
 from transformers import AutoTokenizer
 
 import evaluate
 import train_policy
+import train_sim
 from minizs import UserError
+from minizs.imitation import stage1
 from minizs.models import loading
 from minizs.models.chat import fix_day
 from minizs.protocol import prompt_ids
@@ -119,22 +121,28 @@ def test_what_is_no_mapping_is_refused(work, text):
     assert not list(work.iterdir())
 
 
-def test_a_resumed_run_keeps_its_day(chat, work, monkeypatch):
-    """A run that goes on after midnight has the prompts that it began with."""
+@pytest.fixture
+def days(monkeypatch):
+    """The days on which things happen; today is the last of them."""
+    days = ["2026-02-03"]
 
     class Day(settings.date):
         @classmethod
         def today(cls):
-            return cls.fromisoformat(today[-1])
+            return cls.fromisoformat(days[-1])
 
     monkeypatch.setattr(settings, "date", Day)
-    today = ["2026-02-03"]
+    return days
+
+
+def test_a_resumed_run_keeps_its_day(chat, work, days):
+    """A run that goes on after midnight has the prompts that it began with."""
     flags = ["--policy", "chat", "--save_every", "1"]
     policy(*flags, "--steps", "2", "--output", "whole")
     shutil.copytree(work / "whole", work / "cut")
     shutil.rmtree(work / "cut" / "policy")
     shutil.rmtree(work / "cut" / "checkpoints" / "step-2")
-    today.append("2026-02-04")
+    days.append("2026-02-04")
     train_policy.main(["--output", "cut", "--resume"])
     saved = yaml.safe_load((work / "cut" / "config.yaml").read_text())
     assert saved["day"] == "2026-02-03"
@@ -144,6 +152,43 @@ def test_a_resumed_run_keeps_its_day(chat, work, monkeypatch):
     # The policy is tested with the prompts that it was trained on.
     config, _ = evaluate.read_settings([*EVAL, "--policy", str(work / "whole" / "policy")])
     assert config.day == "2026-02-03"
+
+
+def test_a_file_of_settings_does_not_change_the_day(chat, work, days):
+    """A run that is resumed with its own file again has the day that it began with, too; with
+    another day as a flag it would be another run."""
+    (work / "settings.yaml").write_text("lr_end: 0.5\n")
+    flags = ["--config", "settings.yaml", "--policy", "chat", "--save_every", "1"]
+    flags += ["--output", "run"]
+    policy(*flags)
+    shutil.rmtree(work / "run" / "policy")
+    shutil.rmtree(work / "run" / "checkpoints" / "step-2")
+    days.append("2026-02-04")
+    policy(*flags, "--resume")
+    assert yaml.safe_load((work / "run" / "config.yaml").read_text())["day"] == "2026-02-03"
+    with pytest.raises(UserError, match="--day was '2026-02-03' and is '2026-02-05'"):
+        policy(*flags, "--resume", "--day", "2026-02-05")
+
+
+@pytest.mark.parametrize(
+    "stage", [["--data", COLLECTED], ["--collect", *FILE, "--engine_noise", "0.5"]]
+)
+def test_the_same_command_goes_on_after_midnight(stage, work, collected, days, monkeypatch):
+    """Stage 1 goes on by the same command, with the day on which it began."""
+
+    def killed(*arguments, **texts):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "save_model", killed)
+    monkeypatch.setattr(stage1, "collect_from_sources", killed)
+    with pytest.raises(KeyboardInterrupt):
+        simulator(*stage, "--save_every", "1", "--output", "out")
+    monkeypatch.undo()
+    monkeypatch.chdir(work)
+    config = train_sim.read_settings([*stage, "--output", "out"])
+    assert config.day == days[0] != settings.date.today().isoformat()
+    simulator(*stage, "--save_every", "1", "--output", "out")
+    assert yaml.safe_load((work / "out" / "config.yaml").read_text())["day"] == days[0]
 
 
 def test_processes_agree_on_the_day(monkeypatch):

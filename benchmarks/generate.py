@@ -2,6 +2,7 @@
 
     python benchmarks/generate.py [--batch 8 64 256] [--threads 2] [--repeats 3]
     python benchmarks/generate.py --model large          # 107 M parameters, batch 64, equal lengths
+    python benchmarks/generate.py --model large --dtype bfloat16 --workloads wide --batch 16 64
 
 - `equal`: prompts of 32 tokens, 32 new ones.
 - `mixed`: every row is a turn of a real rollout (`--policy` in the tiny world, with BM25): what
@@ -60,10 +61,10 @@ class Workload:
     new: list[int]
 
 
-def make_model(name: str):
+def make_model(name: str, number_format: str = "auto"):
     """A model of `SHAPES` with random weights, or the one that `loading.load_model` knows."""
     device = loading.device()
-    dtype = weights.named_dtype("auto", device)
+    dtype = weights.named_dtype(number_format, device)
     if name not in SHAPES:
         return loading.load_model(name, device, dtype)[0]
     hidden, layers, heads, kv_heads, intermediate, vocab = SHAPES[name]
@@ -126,8 +127,8 @@ def workload(kind: str, batch: int, turns: list[tuple[list[int], int]], new: int
     return Workload([shared[i // GROUP] for i in range(batch)], [some() for _ in range(batch)])
 
 
-def minizs(name: str) -> Callable[[Workload, int], int]:
-    model = make_model(name)
+def minizs(name: str, number_format: str) -> Callable[[Workload, int], int]:
+    model = make_model(name, number_format)
 
     def work(load: Workload, seed: int) -> int:
         return sum(
@@ -137,8 +138,8 @@ def minizs(name: str) -> Callable[[Workload, int], int]:
     return work
 
 
-def library(name: str, cache: str) -> Callable[[Workload, int], int]:
-    model = make_model(name)
+def library(name: str, number_format: str, cache: str) -> Callable[[Workload, int], int]:
+    model = make_model(name, number_format)
     model.generation_config.eos_token_id = None
     logging.set_verbosity_error()
 
@@ -163,8 +164,8 @@ def library(name: str, cache: str) -> Callable[[Workload, int], int]:
     return work
 
 
-def continuous(name: str) -> Callable[[Workload, int], int]:
-    model = make_model(name)
+def continuous(name: str, number_format: str) -> Callable[[Workload, int], int]:
+    model = make_model(name, number_format)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     logging.set_verbosity_error()
 
@@ -234,6 +235,7 @@ KINDS = ("equal", "mixed", "wide", "groups")
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="tiny", help=f"tiny, a folder, or {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="auto", help="as that of train_policy.py")
     parser.add_argument("--policy", default="tiny", help="whose rollouts are 'mixed'")
     parser.add_argument("--workloads", nargs="+", choices=KINDS, help="default: all that fit")
     parser.add_argument("--batch", type=int, nargs="+", help="rows; default 8 64 256, or 64")
@@ -249,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     turns = (
         real_turns(args.policy, args.questions, Limits(6, 40, 80, 448)) if "mixed" in kinds else []
     )
-    model = make_model(args.model)
+    model = make_model(args.model, args.dtype)
     rates = (measure.read_rate(model.device), measure.matrix_rate(model.device, model.dtype))
     print(measure.machine(args.threads))
     print(
@@ -260,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     print("| workload | batch | side | tokens/s | minizs is faster | peak MB | floor reached |")
     print("|---|---|---|---|---|---|---|")
     sides = {
-        name: measure.Side(make, args.model, *arguments, threads=args.threads)
+        name: measure.Side(make, args.model, args.dtype, *arguments, threads=args.threads)
         for name, (make, *arguments) in SIDES.items()
         if name in args.sides
     }

@@ -11,6 +11,7 @@ was interrupted goes on where it was when the same command is given again.
 
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 
 from minizs import require
 from minizs.evaluation.outputs import check_figures_path
@@ -131,7 +132,7 @@ def opening_sentences(config: EvalConfig, memory: dict, argv: list[str]) -> list
             f"The policy is that of {run_folder.describe_run(Path(config.policy).parent)}"
         )
     if memory:
-        flags = ", ".join(f"--{name} {value}" for name, value in memory.items())
+        flags = ", ".join(f"--{name} {quote(str(value))}" for name, value in memory.items())
         sentences.append(f"As in its training, where no flag says otherwise: {flags}.")
     trained_on = run_folder.trained_with(Path(config.policy)).get("data", "world")
     knows_questions = config.data == trained_on and trained_on != "world" and not config.ask

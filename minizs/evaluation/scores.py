@@ -158,10 +158,11 @@ def warnings(trajectories: Sequence[Trajectory], config) -> list[str]:
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     replies = [turn.documents for turn in turns if turn.documents is not None]
     sentences = limit_warnings(trajectories, config)
-    if all(turn.action == "invalid" for turn in turns):
+    if invalid_share(trajectories) > 0.5:
         sentences.append(
-            "not one turn was a valid action, a search or an answer: look at the answers' file, "
-            "and check --chat_template and the model's prompt.txt"
+            f"{1 - invalid_share(trajectories):.0%} of the turns were a valid action, a search or "
+            "an answer: look at the answers' file, and check --chat_template and the model's "
+            "prompt.txt"
         )
     elif config.method == "search" and not replies:
         sentences.append(
@@ -174,6 +175,12 @@ def warnings(trajectories: Sequence[Trajectory], config) -> list[str]:
     return sentences
 
 
+def invalid_share(trajectories: Sequence[Trajectory]) -> float:
+    """The share of the turns that were neither a search nor an answer."""
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    return sum(turn.action == "invalid" for turn in turns) / max(1, len(turns))
+
+
 def limit_warnings(trajectories: Sequence[Trajectory], config) -> list[str]:
     """A sentence about the limit that ended most trajectories, if limits ended most of them."""
     reasons = Counter(t.truncated for t in trajectories if t.truncated)
@@ -183,6 +190,8 @@ def limit_warnings(trajectories: Sequence[Trajectory], config) -> list[str]:
     [(reason, _)] = reasons.most_common(1)
     if reason == "turns" and config.method != "search":
         return [f"{share:.0%} of the answers are none: the one turn of --method had no answer"]
+    if reason == "turns" and invalid_share(trajectories) > 0.5:
+        return []  # with more turns it would fail more often
     setting = LIMITS[reason]
     most = "all" if len(reasons) == 1 else "most"
     return [

@@ -197,13 +197,16 @@ def test_most_answers_ended_at_a_limit(reasons, sentence):
 
 
 def test_no_valid_action_no_search_and_empty_replies():
-    """Each of them is one sentence, for all questions together and only if it holds for all."""
+    """Each of them is one sentence for all questions together."""
     example = EXAMPLES[0]
     invalid = Trajectory(example, turns=[Turn("hm", "invalid", "")])
     silent = Trajectory(example, turns=[Turn("<answer>x</answer>", "answer", "x")], answer="x")
     empty = Trajectory(example, turns=[Turn("", "search", "q", []), *silent.turns], answer="x")
     [warning] = warnings([invalid, invalid], SETTINGS)
-    assert "not one turn was a valid action" in warning
+    assert "0% of the turns were a valid action" in warning
+    lost = Trajectory(example, turns=invalid.turns * 3, truncated="turns")
+    [warning] = warnings([lost, lost, silent], SETTINGS)  # not: raise --max_turns
+    assert "14% of the turns were a valid action" in warning
     [warning] = warnings([invalid, silent], SETTINGS)
     assert "not one search was carried out" in warning
     [warning] = warnings([silent, empty], SETTINGS)

@@ -7,9 +7,9 @@ from scripts import POLICY, metrics, policy
 from servers import openai, serving
 
 import train_policy
+from minizs import UserError
 from minizs.engines import retriever
 from minizs.engines.bm25 import BM25
-from minizs.engines.client import ServiceError
 from minizs.models import loading
 
 SIMULATED = [
@@ -57,7 +57,7 @@ def test_a_server_that_dies_loses_nothing_that_was_saved(work, monkeypatch):
     monkeypatch.setattr(train_policy.run_folder, "write_lines", killing)
     flags = [*SIMULATED, *SERVED, "--save_every", "1", "--retries", "2", "--output"]
     with serving(mortal) as (url, _):
-        with pytest.raises(ServiceError, match="answered 503.*check that this server runs"):
+        with pytest.raises(UserError, match="answered 503.*check that this server runs"):
             policy(*flags, "cut", "--simulator", url)
         assert (work / "cut" / "checkpoints" / "step-2").is_dir()
         monkeypatch.setattr(train_policy.run_folder, "write_lines", written)

@@ -37,7 +37,7 @@ def test_a_simulator_is_a_model_folder_with_its_prompt_and_report(work, capsys):
     simulator("--seed", "3")
     folder = work / "runs" / "simulator"
     names = {p.name for p in (work / "runs").iterdir()}
-    assert names == {"simulator", "simulator.lock"} and not (folder / "checkpoints").exists()
+    assert names == {"simulator", ".simulator.lock"} and not (folder / "checkpoints").exists()
     assert [row["step"] for row in losses(folder)] == [1, 2, 3]
     assert (folder / "simulator_prompt.txt").read_text() == base.SIMULATOR_PROMPT
     settings = yaml.safe_load((folder / "config.yaml").read_text())
@@ -67,7 +67,7 @@ def test_collected_rows_are_balanced_and_read_back(work, collected, capsys):
     simulator("--collect", "--output", "again")
     second = [json.loads(x) for x in (work / "again" / "collected.jsonl").read_text().splitlines()]
     assert second == collected
-    files = ["again", "again.lock", "again/collected.jsonl", "again/config.yaml"]
+    files = [".again.lock", "again", "again/collected.jsonl", "again/config.yaml"]
     assert sorted(everything(work)) == files  # no model was trained
     simulator("--data", COLLECTED, "--output", "from-rows")
     simulator("--output", "at-once")

@@ -255,8 +255,9 @@ def _find_marks(text: str) -> list[re.Match]:
     numbers = {int(mark["number"]) for mark in marks}
     places = {place for mark in marks for place in range(*mark.span())}
     for mark in INLINE_MARK.finditer(text):
-        # "Doc 2:" within a line is a word of the first document if the second begins a line.
-        if mark.start() not in places and int(mark["number"]) not in numbers:
+        # Where documents begin on lines of their own, "Doc 2:" within a line refers to one of them.
+        is_reference = len(numbers) > 1 and int(mark["number"]) in numbers
+        if mark.start() not in places and not is_reference:
             marks.append(mark)
     if marks:
         return sorted(marks, key=re.Match.start)

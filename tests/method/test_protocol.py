@@ -260,6 +260,10 @@ def test_documents_are_read_in_markdown_and_otherwise(mark, between):
     "text, documents",
     [
         ("Doc 1: He wrote Doc 2: the sequel.\nDoc 2: b", ["He wrote Doc 2: the sequel.", "b"]),
+        (
+            "Doc 1: He wrote Doc 2: a\nDoc 2: b, as Doc 1: says",
+            ["He wrote Doc 2: a", "b, as Doc 1: says"],
+        ),
         ("Doc 1: steps:\n1. x\n2. y\n[3] z\nDoc 2: b", ["steps: 1. x 2. y [3] z", "b"]),
         ("1. Born in\n1999. Died\n2. b", ["Born in 1999. Died", "b"]),
         ("[1] a cites\n[7] c\n[2] b", ["a cites [7] c", "b"]),
@@ -271,6 +275,12 @@ def test_documents_are_read_in_markdown_and_otherwise(mark, between):
 def test_marks_inside_a_document_are_text(text, documents):
     """Those of another kind, those that do not count on, and a reference within a line."""
     assert split_documents(text, 5) == documents
+
+
+def test_documents_on_one_line():
+    """A word-level model writes no line breaks, and a bad one may repeat a number."""
+    assert split_documents("Doc 1: a Doc 2: b Doc 2: c", 5) == ["a", "b", "c"]
+    assert split_documents("Doc 1: a Doc 1: b", 5) == ["a", "b"]
 
 
 def test_a_title_beside_the_mark_belongs_to_the_document():

@@ -90,7 +90,8 @@ def commands(text: str) -> list[str]:
     pieces = [part for line in lines for part in re.split(r"&&|\s#", line)[: 1 + line.count("&&")]]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     starts = r"(?:[A-Z_]+=\S+ )?(?:python|accelerate|torchrun|pip|transformers|ruff) |\w+\.py --"
-    pieces += [code for code in re.findall(r"`([^`]+)`", prose) if re.match(starts, code)]
+    codes = [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+    pieces += [code for code in codes if re.match(starts, code)]
     pieces = [" ".join(piece.replace("\\|", "|").split()) for piece in pieces]
     return [piece for piece in pieces if piece and not piece.startswith("#")]
 

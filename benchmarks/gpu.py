@@ -706,7 +706,9 @@ def tests(bench: Bench) -> None:
     """The tests that are marked `gpu`, if there is a pytest. Other files are not even read: they
     may need packages that are not installed beside a card."""
     files = [
-        path for path in ROOT.glob("tests/*/test_*.py") if "mark.gpu" in path.read_text("utf-8")
+        path
+        for path in ROOT.glob("tests/*/test_*.py")
+        if "mark.gpu" in path.read_text(encoding="utf-8")
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *map(str, files)]
     if bench.dry:
@@ -734,13 +736,15 @@ def job(bench: Bench) -> None:
     metrics = folder / "metrics.jsonl"
     steps = []
     if metrics.is_file():
-        steps = [json.loads(line) for line in metrics.read_text().splitlines()]
+        steps = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     figures = {}
     for name in ("seconds", "seconds_rollout", "seconds_update", "reward"):
         values = [step[name] for step in steps if name in step]
         if values:
             figures[f"median_{name}"] = statistics.median(values)
-    figures["said"] = (bench.output / "job.log").read_text(errors="replace")[-300:]
+    figures["said"] = (bench.output / "job.log").read_text(encoding="utf-8", errors="replace")[
+        -300:
+    ]
     bench.record(
         "job", "train_policy.py", seconds=taken, status=status, steps=len(steps), **figures
     )

@@ -70,7 +70,8 @@ class RowCache(Cache):
 
     def __init__(self, rows: int, capacity: int) -> None:
         super().__init__(layers=[])
-        self.rows, self.capacity = rows, capacity
+        self.rows = rows
+        self.capacity = capacity
         self.stores: list[Tensor] = []  # layer 0's keys, its values, layer 1's keys, ...
         self.step: Step | None = None  # that of the forward pass under way
 
@@ -92,9 +93,9 @@ class RowCache(Cache):
         ids = pad(chunks).to(device)  # (n, C)
         steps = torch.arange(ids.shape[1], device=device)  # (C,)
         positions = torch.tensor(starts, device=device)[:, None] + steps  # (n, C)
-        needed = max(starts) + ids.shape[1]
-        if needed > self.capacity:  # at least doubles, so that it is rare
-            self.reserve(max(needed, 2 * self.capacity))
+        columns = max(starts) + ids.shape[1]
+        if columns > self.capacity:  # at least doubles, so that it is rare
+            self.reserve(max(columns, 2 * self.capacity))
         width = max(start + len(chunk) for start, chunk in parts)
         states = self.forward(model, ids, Step(first, positions, width))  # (n, C, d)
         ends = torch.tensor([len(chunk) - 1 for chunk in chunks], device=device)
@@ -128,11 +129,11 @@ class RowCache(Cache):
         step = self.step
         if 2 * layer == len(self.stores):
             self.stores += [self._room_for(keys), self._room_for(values)]
-        seen = []
+        views = []
         for store, new in zip(self.stores[2 * layer : 2 * layer + 2], (keys, values), strict=True):
             store[step.rows, :, step.positions] = new.transpose(1, 2)  # (n, C, H, D)
-            seen.append(store[step.first : step.first + len(new), :, : step.width])
-        return tuple(seen)
+            views.append(store[step.first : step.first + len(new), :, : step.width])
+        return tuple(views)
 
     def _room_for(self, tensor: Tensor) -> Tensor:
         """Zeros (B, H, capacity, D) for the heads of a tensor (n, H, C, D). Not empty memory: a

@@ -28,7 +28,6 @@ from minizs.randomness import hash64
 from minizs.sampling import StopStrings, sample, uniforms
 
 Ints = int | Sequence[int]  # one number or several
-_checked = weakref.WeakSet()  # models that `check_decoding` has tried
 # Most positions in one forward pass: more go in groups of rows.
 FORWARD_TOKENS = {"cpu": 2048, "cuda": 16384}
 
@@ -49,7 +48,11 @@ class Draft:
     state: int  # the hash of its keys
     budget: int  # most tokens
     result: Generated = field(default_factory=Generated)
-    done: bool = False  # it has stopped before its budget is used up
+    has_stopped: bool = False  # at eos or a stop string, before its budget is used up
+
+    def goes_on(self, position: int) -> bool:
+        """Whether it still has a token to write at this position of the turn."""
+        return not self.has_stopped and position < self.budget
 
 
 @contextmanager
@@ -64,40 +67,6 @@ def decoding(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def check_decoding(model: nn.Module) -> None:
-    """Raise ValueError for a model that does not compute rows of different lengths, in two parts
-    each, as it computes every row alone and at once. It is tried on a few tokens, once."""
-    if model in _checked:
-        return
-    name = type(model).__name__
-    size = model.get_input_embeddings().num_embeddings
-    rows = [[i % size for i in ids] for ids in ((4, 2, 5, 3, 7, 6), (3, 6, 2, 4))]
-    heads, tails = [row[:-2] for row in rows], [row[-2:] for row in rows]
-    cache = RowCache(len(rows), 8)
-    try:
-        with decoding(model):
-            cache.feed(model, 0, [(0, head) for head in heads])
-            parts = [(len(head), tail) for head, tail in zip(heads, tails, strict=True)]
-            ours = cache.feed(model, 0, parts)  # (2, d)
-            with attending(model, plain_attention(model)):
-                alone = [last_state(model, row) for row in rows]
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a family does not expect
-        raise ValueError(f"{name} is not supported: no cache of rows fits it") from error
-    own = torch.stack(alone)  # (2, d)
-    most = 0.01 if model.dtype in (torch.float32, torch.float64) else 0.2
-    if not (ours - own).norm() <= most * own.norm():
-        raise ValueError(f"{name} is not supported: rows of different lengths come out wrong")
-    _checked.add(model)
-
-
-def last_state(model: nn.Module, row: list[int]) -> Tensor:
-    """The decoder's state at the end of one row, computed at once: (d,)."""
-    ids = torch.tensor([row], device=model.device)
-    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
 
 
 class Decoder:
@@ -169,7 +138,8 @@ class Decoder:
         `max_new_tokens`, one number or one a row. Random numbers hang on the seed, the row's
         `keys`, which must differ from turn to turn, and the position, not on the batch's layout."""
         drafts = self._drafts(rows, max_new_tokens, keys)
-        position, live = 0, writing(drafts, 0)
+        position = 0  # the place in the turn of the token that is sampled next
+        live = live_rows(drafts, position)
         with decoding(self.model):
             if self.steps:
                 self.steps.prepare(self, drafts)
@@ -177,10 +147,41 @@ class Decoder:
                 if self.steps and position:  # from here on one token a row is pending
                     self.steps.finish(self, drafts, position)
                     break
-                self._step(drafts, live, position)
+                # 1. Feed each live row its pending tokens. (The prompts were fed by `_prefill`.)
+                live = self.to_front(live)
+                hidden = self._forward([(self.length[row], self.pending[row]) for row in live])
+                # 2. Sample a token for each. Its random number hangs on the row and the position.
+                uniform = uniforms([drafts[row].state for row in live], position)
+                ids, logprobs = sample(
+                    self.model, hidden, uniform, self.temperature, self.vocab_size
+                )
+                # One copy to the host a step; float32 holds every id below 2^24 exactly.
+                values = torch.stack([ids.float(), logprobs.float()]).tolist()
+                # 3. Add it to the row's turn, which stops at eos or a complete stop string.
+                for row, token, logprob in zip(live, *values, strict=True):
+                    self.accept(row, drafts[row], int(token), logprob)
+                # 4. Rows that have stopped leave, and so do those whose budget is used up.
                 position += 1
-                live = writing(drafts, position)
+                live = live_rows(drafts, position)
         return [draft.result for draft in drafts.values()]
+
+    def accept(self, row: int, draft: Draft, token: int, logprob: float) -> None:
+        """What was pending of this row is now in the cache, and this token was sampled after it:
+        it joins the row's turn and is pending next. The turn may stop here."""
+        if math.isnan(logprob):
+            graphs.release(self.model)  # its cache may hold NaNs
+            raise FloatingPointError("the model's logits are NaN")
+        self.length[row] += len(self.pending[row])
+        self.pending[row] = [token]
+        result = draft.result
+        result.ids.append(token)
+        result.logprobs.append(logprob)
+        if token in self.eos:
+            result.reason = "eos"
+            draft.has_stopped = True
+        elif self.stop.complete(result.ids):
+            result.reason = "stop"
+            draft.has_stopped = True
 
     def _drafts(
         self, rows: Sequence[int], max_new_tokens: Ints, keys: Sequence[Ints]
@@ -196,27 +197,17 @@ class Decoder:
             drafts[row] = Draft(hash64(self.seed, *key), budget)
         return drafts
 
-    def _step(self, drafts: dict[int, Draft], live: list[int], position: int) -> None:
-        """Feed what is pending of the live rows, and add a token to the turn of each."""
-        rows = self.to_front(live)
-        hidden = self._forward([(self.length[row], self.pending[row]) for row in rows])
-        uniform = uniforms([drafts[row].state for row in rows], position)
-        ids, logprobs = sample(self.model, hidden, uniform, self.temperature, self.vocab_size)
-        # One copy to the host a step; float32 holds every id below 2^24 exactly.
-        values = torch.stack([ids.float(), logprobs.float()]).tolist()
-        for row, token, logprob in zip(rows, *values, strict=True):
-            self.accept(row, drafts[row], int(token), logprob)
-
     def to_front(self, live: Sequence[int]) -> list[int]:
         """Swap these rows to the first slots of the cache. Returns them in their order there."""
-        wanted, n = set(live), len(live)
-        holes = [slot for slot in range(n) if self.order[slot] not in wanted]
+        count = len(live)
+        live = set(live)
+        holes = [slot for slot in range(count) if self.order[slot] not in live]
         if holes:
-            movers = [slot for slot in range(n, len(self.order)) if self.order[slot] in wanted]
+            movers = [slot for slot in range(count, len(self.order)) if self.order[slot] in live]
             self.cache.copy(movers + holes, holes + movers, max(self.length))
             for hole, mover in zip(holes, movers, strict=True):
                 self.order[hole], self.order[mover] = self.order[mover], self.order[hole]
-        return self.order[:n]
+        return self.order[:count]
 
     def _forward(self, parts: list[tuple[int, list[int]]]) -> Tensor:
         """parts[slot] = (start, chunk): a chunk of tokens that continues a row of `start` tokens.
@@ -231,25 +222,10 @@ class Decoder:
         self.positions += sum(len(chunk) for _, chunk in parts)
         return torch.cat(states)
 
-    def accept(self, row: int, draft: Draft, token: int, logprob: float) -> None:
-        """What was pending of this row is now in the cache, and this token was sampled after it."""
-        if math.isnan(logprob):
-            graphs.release(self.model)  # its cache may hold NaNs
-            raise FloatingPointError("the model's logits are NaN")
-        self.length[row] += len(self.pending[row])
-        self.pending[row] = [token]
-        result = draft.result
-        result.ids.append(token)
-        result.logprobs.append(logprob)
-        if token in self.eos:
-            result.reason, draft.done = "eos", True
-        elif self.stop.complete(result.ids):
-            result.reason, draft.done = "stop", True
 
-
-def writing(drafts: dict[int, Draft], position: int) -> list[int]:
+def live_rows(drafts: dict[int, Draft], position: int) -> list[int]:
     """The rows that go on to write a token at this position of their turns."""
-    return [row for row, draft in drafts.items() if not draft.done and position < draft.budget]
+    return [row for row, draft in drafts.items() if draft.goes_on(position)]
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], size: int) -> None:
@@ -292,3 +268,42 @@ def generate(
         cuda_graphs=cuda_graphs,
     )
     return decoder.turn(range(len(prompts)), max_new_tokens, keys or range(len(prompts)))
+
+
+# ---- Which models are computed right -------------------------------------------------------------
+
+_checked = weakref.WeakSet()  # models that `check_decoding` has tried
+
+
+def check_decoding(model: nn.Module) -> None:
+    """Raise ValueError for a model that does not compute rows of different lengths, in two parts
+    each, as it computes every row alone and at once. It is tried on a few tokens, once."""
+    if model in _checked:
+        return
+    name = type(model).__name__
+    size = model.get_input_embeddings().num_embeddings
+    rows = [[i % size for i in ids] for ids in ((4, 2, 5, 3, 7, 6), (3, 6, 2, 4))]
+    heads = [row[:-2] for row in rows]
+    tails = [row[-2:] for row in rows]
+    cache = RowCache(len(rows), 8)
+    try:
+        with decoding(model):
+            cache.feed(model, 0, [(0, head) for head in heads])
+            parts = [(len(head), tail) for head, tail in zip(heads, tails, strict=True)]
+            states = cache.feed(model, 0, parts)  # (2, d)
+            with attending(model, plain_attention(model)):
+                expected = torch.stack([last_state(model, row) for row in rows])  # (2, d)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a family does not expect
+        raise ValueError(f"{name} is not supported: no cache of rows fits it") from error
+    tolerance = 0.01 if model.dtype in (torch.float32, torch.float64) else 0.2
+    if not (states - expected).norm() <= tolerance * expected.norm():
+        raise ValueError(f"{name} is not supported: rows of different lengths come out wrong")
+    _checked.add(model)
+
+
+def last_state(model: nn.Module, row: list[int]) -> Tensor:
+    """The decoder's state at the end of one row, computed at once: (d,)."""
+    ids = torch.tensor([row], device=model.device)
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0, -1]

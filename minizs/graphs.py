@@ -37,7 +37,9 @@ WIDTH = 256  # columns of the cache that a bucket is a multiple of
 _steps_of = weakref.WeakKeyDictionary()  # model -> its `StaticSteps`
 
 
-def steps_for(model: nn.Module, setting: str, decoder, rows: int, columns: int):
+def steps_for(
+    model: nn.Module, setting: str, decoder, rows: int, columns: int
+) -> "StaticSteps | None":
     """The `StaticSteps` of a model, with a cache of this size that is the decoder's from now on, or
     None where steps of any shape are the faster ones. `setting` is "auto", "on" or "off"."""
     on_gpu = model.device.type == "cuda"
@@ -45,7 +47,8 @@ def steps_for(model: nn.Module, setting: str, decoder, rows: int, columns: int):
         return None
     steps = _steps_of.get(model)
     if steps is None or steps.owner() is not None:  # another decoder is in the middle of its turns
-        steps = _steps_of[model] = StaticSteps(model, capture=on_gpu and can_capture(model))
+        steps = StaticSteps(model, capture=on_gpu and can_capture(model))
+        _steps_of[model] = steps
     steps.owner = weakref.ref(decoder)
     steps.make_room(row_bucket(rows), columns)
     return steps
@@ -65,6 +68,7 @@ def row_bucket(rows: int) -> int:
 
 
 def width_bucket(columns: int) -> int:
+    """The least multiple of `WIDTH` columns that holds so many."""
     return -(-columns // WIDTH) * WIDTH
 
 
@@ -82,21 +86,22 @@ class Buffers:
 
     ids: Tensor  # (R,) the tokens to be fed
     inputs: Tensor  # (2, R) floats: their positions, and the random numbers
-    drawn: Tensor  # (2, R) the sampled tokens and their log-probabilities
+    samples: Tensor  # (2, R) the sampled tokens and their log-probabilities
 
 
 @dataclass
 class Flight:
-    """A step that was started: the rows that it was for, and what it sampled, once it has ended."""
+    """A step that was started: the rows that it was for, and what it sampled, once it is over."""
 
     rows: list[int | None]  # by slot; None where the slot's row was not writing
-    drawn: Tensor  # (2, R) on the host
-    ended: torch.cuda.Event | None
+    samples: Tensor  # (2, R) on the host
+    end: torch.cuda.Event | None
 
     def read(self) -> tuple[list[float], list[float]]:
-        if self.ended is not None:
-            self.ended.synchronize()
-        return self.drawn.tolist()
+        """The sampled tokens and their log-probabilities by slot, once the step is over."""
+        if self.end is not None:
+            self.end.synchronize()
+        return self.samples.tolist()
 
 
 class StaticSteps:
@@ -122,10 +127,10 @@ class StaticSteps:
 
     def prepare(self, decoder, drafts: dict) -> None:
         """Before a turn: columns for all that it may write, and no graph of other addresses."""
-        needed = 0
+        columns = 0
         for row, draft in drafts.items():
-            needed = max(needed, decoder.length[row] + len(decoder.pending[row]) + draft.budget)
-        self.cache.reserve(width_bucket(needed))
+            columns = max(columns, decoder.length[row] + len(decoder.pending[row]) + draft.budget)
+        self.cache.reserve(width_bucket(columns))
         model = self.model_ref()
         attention = text_config(model)._attn_implementation
         self.reads_lengths = attention == flash.ROWS  # and no columns behind a row's end
@@ -142,9 +147,10 @@ class StaticSteps:
     def finish(self, decoder, drafts: dict, position: int) -> None:
         """Write the rest of a turn whose rows have one pending token each, from this position on.
         Each pass starts a step, and then reads the tokens of the step before it."""
-        flight, size = None, 0
+        flight = None  # the step that was started and is not read yet
+        size = 0  # rows of the bucket in use
         while True:
-            live = [r for r, d in drafts.items() if not d.done and position < d.budget]
+            live = [row for row, draft in drafts.items() if draft.goes_on(position)]
             if flight is not None and (not live or row_bucket(len(live)) < size):
                 self.land(flight, decoder, drafts)
                 flight = None
@@ -155,10 +161,11 @@ class StaticSteps:
                 size = row_bucket(len(live))
                 live = decoder.to_front(live)
                 self.load_ids(decoder, size)
-            started = self.start(decoder, drafts, live, position, size, flight)
+            next_flight = self.start(decoder, drafts, live, position, size, flight)
             if flight is not None:
                 self.land(flight, decoder, drafts)
-            flight, position = started, position + 1
+            flight = next_flight
+            position += 1
 
     def load_ids(self, decoder, size: int) -> None:
         """The pending tokens of the rows in the first slots; a slot without a row gets any."""
@@ -189,7 +196,7 @@ class StaticSteps:
         under_way = set(unread.rows) if unread else set()
         places = []
         for row in slots:
-            ahead = row in under_way and not drafts[row].done
+            ahead = row in under_way and not drafts[row].has_stopped
             places.append(decoder.length[row] + ahead)
         states = [drafts[row].state if row in drafts else 0 for row in slots]
         inputs = torch.tensor(places + blanks, dtype=torch.float64)
@@ -204,19 +211,19 @@ class StaticSteps:
             width = width_bucket(max(places) + 1)
         self.run(size, width, decoder.temperature, decoder.vocab_size)
 
-        drawn = torch.empty(2, size, pin_memory=buffers.drawn.is_cuda)
-        drawn.copy_(buffers.drawn, non_blocking=True)
-        ended = None
-        if buffers.drawn.is_cuda:
-            ended = torch.cuda.Event()
-            ended.record()
+        samples = torch.empty(2, size, pin_memory=buffers.samples.is_cuda)
+        samples.copy_(buffers.samples, non_blocking=True)
+        end = None
+        if buffers.samples.is_cuda:
+            end = torch.cuda.Event()
+            end.record()
         live = set(live)
-        return Flight([row if row in live else None for row in slots], drawn, ended)
+        return Flight([row if row in live else None for row in slots], samples, end)
 
     def land(self, flight: Flight, decoder, drafts: dict) -> None:
         """Read a step's tokens. Rows that had stopped before it drop theirs."""
         for row, token, logprob in zip(flight.rows, *flight.read(), strict=False):
-            if row is not None and not drafts[row].done:
+            if row is not None and not drafts[row].has_stopped:
                 decoder.accept(row, drafts[row], int(token), logprob)
                 decoder.positions += 1
 
@@ -248,10 +255,11 @@ class StaticSteps:
 
     def step(self, size: int, width: int, temperature: float, vocab_size: int | None) -> None:
         """Feed the ids at their positions, and sample the next ones into the same buffer."""
-        model, buffers = self.model_ref(), self.buffers[size]
+        model = self.model_ref()
+        buffers = self.buffers[size]
         positions = buffers.inputs[0].long()[:, None]  # (R, 1)
         states = self.cache.forward(model, buffers.ids[:, None], Step(0, positions, width))
         uniform = buffers.inputs[1]
         ids, logprobs = sample(model, states[:, -1], uniform, temperature, vocab_size)
         buffers.ids.copy_(ids)
-        buffers.drawn.copy_(torch.stack([ids.float(), logprobs.float()]))
+        buffers.samples.copy_(torch.stack([ids.float(), logprobs.float()]))

@@ -35,20 +35,20 @@ def states_before(
     decoder: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
-    wanted: Tensor,
+    target_mask: Tensor,
     packed: bool = False,
 ) -> Tensor:
-    """The decoder's last hidden states just before each of the M wanted tokens: (M, d), row by row.
+    """The decoder's last hidden states just before each of the M target tokens: (M, d), row by row.
 
-    input_ids, attention_mask, wanted (bool): (B, T). `packed` computes no padding. Raises
-    ValueError where padding or a first token is wanted, which nothing precedes."""
-    if (wanted & ~predictable(attention_mask)).any():
+    input_ids, attention_mask, target_mask (bool): (B, T). `packed` computes no padding. Raises
+    ValueError where a target is padding or a first token, which nothing precedes."""
+    if (target_mask & ~predictable(attention_mask)).any():
         raise ValueError("the loss mask holds padding, or a first token, which nothing precedes")
     real = attention_mask.bool()
     run = run_packed if packed else run_padded
     hidden = run(decoder, input_ids, attention_mask)  # (R, d): all real tokens, row after row
-    # Shifted by one: the state before a token is its neighbour's. (No first token is wanted.)
-    return hidden[:-1][wanted[real][1:]]
+    # Shifted by one: the state before a token is its neighbour's. (No first token is a target.)
+    return hidden[:-1][target_mask[real][1:]]
 
 
 def run_padded(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -72,15 +72,15 @@ def run_packed(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     """The same, with all real tokens as one row, whose positions start anew with each sequence."""
     real = attention_mask.bool()
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)  # (B, T)
-    ends = {"attention_mask": None}  # `transformers` sees from the positions where one ends
+    options = {"attention_mask": None}  # `transformers` sees from the positions where one ends
     if decoder.config.get_text_config()._attn_implementation == flash.PACKED:
         lengths = [length for length in attention_mask.sum(-1).tolist() if length]
-        ends = flash.packed_arguments(lengths, real.device)
+        options = flash.packed_arguments(lengths, real.device)
     output = decoder(
         input_ids=input_ids[real][None],  # (1, R)
         position_ids=positions[real][None],
         use_cache=False,
-        **ends,
+        **options,
     )
     return output.last_hidden_state[0]
 
@@ -96,8 +96,9 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """(B, T) each -> (B, T) float32, differentiable, 0 where the loss mask is 0: log-probability of
     `input_ids[b, t]` given what precedes it, and entropy of the distribution it was drawn from."""
-    wanted = loss_mask.bool()  # (B, T)
-    hidden = states_before(model.get_decoder(), input_ids, attention_mask, wanted, packed)  # (M, d)
+    target_mask = loss_mask.bool()  # (B, T)
+    decoder = model.get_decoder()
+    hidden = states_before(decoder, input_ids, attention_mask, target_mask, packed)  # (M, d)
 
     evaluate = fusion.compiled(evaluate_tokens) if fusion.is_worth_it(model) else evaluate_tokens
 
@@ -109,11 +110,11 @@ def score(
     # DDP the other processes would wait for it for ever.
     most = LOGITS.get(hidden.device.type, 2**24)
     size = max(1, min(CHUNK, most // text_config(model).vocab_size))
-    pieces = zip(hidden.split(size), input_ids[wanted].split(size), strict=True)
+    pieces = zip(hidden.split(size), input_ids[target_mask].split(size), strict=True)
     chunks = [checkpoint(through_head, *piece, use_reentrant=False) for piece in pieces]
     scores = map(torch.cat, zip(*chunks, strict=True))  # (M,) each
     blank = torch.zeros(input_ids.shape, device=input_ids.device)  # (B, T)
-    return tuple(blank.masked_scatter(wanted, values) for values in scores)
+    return tuple(blank.masked_scatter(target_mask, values) for values in scores)
 
 
 def evaluate_tokens(
@@ -122,8 +123,9 @@ def evaluate_tokens(
     """The log-probabilities of the targets (n,) under logits (n, V), and the distributions'
     entropies: (n,) float32 each."""
     logp = log_distribution(logits, temperature, vocab_size)  # (n, V)
-    chosen = logp.gather(-1, targets[:, None]).squeeze(-1)
-    return chosen.float(), -(logp.exp() * logp).sum(-1).float()
+    target_logp = logp.gather(-1, targets[:, None]).squeeze(-1)  # (n,)
+    entropies = -(logp.exp() * logp).sum(-1)  # (n,)
+    return target_logp.float(), entropies.float()
 
 
 def token_logprobs(
@@ -143,9 +145,11 @@ class Scorer(nn.Module):
 
     def __init__(self, model: nn.Module, **options) -> None:
         super().__init__()
-        self.model, self.options = model, options
+        self.model = model
+        self.options = options
         # FSDP looks here for the layer classes to shard, and else shards none.
         self._no_split_modules = getattr(model, "_no_split_modules", None)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """`score` of (input_ids, attention_mask, loss_mask): see there."""
         return score(self.model, *inputs, **self.options)

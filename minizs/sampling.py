@@ -14,7 +14,8 @@ from minizs.models.precision import widest_float
 from minizs.models.support import final_logits
 from minizs.randomness import GOLDEN, mix64
 
-BLOCK, SMALL = 256, 2**16  # tokens in a block of `draw`; numbers that need no blocks
+BLOCK = 256  # tokens in a block of `draw`
+SMALL = 2**16  # probabilities, n * V: up to so many need no blocks
 
 
 def uniforms(states: list[int], position: int) -> Tensor:
@@ -85,7 +86,8 @@ class StopStrings:
     ) -> None:
         if stop and (tokenizer is None or not all(stop)):
             raise ValueError("stop strings need a tokenizer and must not be empty")
-        self.stop, self.tokenizer = stop, tokenizer
+        self.stop = stop
+        self.tokenizer = tokenizer
         self.ends_turn = ends_turn  # asked about the whole turn where a stop string is complete
         # A token is at least a byte of the tag. (One more, as decoding may trim a leading space.)
         self.reach = 1 + max((len(s.encode()) for s in stop), default=0)

@@ -21,7 +21,8 @@ from transformers.masking_utils import sdpa_mask
 from minizs.models.composite import text_config
 from minizs.models.support import attending, plain_attention
 
-ROWS, PACKED = "minizs_rows", "minizs_packed"
+ROWS = "minizs_rows"
+PACKED = "minizs_packed"
 
 
 def takes_packed(model: nn.Module) -> bool:
@@ -34,7 +35,8 @@ def takes_packed(model: nn.Module) -> bool:
 def keeps_apart(model: nn.Module) -> bool:
     """Whether this family tells from positions that start anew that another sequence begins: not
     all do. It is tried on a few tokens, with the attention that every device has."""
-    decoder, was_training = model.get_decoder(), model.training
+    decoder = model.get_decoder()
+    was_training = model.training
     model.eval()
     ids = torch.tensor([[3, 2, 4, 5, 5, 3, 2]], device=model.device)
     ids = ids % model.get_input_embeddings().num_embeddings
@@ -152,7 +154,8 @@ def kernel_is_right(device: torch.device, dtype: torch.dtype) -> bool:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     # In memory as in the cache: a token's heads side by side.
-    key, value = random(3, 256, 2, 64).transpose(1, 2), random(3, 256, 2, 64).transpose(1, 2)
+    key = random(3, 256, 2, 64).transpose(1, 2)
+    value = random(3, 256, 2, 64).transpose(1, 2)
     try:
         for count, window in ((1, None), (5, None), (1, 20), (5, 20)):
             query = random(3, 6, count, 64)
@@ -230,13 +233,13 @@ def packing_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     weights = torch.randn(1, 128, 6, 64, generator=generator).to(device, dtype)
     try:
         for window in (None, 20):
-            found = []
+            results = []  # of each: the output, and the gradients of its inputs
             for attend in (attend_packed, _attend_packed_plainly):
                 leaves = [x.detach().clone().requires_grad_() for x in inputs]
-                given = packed_arguments(lengths, device)
-                output, _ = attend(None, *leaves, sliding_window=window, **given)
-                found.append([output, *torch.autograd.grad(output, leaves, weights)])
-            for ours, expected in zip(*found, strict=True):
+                options = packed_arguments(lengths, device)
+                output, _ = attend(None, *leaves, sliding_window=window, **options)
+                results.append([output, *torch.autograd.grad(output, leaves, weights)])
+            for ours, expected in zip(*results, strict=True):
                 if (ours - expected).abs().max() > 0.03 * expected.abs().max():
                     return False
     except (AttributeError, NotImplementedError, RuntimeError, TypeError):
@@ -252,7 +255,8 @@ def _attend_packed_plainly(_, query, key, value, cu_seq_lens_q, sliding_window=N
     ahead = place[:, None] - place  # how far a key stands before a query
     mask = (sequence[:, None] == sequence) & (ahead >= 0) & (ahead < (sliding_window or count))
     groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    key = key.repeat_interleave(groups, 1)
+    value = value.repeat_interleave(groups, 1)
     output = nn.functional.scaled_dot_product_attention(query, key, value, mask)
     return output.transpose(1, 2), None
 

@@ -33,23 +33,23 @@ def compiled(function: Callable) -> Callable:
     """The function, compiled once for inputs of any number of rows; or as it is, with a warning,
     where that fails. Its numbers are rounded where those of the plain function are."""
     fast = torch.compile(function, dynamic=True, options=OPTIONS)
-    chosen = None  # until the first call has shown which one works
+    choice = None  # `fast` or `function`: unknown until the first call has shown which one works
 
     @wraps(function)
     def call(*args, **kwargs):
-        nonlocal chosen
-        if chosen is not None:
-            return chosen(*args, **kwargs)
+        nonlocal choice
+        if choice is not None:
+            return choice(*args, **kwargs)
         try:
             result = fast(*args, **kwargs)
-            chosen = fast
+            choice = fast
             return result
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of a compiler, or for the lack of one
             reason = f"{type(error).__name__}: {error}"[:300]
             warnings.warn(f"{function.__qualname__} is not compiled: {reason}", stacklevel=2)
-            chosen = function
+            choice = function
             return function(*args, **kwargs)
 
     return call

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from minizs import brief
 from minizs.models.composite import text_config
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 # Families that are computed wrongly in rows longer than those that `check_decoding` tries.
 REFUSED = {
     "dory": "with a cache it computes other numbers than without one",
@@ -33,7 +34,8 @@ def final_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     does. They are changed in float32 at least, for a cap flattens what bfloat16 tells apart."""
     logits = model.get_output_embeddings()(hidden)
     config = text_config(model)
-    scale, cap = logit_scale(config), family_setting(config, "final_logit_softcapping")
+    scale = logit_scale(config)
+    cap = family_setting(config, "final_logit_softcapping")
     if scale == 1 and not cap:
         return logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -68,7 +70,8 @@ def family_setting(config, name: str) -> float | None:
 def check_supported(model: nn.Module) -> None:
     """Raise ValueError for a model whose own logits are not `final_logits` of its decoder's states:
     it is run once, on three tokens."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder = model.get_decoder()
+    head = model.get_output_embeddings()
     name = type(model).__name__
     if decoder is None or decoder is model or head is None:
         raise ValueError(f"{name} is not supported: it is not a decoder with a head behind it")
@@ -79,7 +82,7 @@ def check_supported(model: nn.Module) -> None:
     try:
         ids = torch.tensor([[1, 2, 3]], device=model.device)
         with attending(model, plain_attention(model)):
-            own = model(input_ids=ids, use_cache=False).logits.float()
+            expected = model(input_ids=ids, use_cache=False).logits.float()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a family needs besides text
@@ -89,17 +92,22 @@ def check_supported(model: nn.Module) -> None:
         ) from error
     finally:
         hook.remove()
-    ours = None
+    logits = None
     if len(states) == 1 and states[0] is not None:
-        ours = final_logits(model, states[0]).float()
-    if ours is None or ours.shape != own.shape or not torch.allclose(ours, own, 0.02, 0.02):
+        logits = final_logits(model, states[0]).float()
+    if (
+        logits is None
+        or logits.shape != expected.shape
+        or not torch.allclose(logits, expected, 0.02, 0.02)
+    ):
         raise ValueError(f"{name} is not supported: it makes its logits in a way of its own")
 
 
 def plain_attention(model: nn.Module) -> str:
     """The attention that computes this model with a mask: "sdpa" where PyTorch's own can, else
     "eager" (sinks, or softcapped scores)."""
-    config, decoder = text_config(model), model.get_decoder()
+    config = text_config(model)
+    decoder = model.get_decoder()
     needs_own = any(getattr(config, name, None) for name in OWN_ATTENTION)
     return "sdpa" if getattr(decoder, "_supports_sdpa", False) and not needs_own else "eager"
 
@@ -108,12 +116,12 @@ def plain_attention(model: nn.Module) -> str:
 def attending(model: nn.Module, attention: str) -> Iterator[None]:
     """Inside the block the model computes with this kind of attention."""
     config = text_config(model)
-    before = config._attn_implementation
+    previous = config._attn_implementation
     config._attn_implementation = attention
     try:
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = previous
 
 
 def row_limit(model: nn.Module) -> int:

@@ -289,6 +289,13 @@ def load_beside(config: SearchConfig, folder: str, accelerator):
     """(model, tokenizer) of a simulator or judge, on its device. Raises UserError."""
     device = config.simulator_device or accelerator.device
     with loading.readable(folder):  # on a device that may not be there
+        if config.simulator_device.startswith("cuda"):
+            index = torch.device(config.simulator_device).index or 0
+            require(
+                index < torch.cuda.device_count(),
+                f"--simulator_device {config.simulator_device} is not here: this machine shows "
+                f"{torch.cuda.device_count()} CUDA devices; choose another, or leave it out.",
+            )
         dtype = weights.named_dtype(config.dtype, device)
         return load_checked(folder, device, dtype, **template_options(config))
 

@@ -34,7 +34,7 @@ from minizs.models import flash
 from minizs.models.batches import Batch, by_budget, make_batch
 from minizs.models.fusion import compile_modules
 from minizs.models.lora import lora_off
-from minizs.models.weights import cast_weights, checkpoint_layers
+from minizs.models.weights import cast_weights, checkpoint_layers, learned_weights
 from minizs.trajectory import Trajectory
 
 # The loss of one micro-batch, from its tokens' weights and the normalizer of the whole minibatch.
@@ -397,7 +397,7 @@ def build_learner(
 
 def prepare(accelerator: Accelerator, module: nn.Module, lr: float, settings: Any):
     """The module and an AdamW for those of its weights that learn, both prepared by Accelerate."""
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    weights = learned_weights(module)
     # On CUDA one kernel steps all weights; elsewhere PyTorch chooses.
     fused = True if accelerator.device.type == "cuda" else None
     optimizer = torch.optim.AdamW(weights, lr, weight_decay=settings.weight_decay, fused=fused)

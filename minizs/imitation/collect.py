@@ -8,6 +8,7 @@ in the paper, if a language model says so.
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
@@ -52,12 +53,16 @@ def collect_from_worlds(
 class Collection:
     """The rows of a collection, which lie in a folder: `collected.jsonl`, and how far it has come.
 
-    A batch of questions is written whole: its rows first, then the note that it is done. So a
+    `trajectories.jsonl` holds a trajectory for each question that was asked, without tokens: the
+    right answers among them are demonstrations for a warm start, which need no search any more.
+
+    A batch of questions is written whole: its lines first, then the note that it is done. So a
     collection that was killed between the two asks that batch once more, and holds no row twice.
     """
 
     def __init__(self, folder: Path) -> None:
         self.file = folder / "collected.jsonl"
+        self.trajectories = folder / "trajectories.jsonl"
         self.note = folder / "progress.json"
         self.rows: list[dict] = []
         self.questions = 0  # how many have been asked
@@ -66,12 +71,15 @@ class Collection:
             self.questions = progress["questions"]
             self.rows = read_lines(self.file)[: progress["rows"]]
         self._replace(self.file, self.rows)
+        if self.trajectories.is_file():
+            self._replace(self.trajectories, read_lines(self.trajectories)[: self.questions])
 
-    def add(self, rows: list[dict], questions: int) -> None:
-        """Add the rows of a batch; `questions` is how many have been asked with it."""
+    def add(self, rows: list[dict], trajectories: Sequence[Trajectory] = ()) -> None:
+        """Add the rows of a batch of questions, and the trajectories that they come from."""
         self.rows += rows
-        self.questions += questions
+        self.questions += len(trajectories)
         write_lines(self.file, rows)
+        write_lines(self.trajectories, [without_tokens(row) for row in trajectories])
         self._replace(self.note, [{"questions": self.questions, "rows": len(self.rows)}])
 
     def counts(self) -> dict[str, int]:
@@ -117,7 +125,7 @@ def collect_from_searches(
             rows = judge_rows(rows, judge)
         else:
             rows = [row for row in rows if can_be_found(row["answers"])]
-        collection.add(rows, len(questions))
+        collection.add(rows, trajectories)
     counts = collection.counts()
     advice = "give more questions or another searcher"
     if counts["noisy"] == 0:
@@ -127,6 +135,14 @@ def collect_from_searches(
         f"To learn from, both useful and noisy replies are needed; there are {counts}: {advice}. "
         f"The rows are in {collection.file}.",
     )
+
+
+def without_tokens(trajectory: Trajectory) -> dict:
+    """A trajectory as a line of a file of demonstrations, whose tokens are made anew."""
+    return {
+        "example": asdict(trajectory.example),
+        "turns": [asdict(turn) for turn in trajectory.turns],
+    }
 
 
 def can_be_found(answers: Sequence[str]) -> bool:

@@ -96,7 +96,7 @@ def collect(config: SimConfig, sources: Sources | None) -> None:
     if sources is None:
         collection = open_collection(config, begin_anew=True)
         rows = collect_from_worlds(config.worlds, config.examples, config.seed, config.top_k)
-        collection.add(rows, questions=0)
+        collection.add(rows)
     else:
         collection = open_collection(config, begin_anew=config.overwrite)
         collect_from_sources(config, sources, collection)
@@ -179,6 +179,8 @@ def load_base(config: SimConfig) -> Base:
     model, tokenizer = build.load_configured_model(
         config, config.base, torch.device("cpu"), torch.float32
     )
+    if config.freeze_embeddings:
+        weights.freeze_embeddings(model)
     own_template = loading.resolve(config.base)
     template = simulator.load_template(config.simulator_template or own_template)
     require("{quality}" in template, "The prompt lacks {quality}; put it in --simulator_template.")
@@ -203,7 +205,8 @@ def fine_tune(
     """Train the base model in the partial folder, after the steps of a run that broke off unless
     `begin_anew`. Returns the trained model, to be saved and used. Raises UserError if that run had
     other settings."""
-    optimizer = torch.optim.AdamW(base.model.parameters(), lr=config.lr, weight_decay=0.0)
+    learned = weights.learned_weights(base.model)
+    optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=0.0)
     packed = flash.takes_packed(base.model)
     dtype = build.compute_dtype(config)
     writer = weights.make_writer(base.model, dtype, accelerator.device, accelerator.is_fsdp2)

@@ -112,7 +112,7 @@ def prepare_student(config: PolicyConfig, accelerator, student: Student) -> Call
     dtype = build.compute_dtype(config)
     writer = weights.make_writer(model, dtype, accelerator.device, accelerator.is_fsdp2)
     packed = flash.takes_packed(model)
-    learned = [weight for weight in model.parameters() if weight.requires_grad]
+    learned = weights.learned_weights(model)
     optimizer = torch.optim.AdamW(learned, config.warm_start_lr, weight_decay=0.0)
     student.module, student.optimizer = accelerator.prepare(
         sft.Supervised(model, packed=packed), optimizer

@@ -24,6 +24,19 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def freeze_embeddings(model: nn.Module) -> None:
+    """Take the token embeddings and the output head, which often are one matrix, out of what is
+    learned."""
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if layer is not None:
+            layer.requires_grad_(False)
+
+
+def learned_weights(model: nn.Module) -> list[nn.Parameter]:
+    """What an optimiser is given."""
+    return [weight for weight in model.parameters() if weight.requires_grad]
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Save memory: from now on the forward keeps each layer's input alone, and the backward
     computes the rest again. `transformers` does this in train mode only. So the layers themselves

@@ -105,6 +105,8 @@ def load_trainable(config: PolicyConfig, accelerator):
         config, config.policy, torch.device("cpu"), weights_dtype
     )
     accelerator.print(f"Attention by {model.config._attn_implementation}, computed in {dtype}.")
+    if config.freeze_embeddings:
+        weights.freeze_embeddings(model)
     if config.lora_rank:
         lora.add_lora(model, config.lora_rank, config.seed)
     return model, tokenizer

@@ -37,6 +37,7 @@ FALSE = ("false", "no", "f", "n", "0")
 INSTALL = "install it with: pip install -r requirements.txt"
 # Each launcher sets one of these variables: `accelerate launch` and `torchrun`.
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+SECTIONS = ("train_sim", "train_policy", "evaluate")  # of a file that serves several scripts
 MAPPINGS = ("chat_template_args",)  # a file can hold these as a mapping of its own
 METAVARS = {int: "N", float: "X", bool: "true|false"}
 
@@ -83,7 +84,7 @@ def parse(kind: type, argv: list[str], saved: Path | None = None) -> Any:
     path = parser.parse_known_args(argv)[0].config
     if path is None and saved is not None and saved.is_file():
         path = str(saved)
-    flags = read_yaml(path) if path else []
+    flags = read_yaml(path, script_of(kind)) if path else []
     try:
         check_values(_settings(kind, parser.parse_args(flags)))
     except UserError as error:
@@ -104,7 +105,7 @@ def given(kind: type, argv: list[str]) -> set[str]:
     parser = make_parser(kind)
     parser.set_defaults(**{field.name: None for field in dataclasses.fields(kind)})
     path = parser.parse_known_args(argv)[0].config
-    flags = read_yaml(path) if path else []
+    flags = read_yaml(path, script_of(kind)) if path else []
     values = vars(parser.parse_args([*flags, *argv]))
     return {name for name, value in values.items() if value is not None and name != "config"}
 
@@ -185,8 +186,17 @@ class _HelpFormatter(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=26, width=columns - 2)
 
 
-def read_yaml(path: str) -> list[str]:
-    """The settings in a file as flags, so that files and flags are checked by the same code."""
+def script_of(kind: type) -> str:
+    """The name of the script that has these settings, as a section of a file is called."""
+    return getattr(kind, "SCRIPT", "")
+
+
+def read_yaml(path: str, script: str = "") -> list[str]:
+    """The settings in a file as flags, so that files and flags are checked by the same code.
+
+    A file can serve several scripts: what stands in a section, `train_policy:` for instance, is for
+    that script alone, and wins over what stands outside, which is for all.
+    """
     import yaml
 
     try:
@@ -194,6 +204,7 @@ def read_yaml(path: str) -> list[str]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"The configuration {path} cannot be read: {brief(error)}") from error
     require(isinstance(values, dict), f"{path} should hold lines such as 'steps: 100'.")
+    values = select_section(values, script, path)
     for name, value in values.items():
         if isinstance(value, dict) and name in MAPPINGS:
             values[name] = value = yaml.safe_dump(value, default_flow_style=True).strip()
@@ -204,6 +215,15 @@ def read_yaml(path: str) -> list[str]:
             f"{path} gives {name} no value or many; remove the line or give one.",
         )
     return [f"--{name}={value}" for name, value in values.items()]
+
+
+def select_section(values: dict, script: str, path: str) -> dict:
+    """The lines outside all sections, and those in the section of this script."""
+    sections = {name: values[name] for name in SECTIONS if name in values}
+    for name, section in sections.items():
+        require(isinstance(section, dict), f"In {path} the section {name} holds no settings.")
+    shared = {name: value for name, value in values.items() if name not in sections}
+    return {**shared, **sections.get(script, {})}
 
 
 def save_settings(config: Any, path: Path) -> None:

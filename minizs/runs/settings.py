@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from minizs import UserError, require
 from minizs.runs import run_folder
@@ -405,6 +405,11 @@ class OptimizerSettings:
         min=0,
         may_change=True,
     )
+    freeze_embeddings: bool = option(
+        False,
+        "Leave the token embeddings and the output head as they are. They are most of a small "
+        "model with a large vocabulary, and need no gradient and no optimiser then.",
+    )
     lora_rank: int = option(0, "Train a LoRA adapter of this rank. 0 trains all weights.", min=0)
     merge: bool = option(
         False,
@@ -477,6 +482,8 @@ class PolicyConfig(
     Without any flag it trains the tiny model in the tiny world, on any machine and offline.
     """
 
+    SCRIPT: ClassVar[str] = "train_policy"  # its section in a file for several scripts
+
 
 # ---- What training the simulator needs as well ---------------------------------------------------
 
@@ -527,6 +534,11 @@ class FineTuningSettings:
     max_grad_norm: float = option(
         1.0, "A gradient with a larger norm is scaled down to this one.", above=0
     )
+    freeze_embeddings: bool = option(
+        False,
+        "Leave the token embeddings and the output head as they are. They are most of a small "
+        "model with a large vocabulary, and need no gradient and no optimiser then.",
+    )
     save_every: int = option(
         100,
         "The steps between two checkpoints, in OUTPUT.partial. 0 saves none.",
@@ -558,6 +570,8 @@ class SimConfig(CollectSettings, FineTuningSettings, SearchConfig):
 
     Without any flag it trains the simulator of the tiny world, in runs/simulator.
     """
+
+    SCRIPT: ClassVar[str] = "train_sim"  # its section in a file for several scripts
 
     data: str = option(
         "world",
@@ -618,6 +632,8 @@ class EvalConfig(EvaluationSettings, SearchConfig):
     Without any flag it tests the newest run's policy in the tiny world, beside the model that its
     training began with.
     """
+
+    SCRIPT: ClassVar[str] = "evaluate"  # its section in a file for several scripts
 
     policy: str = option(
         "",

@@ -1,0 +1,79 @@
+"""Real questions and passages in the sizes of a small run: a split, and short documents.
+
+    python benchmarks/real_data.py --questions A.jsonl B.jsonl --corpus C.jsonl --output runs/real
+
+Of each file of questions the last fifth goes to OUTPUT/test.jsonl and the rest to
+OUTPUT/train.jsonl. Files of this kind are in the order of their articles, so that questions about
+the same passage are on the same side.
+
+The passages are cut at ends of sentences into documents of about `--words` words, each with its
+passage's title. What a document costs is paid for each token of it: the simulator writes it and the
+policy reads it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from minizs.engines import files
+from minizs.imitation.plain_searcher import SENTENCE_END
+
+HELD_OUT = 0.2  # of each file
+
+
+def split_by_place(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(to train on, to test with): the last fifth of a file is for the test."""
+    count = len(rows) - round(HELD_OUT * len(rows))
+    return rows[:count], rows[count:]
+
+
+def pieces(text: str, words: int) -> Iterator[str]:
+    """A passage in pieces of whole sentences, each with `words` words or fewer; a longer sentence
+    is a piece of its own."""
+    piece: list[str] = []
+    for sentence in SENTENCE_END.split(text):
+        length = sum(len(part.split()) for part in [*piece, sentence])
+        if piece and length > words:
+            yield " ".join(piece)
+            piece = []
+        piece.append(sentence)
+    if piece:
+        yield " ".join(piece)
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{len(rows):,} rows in {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--questions", nargs="+", type=Path, help="Files that --data reads.")
+    parser.add_argument("--corpus", nargs="+", type=Path, help="Files with a title and a text.")
+    parser.add_argument("--output", type=Path, default=Path("runs/real"), help="The folder.")
+    parser.add_argument("--words", type=int, default=60, help="The words of a document, at most.")
+    options = parser.parse_args()
+    train: list[dict] = []
+    test: list[dict] = []
+    for path in options.questions:
+        for_training, for_test = split_by_place(list(files.read_rows(path)))
+        train += for_training
+        test += for_test
+    documents = []
+    for path in options.corpus:
+        for row in files.read_rows(path):
+            for piece in pieces(row["text"], options.words):
+                documents.append({"title": row.get("title", ""), "text": piece})
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_rows(options.output / "train.jsonl", train)
+    write_rows(options.output / "test.jsonl", test)
+    write_rows(options.output / "corpus.jsonl", documents)
+
+
+if __name__ == "__main__":
+    main()

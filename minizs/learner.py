@@ -34,7 +34,7 @@ from minizs.models import flash
 from minizs.models.batches import Batch, by_budget, make_batch
 from minizs.models.fusion import compile_modules
 from minizs.models.lora import lora_off
-from minizs.models.weights import cast_weights, checkpoint_layers, learned_weights
+from minizs.models.weights import checkpoint_layers, frozen_copy, learned_weights
 from minizs.trajectory import Trajectory
 
 # The loss of one micro-batch, from its tokens' weights and the normalizer of the whole minibatch.
@@ -366,7 +366,7 @@ def build_learner(
     copies = []
     reference = None
     if settings.kl_coef and not settings.lora_rank:
-        frozen = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False)
+        frozen = frozen_copy(model, dtype)
         reference = make_scorer(frozen.to(accelerator.device))
         copies.append(frozen)
     critic = None

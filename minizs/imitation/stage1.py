@@ -180,7 +180,7 @@ def load_base(config: SimConfig) -> Base:
         config, config.base, torch.device("cpu"), torch.float32
     )
     if config.freeze_embeddings:
-        weights.freeze_embeddings(model)
+        weights.freeze_embeddings(model, build.compute_dtype(config))
     own_template = loading.resolve(config.base)
     template = simulator.load_template(config.simulator_template or own_template)
     require("{quality}" in template, "The prompt lacks {quality}; put it in --simulator_template.")

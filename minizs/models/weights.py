@@ -24,12 +24,13 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def freeze_embeddings(model: nn.Module) -> None:
+def freeze_embeddings(model: nn.Module, dtype: torch.dtype) -> None:
     """Take the token embeddings and the output head, which often are one matrix, out of what is
-    learned."""
+    learned. They are kept in `dtype`, the format that is computed in: autocast would convert such a
+    weight anew for each piece of the logits, and copies of the model can share it."""
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         if layer is not None:
-            layer.requires_grad_(False)
+            cast_weights(layer, dtype).requires_grad_(False)
 
 
 def learned_weights(model: nn.Module) -> list[nn.Parameter]:
@@ -47,6 +48,22 @@ def checkpoint_layers(model: nn.Module) -> None:
             module.training = True
 
 
+def computes_in(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether all weights are of this format; those of a LoRA may be of another, which it minds."""
+    named = model.named_parameters()
+    return all(weight.dtype == dtype for name, weight in named if "lora_" not in name)
+
+
+def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model in `dtype`, which does not learn. Both share the weights that are in this
+    format already and do not learn in the model either: those stay equal."""
+    shared = {}
+    for weight in model.parameters():
+        if not weight.requires_grad and weight.dtype == dtype:
+            shared[id(weight)] = weight  # what `deepcopy` takes for copied already
+    return cast_weights(copy.deepcopy(model, shared), dtype).requires_grad_(False)
+
+
 def make_writer(
     model: nn.Module, dtype: torch.dtype, device: torch.device | str, sharded: bool = False
 ) -> Callable[[], nn.Module]:
@@ -54,14 +71,15 @@ def make_writer(
 
     That is `model` itself where it is whole and in the format that is computed in. Otherwise it is
     a copy, which each call brings up to date."""
-    if not sharded and dtype == model.dtype:
+    if not sharded and computes_in(model, dtype):
         return lambda: model
-    replica = cast_weights(copy.deepcopy(model), dtype).requires_grad_(False).to(device)
+    replica = frozen_copy(model, dtype).to(device)
 
     @torch.no_grad()
     def updated_copy() -> nn.Module:
         for copied, weight in zip(replica.parameters(), model.parameters(), strict=True):
-            copied.copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
+            if copied is not weight:
+                copied.copy_(weight.full_tensor() if hasattr(weight, "full_tensor") else weight)
         return replica
 
     return updated_copy

@@ -106,7 +106,7 @@ def load_trainable(config: PolicyConfig, accelerator):
     )
     accelerator.print(f"Attention by {model.config._attn_implementation}, computed in {dtype}.")
     if config.freeze_embeddings:
-        weights.freeze_embeddings(model)
+        weights.freeze_embeddings(model, dtype)
     if config.lora_rank:
         lora.add_lora(model, config.lora_rank, config.seed)
     return model, tokenizer

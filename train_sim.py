@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
         return
 
     rows = stage1.load_rows(config)
-    base = stage1.load_base(config)
+    base = stage1.load_base(config, accelerator)
     texts = stage1.encode_rows(config, accelerator, rows, base)
 
     with stage1.alone(accelerator, output):

@@ -173,14 +173,14 @@ def load_rows(config: SimConfig) -> list[dict]:
     return [row for part in data.check_spec(config.data) for row in data.part_rows(part)]
 
 
-def load_base(config: SimConfig) -> Base:
+def load_base(config: SimConfig, accelerator) -> Base:
     """The model to start from, on the CPU and in float32. Raises UserError for a prompt that does
     not tell useful from noisy."""
     model, tokenizer = build.load_configured_model(
         config, config.base, torch.device("cpu"), torch.float32
     )
     if config.freeze_embeddings:
-        weights.freeze_embeddings(model, build.compute_dtype(config))
+        build.freeze_embeddings(config, accelerator, model)
     own_template = loading.resolve(config.base)
     template = simulator.load_template(config.simulator_template or own_template)
     require("{quality}" in template, "The prompt lacks {quality}; put it in --simulator_template.")

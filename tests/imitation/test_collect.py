@@ -15,8 +15,9 @@ from minizs.engines.bm25 import BM25
 from minizs.engines.client import ServiceError
 from minizs.engines.ranking import NoDocuments
 from minizs.imitation import collect
+from minizs.imitation.demonstrations import read_demonstrations
 from minizs.rollout import Limits, Policy, rollout
-from minizs.runs.run_folder import read_lines
+from minizs.runs.run_folder import read_lines, write_lines
 from minizs.trajectory import Example, SearchRequest
 from minizs.world.facts import World
 from minizs.world.searchers import states_what_was_asked
@@ -172,6 +173,27 @@ def test_a_collection_goes_on_where_it_broke_off(run, tmp_path):
     model = policy_with("Rome big", "Oslo")
     assert run(model, EXAMPLES, engine, noise=0.5, batch=1, folder=folder) == whole
     assert {request.question for request in engine.requests} == {"q1?", "q2?", "q3?"}
+
+
+def test_trajectories_are_kept_for_a_warm_start(run, tmp_path):
+    """A line for each question that was asked, once, in the form of a demonstration, also in a
+    collection that broke off between two batches or within one."""
+    whole = tmp_path / "whole"
+    run(policy_with("Rome big", "Oslo"), EXAMPLES, Engine(), folder=whole)
+    trajectories = read_demonstrations(whole / "trajectories.jsonl")
+    assert [trajectory.example for trajectory in trajectories] == EXAMPLES
+    for trajectory in trajectories:
+        assert [turn.action for turn in trajectory.turns] == ["search", "search", "answer"]
+        assert [turn.content for turn in trajectory.turns] == ["Rome big", "Oslo", "Rome"]
+        assert trajectory.reward == float("Rome" in trajectory.example.answers)
+    folder = tmp_path / "broken"
+    model = policy_with("Rome big", "Oslo")
+    with pytest.raises(ServiceError):
+        run(model, EXAMPLES, Failing(), batch=1, folder=folder)
+    lines = read_lines(folder / "trajectories.jsonl")
+    write_lines(folder / "trajectories.jsonl", lines)  # of a batch that was not noted
+    run(policy_with("Rome big", "Oslo"), EXAMPLES, Engine(), batch=1, folder=folder)
+    assert read_demonstrations(folder / "trajectories.jsonl") == trajectories
 
 
 def test_a_batch_without_its_note_is_asked_again(run, tmp_path, monkeypatch):

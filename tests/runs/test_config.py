@@ -180,9 +180,48 @@ def test_a_missing_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_is_read(path):
-    """Each file in configs/ is accepted by its script."""
-    kind = train_sim.SimConfig if path.name.startswith("simulator_") else train_policy.PolicyConfig
-    assert parse(kind, ["--config", str(path)]) != kind() or path.stem in ("tiny", "grpo")
+    """Each file in configs/ is accepted by its script, and one with sections by all of them."""
+    kinds = [train_policy.PolicyConfig]
+    if path.name.startswith("simulator_"):
+        kinds = [train_sim.SimConfig]
+    if "\ntrain_policy:" in path.read_text():
+        kinds = SCRIPTS
+    for kind in kinds:
+        assert parse(kind, ["--config", str(path)]) != kind() or path.stem in ("tiny", "grpo")
+
+
+class Searching(Settings):
+    SCRIPT = "train_policy"
+
+
+def test_a_file_serves_several_scripts(tmp_path):
+    """A script reads what stands outside all sections and its own section, which wins; a setting in
+    another's section need not be one of its own. A flag wins over both."""
+    path = tmp_path / "my.yaml"
+    path.write_text("lr: 0.1\nsteps: 7\ntrain_sim: {base: b}\ntrain_policy:\n  steps: 8\n")
+    config = parse(Searching, ["--config", str(path)])
+    assert (config.lr, config.steps) == (0.1, 8)
+    assert parse(Searching, ["--config", str(path), "--steps", "9"]).steps == 9
+    assert flags.given(Searching, ["--config", str(path)]) == {"lr", "steps"}
+    assert parse(Settings, ["--config", str(path)]).steps == 7
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("train_policy: {stepz: 5}", "--stepz"),
+        ("train_policy: 5", "section train_policy holds no settings"),
+        ("train_sim: [a]", "section train_sim holds no settings"),
+        ("train_sims: {steps: 5}", "train_sims no value or many"),
+    ],
+)
+def test_a_wrong_section_is_refused(tmp_path, text, words):
+    """The sentence names the file and what is wrong in it."""
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        parse(Searching, ["--config", str(path)])
+    assert "my.yaml" in str(error.value)
 
 
 def test_what_is_saved_is_read_again(tmp_path):

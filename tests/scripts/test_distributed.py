@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from scripts import POLICY, ROOT, metrics
 
 SHARDED = {
@@ -86,7 +87,7 @@ def test_half_precision_under_fsdp2(work):
     (work / "runs").mkdir()
     for options in (
         ["--lora_rank", "4", "--algorithm", "ppo"],
-        ["--gradient_checkpointing", "true"],
+        ["--gradient_checkpointing", "true", "--freeze_embeddings"],
     ):
         flags = [
             *options,
@@ -99,6 +100,20 @@ def test_half_precision_under_fsdp2(work):
         ]
         one, two = run(work, 2, *flags, **SHARDED)
         assert not torch.equal(one["weights"], two["weights"])
+
+
+def test_frozen_embeddings_in_two_processes(work):
+    """Under DDP and FSDP2 the layers learn what they learn in one process, and the embedding stays
+    as it was."""
+    (work / "runs").mkdir()
+    flags = ["--freeze_embeddings", "--output"]
+    one = run(work, 1, *flags, "runs/one")
+    same(one, run(work, 2, *flags, "runs/ddp"))
+    same(one, run(work, 2, *flags, "runs/fsdp", **SHARDED))
+    base = load_file(work.parent / "base/model.safetensors")
+    for name in ("one", "ddp", "fsdp"):
+        trained = load_file(work / "runs" / name / "policy/model.safetensors")
+        assert torch.equal(trained["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
 
 
 def test_lora_under_fsdp2(work):

@@ -1,0 +1,141 @@
+"""Frozen embeddings: what does not learn, is not copied, and changes nothing else."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import make_model
+from safetensors.torch import load_file
+from scripts import metrics, policy, simulator, weights
+from torch import nn
+
+import train_policy
+from minizs.models.weights import freeze_embeddings, frozen_copy, learned_weights, make_writer
+
+FROZEN = ["--freeze_embeddings", "--lr", "0.01"]
+WARM = "--warm_start scripted --warm_start_steps 3 --warm_start_tokens 400 --top_k 1".split()
+HALF = ["--dtype", "bfloat16"]
+
+
+def matrices(model: nn.Module) -> list[nn.Parameter]:
+    return [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
+
+
+def unchanged(folder, base) -> dict[str, bool]:
+    """For each weight of two model folders whether it is the same in both."""
+    before = load_file(base / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    return {name: torch.equal(before[name].to(after[name].dtype), after[name]) for name in before}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_other_weights_get_the_gradients_that_they_had(family, tied):
+    """Of a model whose head is the embedding, too, and of one whose head is its own."""
+    ids = torch.arange(5, 25)[None]
+    whole = make_model(family, tie_word_embeddings=tied)
+    model = make_model(family, tie_word_embeddings=tied)
+    freeze_embeddings(model, torch.float32)
+    for one in (whole, model):
+        one(ids, labels=ids).loss.backward()
+    gradients = dict(whole.named_parameters())
+    for name, weight in model.named_parameters():
+        if any(weight is matrix for matrix in matrices(model)):
+            assert weight.grad is None and gradients[name].grad is not None
+        else:
+            torch.testing.assert_close(weight.grad, gradients[name].grad)
+    assert len(learned_weights(model)) == len(gradients) - (1 if tied else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_copies_share_what_does_not_learn(dtype):
+    """The model that generates and the reference hold no second copy of the embedding; what learns
+    they do copy, and the embedding of a model that learns as well."""
+    model = make_model(tie_word_embeddings=True)
+    freeze_embeddings(model, dtype)
+    [embedding] = {id(matrix): matrix for matrix in matrices(model)}.values()
+    assert embedding.dtype == dtype
+    copies = [frozen_copy(model, dtype), make_writer(model, dtype, "cpu", sharded=True)()]
+    for copied in copies:
+        assert all(matrix is embedding for matrix in matrices(copied))
+        for mine, theirs in zip(copied.parameters(), model.parameters(), strict=True):
+            assert (mine.data_ptr() == theirs.data_ptr()) == (theirs is embedding)
+            assert mine.dtype == dtype and not mine.requires_grad
+    learning = make_model()
+    for mine, theirs in zip(
+        frozen_copy(learning, torch.float32).parameters(), learning.parameters(), strict=True
+    ):
+        assert mine.data_ptr() != theirs.data_ptr() and theirs.requires_grad
+
+
+def test_a_model_of_two_formats_is_copied_to_generate():
+    """Where the embedding alone is in the format of the forward pass, the model cannot generate
+    itself: its layers are in another."""
+    model = make_model(dtype=torch.float32)
+    freeze_embeddings(model, torch.bfloat16)
+    writer = make_writer(model, torch.bfloat16, "cpu")
+    assert {weight.dtype for weight in writer().parameters()} == {torch.bfloat16}
+    assert writer() is not model
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        HALF,
+        [*HALF, "--algorithm", "ppo"],
+        [*HALF, "--gradient_checkpointing"],
+        [*HALF, *WARM],
+    ],
+    ids=" ".join,
+)
+def test_a_policy_learns_with_the_embedding_of_its_base(work, flags):
+    """Each layer learns, the embedding stays; a run that goes on from its checkpoint ends with the
+    same weights."""
+    policy(*FROZEN, *flags, "--save_every", "1", "--output", "run")
+    same = unchanged(work / "run/policy", work.parent / "base")
+    assert [name for name, is_same in same.items() if is_same] == ["model.embed_tokens.weight"]
+    shutil.copytree("run", "again")
+    shutil.rmtree("again/checkpoints/step-2")
+    shutil.rmtree("again/policy")
+    train_policy.main(["--output", "again", "--resume"])
+    assert weights(work / "again/policy") == weights(work / "run/policy")
+    assert metrics(work / "again") == metrics(work / "run")
+
+
+def test_a_simulator_learns_with_the_embedding_of_its_base(work):
+    simulator("--freeze_embeddings", "--output", "sim")
+    same = unchanged(work / "sim", work.parent / "base")
+    assert [name for name, is_same in same.items() if is_same] == ["model.embed_tokens.weight"]
+
+
+def test_a_lora_freezes_them_anyway(work):
+    """So the setting changes nothing about a LoRA."""
+    for output, flags in (("with", ["--freeze_embeddings"]), ("without", [])):
+        policy("--lora_rank", "4", *HALF, *flags, "--output", output)
+    adapters = [(work / run / "policy/adapter_model.safetensors") for run in ("with", "without")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+
+def test_moments_in_bfloat16_would_not_decay():
+    """Why AdamW's states stay float32: its second moment forgets by a factor of 0.999 a step, which
+    bfloat16 rounds away. So a moment that a large gradient left once would stay for ever, and the
+    weight would hardly move again."""
+    wide = torch.tensor([1.0])
+    narrow = wide.bfloat16()
+    for _ in range(1000):
+        wide = 0.999 * wide
+        narrow = 0.999 * narrow
+    assert wide.item() == pytest.approx(0.37, abs=0.01) and narrow.item() == 1
+
+
+def test_weights_in_bfloat16_would_not_learn():
+    """Why what learns stays float32: a step of 1e-6 is smaller than half the distance from a weight
+    of 0.02 to the next number of bfloat16, however often it is repeated."""
+    wide = torch.tensor([0.02])
+    narrow = wide.bfloat16()
+    before = narrow.clone()
+    for _ in range(1000):
+        wide += 1e-6
+        narrow += 1e-6
+    assert wide.item() == pytest.approx(0.021, rel=1e-3) and torch.equal(narrow, before)

@@ -180,7 +180,7 @@ def load_base(config: SimConfig, accelerator) -> Base:
         config, config.base, torch.device("cpu"), torch.float32
     )
     if config.freeze_embeddings:
-        build.freeze_embeddings(config, accelerator, model)
+        weights.freeze_embeddings(model, build.frozen_dtype(config, accelerator, model))
     own_template = loading.resolve(config.base)
     template = simulator.load_template(config.simulator_template or own_template)
     require("{quality}" in template, "The prompt lacks {quality}; put it in --simulator_template.")

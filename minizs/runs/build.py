@@ -106,17 +106,16 @@ def load_trainable(config: PolicyConfig, accelerator):
     )
     accelerator.print(f"Attention by {model.config._attn_implementation}, computed in {dtype}.")
     if config.freeze_embeddings:
-        freeze_embeddings(config, accelerator, model)
+        weights.freeze_embeddings(model, frozen_dtype(config, accelerator, model))
     if config.lora_rank:
         lora.add_lora(model, config.lora_rank, config.seed)
     return model, tokenizer
 
 
-def freeze_embeddings(config: ModelSettings, accelerator, model) -> None:
-    """Take the embeddings out of what is learned. FSDP2 has all weights in one format, and converts
-    them itself; elsewhere these are kept in the format that is computed in."""
-    dtype = model.dtype if accelerator.is_fsdp2 else compute_dtype(config)
-    weights.freeze_embeddings(model, dtype)
+def frozen_dtype(config: ModelSettings, accelerator, model) -> torch.dtype:
+    """In what frozen embeddings are kept: what is computed in. FSDP2 wants all weights in one
+    format, and converts them itself."""
+    return model.dtype if accelerator.is_fsdp2 else compute_dtype(config)
 
 
 def limits(config: LimitSettings) -> Limits:

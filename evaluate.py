@@ -17,7 +17,7 @@ from minizs import require
 from minizs.evaluation.outputs import check_figures_path
 from minizs.runs import data, run_folder
 from minizs.runs.flags import check_values, given, parse, run_script, set_threads
-from minizs.runs.settings import EvalConfig, check_search
+from minizs.runs.settings import EvalConfig, check_search, has_noisy_test
 
 
 def main(argv: list[str]) -> None:
@@ -140,6 +140,12 @@ def opening_sentences(config: EvalConfig, memory: dict, argv: list[str]) -> list
         sentences.append(
             "The policy was trained on most of these questions. Without --data it is tested on the "
             "others alone."
+        )
+    wants_noisy_test = "eval_noise" in given(EvalConfig, argv) and config.eval_noise > 0
+    if wants_noisy_test and not has_noisy_test(config):
+        sentences.append(
+            "--eval_noise has no effect here: a second, noisy test is for --engine bm25, --method "
+            "search and --engine_noise 0."
         )
     if "data" in memory:
         sentences.append("It is tested on those of these questions that it was not trained on.")

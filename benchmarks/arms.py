@@ -68,7 +68,7 @@ def evaluate_policy(policy: str, folder: Path, tests: dict[str, list[str]], **se
     for name, flags in tests.items():
         output = folder / f"{name}.json"
         if not output.exists():
-            common = flags_of(policy=policy, before="none", output=output, **settings)
+            common = flags_of(policy=policy, before="none", eval_noise=0, output=output, **settings)
             script("evaluate.py", *common, *flags)
 
 

@@ -81,7 +81,7 @@ def page_of_two_trajectories(run: Path) -> str:
 
     rows = run_folder.read_lines(run / "trajectories.jsonl")
     examples = [(row,) for row in (best_example(rows, 1), best_example(rows, -1)) if row]
-    html = page.render_page(run.name, metrics=[], groups=examples)
+    html = page.render_page(run.name, metrics=[], groups={"train": examples})
     html = re.sub(r"<details class=\"(.*?)\".*?>", r'<details class="\1" open>', html)
     return html.replace("<main>", f"{TRAJECTORIES_ALONE}<main>")
 

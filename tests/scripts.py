@@ -42,7 +42,7 @@ POLICY = """--batch_questions 4 --group_size 2 --steps 2 --max_turns 3 --max_tur
     --corpus ../corpus.txt --policy ../base --lr 0.01 --threads 1""".split()
 SIM = """--base ../base --worlds 2 --examples 40 --steps 3 --batch_tokens 400 --report_queries 2
     --threads 1""".split()
-EVAL = """--max_turns 3 --max_turn_tokens 16 --max_context 160 --threads 1""".split()
+EVAL = """--max_turns 3 --max_turn_tokens 16 --max_context 160 --threads 1 --eval_noise 0""".split()
 FILE = ["--data", "../questions.jsonl", "--corpus", "../corpus.txt"]
 COLLECTED = "../collected/collected.jsonl"
 

@@ -3,6 +3,7 @@
 OUT.json           the figures
 OUT.md             the table
 OUT.jsonl          every trajectory of the policy, OUT.before.jsonl of what it is compared with
+OUT.noisy.jsonl    those of the test with noisy replies, and OUT.before.noisy.jsonl
 OUT.unfinished/    the answers so far; whoever holds the lock in it owns OUT
 """
 
@@ -20,7 +21,14 @@ from minizs.runs.data import split_spec
 from minizs.runs.run_folder import can_be_made
 from minizs.runs.settings import EvalConfig
 
-SUFFIXES = (".json", ".md", ".jsonl", ".before.jsonl")
+SUFFIXES = (
+    ".json",
+    ".md",
+    ".jsonl",
+    ".before.jsonl",
+    ".noisy.jsonl",
+    ".before.noisy.jsonl",
+)
 UNFINISHED = ".unfinished"
 
 

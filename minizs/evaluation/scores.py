@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from minizs.reward import exact_match, f1_score, substring_match
-from minizs.runs.metrics import LIMITS, searched_again
+from minizs.runs.metrics import LIMITS, means, searched_again
 from minizs.runs.run_folder import read_lines
 from minizs.trajectory import Example, Trajectory, Turn
 
@@ -107,20 +107,30 @@ def summary(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         figures[f"{name}_stderr"] = stdev(scores) / math.sqrt(count) if count > 1 else 0.0
     figures["searches_per_question"] = fmean(t.searches for t in trajectories)
     figures["truncated"] = fmean(bool(t.truncated) for t in trajectories)
-    for label in ("noisy", "useful"):
-        searches, replies = searched_again(trajectories, noisy=label == "noisy")
-        if replies:
-            figures[f"again_after_{label}"] = searches / replies
     return figures
+
+
+def searches_again(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """How often another search followed a noisy and a useful reply, over these questions."""
+    return means(
+        {
+            "again_after_noisy": searched_again(trajectories, noisy=True),
+            "again_after_useful": searched_again(trajectories, noisy=False),
+        }
+    )
 
 
 def table(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
     """The `summary` of each data set, of all questions pooled ("overall"), and the data sets'
-    unweighted mean ("average"), which is the figure that the paper gives."""
+    unweighted mean ("average"), which is the figure that the paper gives. How often a policy
+    searched again is told for each data set alone: pooled, it would mix questions that need
+    another search with questions that do not."""
     by_source: dict[str, list[Trajectory]] = {}
     for trajectory in trajectories:
         by_source.setdefault(trajectory.example.source, []).append(trajectory)
-    rows = {source: summary(by_source[source]) for source in sorted(by_source)}
+    rows = {}
+    for source in sorted(by_source):
+        rows[source] = summary(by_source[source]) | searches_again(by_source[source])
     average: dict[str, float] = {"n": len(trajectories)}
     for name in (*METRICS, "searches_per_question"):
         average[name] = fmean(row[name] for row in rows.values())
@@ -129,17 +139,36 @@ def table(trajectories: Sequence[Trajectory]) -> dict[str, dict[str, float]]:
     return rows | {"overall": summary(trajectories), "average": average}
 
 
-def markdown(tables: dict[str, dict]) -> str:
-    """The tables of several policies as one in Markdown, in per cent, with standard errors."""
-    lines = ["| | data | n | F1 | EM | contains | searches |", "|---|---|--:|--:|--:|--:|--:|"]
+def markdown(
+    tables: dict[str, dict], noisy: dict[str, dict] | None = None, noise: float = 0.0
+) -> str:
+    """The tables of several policies as one in Markdown, in per cent, with standard errors.
+
+    `noisy` has tables of the same policies and questions, but with this share of noisy replies: its
+    F1 is the last column.
+    """
+    titles = ["", "data", "n", "F1", "EM", "contains", "searches"]
+    if noisy:
+        titles.append(f"F1, {noise:.0%} noisy")
+    lines = [markdown_row(titles), "|---|---" + "|--:" * (len(titles) - 2) + "|"]
     for policy, rows in tables.items():
         for source, row in rows.items():
             cells = [short(policy), source, str(row["n"])]
-            for metric in METRICS:
-                cells.append(f"{100 * row[metric]:.1f} ± {100 * row[f'{metric}_stderr']:.1f}")
+            cells += [in_per_cent(row, metric) for metric in METRICS]
             cells.append(f"{row['searches_per_question']:.2f}")
-            lines.append(f"| {' | '.join(cells)} |")
+            if noisy:
+                cells.append(in_per_cent(noisy[policy][source], "f1"))
+            lines.append(markdown_row(cells))
     return "\n".join(lines)
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def in_per_cent(row: dict[str, float], metric: str) -> str:
+    """A score with its standard error."""
+    return f"{100 * row[metric]:.1f} ± {100 * row[f'{metric}_stderr']:.1f}"
 
 
 def short(name: str) -> str:

@@ -17,17 +17,18 @@ from minizs.models import loading
 from minizs.rollout import Policy, rollout
 from minizs.runs import build, data, metrics, page, run_folder
 from minizs.runs.flags import may_change
-from minizs.runs.settings import EvalConfig
+from minizs.runs.settings import EvalConfig, has_noisy_test
 from minizs.runs.terminal import paint, show_turn, visible
 from minizs.trajectory import Example, Trajectory
 
 
 @dataclass
 class Result:
-    """What a policy has answered."""
+    """What a policy has answered, in the test and in the second one, whose replies are noisy."""
 
-    trajectories: list[Trajectory]
     search_errors: int
+    trajectories: list[Trajectory]
+    noisy: list[Trajectory] | None = None  # of the same questions; None without such a test
 
     def table(self) -> dict[str, dict]:
         rows = table(self.trajectories)
@@ -77,11 +78,21 @@ def load_policy(config: EvalConfig, name: str, accelerator) -> Policy:
     return build.make_policy(config, model, tokenizer, template, config.temperature)
 
 
-def answerer(config: EvalConfig, policy: Policy, engine) -> Callable[..., list[Trajectory]]:
+def answerer(
+    config: EvalConfig, policy: Policy, engine, noise: float
+) -> Callable[..., list[Trajectory]]:
     """A function of examples and their keys: how the policy answers by `--method`."""
     if config.method == "search":
-        return partial(rollout, policy, engine=engine, noise=config.engine_noise)
+        return partial(rollout, policy, engine=engine, noise=noise)
     return partial(answer_at_once, config.method, policy, engine=engine)
+
+
+def noise_of_tests(config: EvalConfig) -> dict[bool, float]:
+    """The probability of a noisy reply in the test (False) and in the noisy one (True), if any."""
+    noise = {False: config.engine_noise}
+    if has_noisy_test(config):
+        noise[True] = config.eval_noise
+    return noise
 
 
 # ---- The test ------------------------------------------------------------------------------------
@@ -100,14 +111,16 @@ def compare(
         config.output = str(output.figures)
         results = {}
         for policy_name, policy in policies.items():
-            answer = answerer(config, policy, engine)
-            log = output.answers / f"{name}{suffix(config, policy_name)}"
             failed_before = getattr(engine, "failed", 0)
-            trajectories = answer_all(answer, examples, accelerator, config.batch, log)
+            answers = []
+            for noisy, noise in noise_of_tests(config).items():
+                answer = answerer(config, policy, engine, noise)
+                log = output.answers / f"{name}{suffix(config, policy_name, noisy)}"
+                answers.append(answer_all(answer, examples, accelerator, config.batch, log))
             failed = getattr(engine, "failed", 0) - failed_before
             search_errors = metrics.total(accelerator, failed)
             if accelerator.is_main_process:
-                results[policy_name] = Result(trajectories, search_errors)
+                results[policy_name] = Result(search_errors, *answers)
         if accelerator.is_main_process:
             write_results(config, output, results)
 
@@ -123,9 +136,10 @@ def goes_on_later(accelerator) -> Iterator[None]:
         raise
 
 
-def suffix(config: EvalConfig, policy_name: str) -> str:
+def suffix(config: EvalConfig, policy_name: str, noisy: bool = False) -> str:
     """The ending of the file with a policy's answers."""
-    return ".jsonl" if policy_name == config.policy else ".before.jsonl"
+    before = "" if policy_name == config.policy else ".before"
+    return f"{before}.noisy.jsonl" if noisy else f"{before}.jsonl"
 
 
 def fingerprint(config: EvalConfig, examples: Sequence[Example]) -> str:
@@ -145,18 +159,23 @@ def fingerprint(config: EvalConfig, examples: Sequence[Example]) -> str:
 def write_results(config: EvalConfig, output: Output, results: dict[str, Result]) -> None:
     """Write all files of an evaluation, and print the table."""
     tables = {name: result.table() for name, result in results.items()}
-    notes = []
-    for name, result in results.items():
-        for sentence in warnings(result.trajectories, config):
-            notes.append(f"{name}: {sentence}.")
-    if config.engine == "simulator":
-        notes.append("The simulator has seen the gold answers: this is no test of the policy.")
-    text = "\n\n".join([markdown(tables), *notes])
+    noisy_tables = {name: table(result.noisy) for name, result in results.items() if result.noisy}
+    paragraphs = [markdown(tables, noisy_tables, config.eval_noise)]
+    if noisy_tables:
+        paragraphs.append(
+            f"In the last column {config.eval_noise:.0%} of the replies are noisy: they have the "
+            "best documents that do not hold what the query needs."
+        )
+    notes = sentences_of_warning(config, results)
+    text = "\n\n".join(paragraphs + notes)
 
     for name, result in results.items():
-        lines = [to_line(*pair) for pair in enumerate(result.trajectories)]
-        output.beside(suffix(config, name)).write_text("".join(lines), encoding="utf-8")
+        write_answers(output.beside(suffix(config, name)), result.trajectories)
+        if result.noisy:
+            write_answers(output.beside(suffix(config, name, noisy=True)), result.noisy)
     output.beside(".md").write_text(text + "\n", encoding="utf-8")
+    for name, rows in noisy_tables.items():
+        tables[name]["noisy"] = rows
     figures = tables[config.policy] | {
         "settings": asdict(config),
         "before": tables.get(config.before),
@@ -169,6 +188,22 @@ def write_results(config: EvalConfig, output: Output, results: dict[str, Result]
 
     print(text)
     print(f"The figures are in {output.figures}, each answer in {output.beside('.jsonl')}")
+
+
+def sentences_of_warning(config: EvalConfig, results: dict[str, Result]) -> list[str]:
+    """What makes these figures worthless, if anything does."""
+    sentences = []
+    for name, result in results.items():
+        for sentence in warnings(result.trajectories, config):
+            sentences.append(f"{name}: {sentence}.")
+    if config.engine == "simulator":
+        sentences.append("The simulator has seen the gold answers: this is no test of the policy.")
+    return sentences
+
+
+def write_answers(path: Path, trajectories: Sequence[Trajectory]) -> None:
+    lines = [to_line(*pair) for pair in enumerate(trajectories)]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 # ---- One question --------------------------------------------------------------------------------
@@ -184,7 +219,7 @@ def answer_question(config: EvalConfig, accelerator) -> None:
     build.check_lengths(config, [name], examples)
     policy = load_policy(config, name, accelerator)
     engine = build.build_engine(config, "test", accelerator, examples)
-    answer = answerer(config, policy, engine)
+    answer = answerer(config, policy, engine, config.engine_noise)
     if not config.policy:
         print("No run is finished yet: this is what the model does that training starts from.")
     print(f"question {visible(config.ask)}")

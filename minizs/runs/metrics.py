@@ -1,6 +1,7 @@
 """What a batch of trajectories looked like, and what a run cost, as numbers for the log."""
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,9 @@ from minizs.trajectory import Trajectory, Turn
 
 # What can end a trajectory, as `Trajectory.truncated` names it, and the setting to raise.
 LIMITS = {"turns": "max_turns", "turn_tokens": "max_turn_tokens", "context": "max_context"}
+# The sources of the tiny world's questions, which say how many look-ups a question needs.
+ONE_HOP = "one_hop"
+TWO_HOP = "two_hop"
 THOUGHT = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 SEARCH_PRICE = 9.17  # dollars for 1,000 queries to a web engine (paper, Table 8)
 GPU_PRICE = 1.47  # dollars for an hour of a GPU (paper, Table 8)
@@ -20,7 +24,7 @@ def total(accelerator, count: int) -> int:
     return int(accelerator.reduce(torch.tensor(int(count), device=accelerator.device), "sum"))
 
 
-def searched_again(trajectories: list[Trajectory], noisy: bool) -> tuple[int, int]:
+def searched_again(trajectories: Sequence[Trajectory], noisy: bool) -> tuple[int, int]:
     """How often the next turn after a noisy (or useful) reply searched, and how many there were."""
     repeats = 0
     replies = 0
@@ -30,6 +34,28 @@ def searched_again(trajectories: list[Trajectory], noisy: bool) -> tuple[int, in
                 replies += 1
                 repeats += next_turn.action == "search"
     return repeats, replies
+
+
+def again_counts(trajectories: Sequence[Trajectory]) -> dict[str, tuple[int, int]]:
+    """`searched_again` by the name of its metric.
+
+    A second search means something where one look-up answers the question: the tiny world's
+    two-hop questions, which need it as a matter of course, are counted nowhere. Of other data
+    nobody knows how many look-ups a question needs: metrics of another name count all of it.
+    """
+    one_hop = [t for t in trajectories if t.example.source == ONE_HOP]
+    unknown = [t for t in trajectories if t.example.source not in (ONE_HOP, TWO_HOP)]
+    return {
+        "one_hop_again_after_noisy": searched_again(one_hop, noisy=True),
+        "one_hop_again_after_useful": searched_again(one_hop, noisy=False),
+        "again_after_noisy": searched_again(unknown, noisy=True),
+        "again_after_useful": searched_again(unknown, noisy=False),
+    }
+
+
+def means(sums: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """Sum over count, by name. What did not occur at all has no mean and is left out."""
+    return {name: total / count for name, (total, count) in sums.items() if count}
 
 
 def thinking_characters(turn: Turn) -> int:
@@ -55,18 +81,13 @@ def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, fl
         "thinking_characters": (sum(map(thinking_characters, turns)), len(turns)),
         "valid_rate": (sum(turn.action != "invalid" for turn in turns), len(turns)),
         "empty_replies": (sum(turn.documents == [] for turn in turns), searches),
-        "again_after_noisy": searched_again(trajectories, noisy=True),
-        "again_after_useful": searched_again(trajectories, noisy=False),
+        **again_counts(trajectories),
     }
     for limit in LIMITS:
         sums[f"truncated_{limit}"] = (sum(t.truncated == limit for t in trajectories), n)
     device = accelerator.device
     table = torch.tensor(list(sums.values()), dtype=widest_float(device), device=device)
-    means = {}
-    for name, (value, count) in zip(sums, accelerator.reduce(table, "sum").tolist(), strict=True):
-        if count:
-            means[name] = value / count
-    return means
+    return means(dict(zip(sums, accelerator.reduce(table, "sum").tolist(), strict=True)))
 
 
 def cost(rows: list[dict], engine: str) -> dict[str, float]:

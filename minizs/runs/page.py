@@ -7,7 +7,7 @@ buttons and CSS. Whatever is data is escaped, and a content policy would stop wh
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby, pairwise, product
+from itertools import groupby, product
 from pathlib import Path
 
 import yaml
@@ -15,6 +15,7 @@ from jinja2 import Environment
 
 from minizs import protocol
 from minizs.reward import exact_match
+from minizs.runs.near_misses import BELIEVED, DOUBTED, near_misses
 from minizs.runs.run_folder import read_lines
 from minizs.runs.terminal import visible
 
@@ -28,9 +29,21 @@ WIDTH, HEIGHT, BOTTOM = 314, 76, 96  # of a plot's box, and where its lower edge
 # The filters, by what stands for no choice in their group. One can be chosen in each group, and a
 # trajectory has to fit all that are.
 FILTERS = {
-    "all": {"test": "before and after", "train": "while training"},
+    "all": {
+        "test": "before and after",
+        "noisy_test": "before and after, noisy engine",
+        "train": "while training",
+    },
     "any answer": {"right": "right", "wrong": "wrong"},
-    "any behaviour": {"changed": "changed its mind", "again": "searched again after noise"},
+    "any reading": {BELIEVED: "believed a near miss", DOUBTED: "doubted a near miss"},
+    "any change": {"changed": "changed its mind"},
+}
+
+# What stands beside the documents of a near miss (see near_misses.py).
+OUTCOMES = {
+    BELIEVED: "a near miss, believed",
+    DOUBTED: "a near miss, doubted",
+    "": "a near miss",
 }
 
 PAGE = Environment(
@@ -50,7 +63,11 @@ def write_page(folder: Path) -> None:
     html = render_page(
         name=folder.resolve().name,
         metrics=read_lines(folder / "metrics.jsonl"),
-        groups=[*test_pairs(folder), *training_samples(folder)],
+        groups={
+            "test": test_pairs(folder),
+            "noisy_test": test_pairs(folder, noisy=True),
+            "train": training_samples(folder),
+        },
         settings=settings_text(folder / "config.yaml"),
     )
     with tempfile.NamedTemporaryFile(
@@ -66,10 +83,20 @@ def settings_text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def render_page(name: str, metrics: list[dict], groups: list[tuple], settings: str = "") -> str:
-    """The page. Each of the `groups` is a row of a log alone, or two: before and after training."""
-    trajectories = [(labels(*rows), rows) for rows in groups]
+def render_page(
+    name: str, metrics: list[dict], groups: dict[str, list[tuple]], settings: str = ""
+) -> str:
+    """The page. `groups` has the trajectories by where they come from, a choice of the first of the
+    `FILTERS`: each is a row of a log alone, or two, before and after training."""
+    trajectories = []
+    for source, group in groups.items():
+        trajectories += [([source, *labels(*rows)], rows) for rows in group]
     counts = Counter(label for row_labels, _ in trajectories for label in row_labels)
+    empty_choices = [
+        choice
+        for choice in filter_choices()
+        if not any(set(choice) <= set(row_labels) for row_labels, _ in trajectories)
+    ]
     plots = {}
     if metrics:
         plots = {title: plot(metrics, **form) for title, form in PLOTS.items()}
@@ -78,7 +105,7 @@ def render_page(name: str, metrics: list[dict], groups: list[tuple], settings: s
         plots=plots,
         settings=settings,
         filters=FILTERS,
-        choices=filter_choices(),
+        empty_choices=empty_choices,
         counts=counts,
         trajectories=trajectories,
         blocks=blocks,
@@ -143,10 +170,11 @@ def training_samples(folder: Path) -> list[tuple[dict]]:
     return [(row,) for row in rows[:FIRST] + rows[FIRST:][-LAST:]]
 
 
-def test_pairs(folder: Path) -> list[tuple[dict, dict]]:
-    """The first questions of the newest test, before and after training. Its log takes the data
-    sets in turn, so that these are of all of them."""
-    logs = sorted(folder.glob("evaluation*.before.jsonl"), key=lambda path: path.stat().st_mtime)
+def test_pairs(folder: Path, noisy: bool = False) -> list[tuple[dict, dict]]:
+    """The first questions of the newest test, before and after training, or of the newest one with
+    noisy replies. Its log takes the data sets in turn, so that these are of all of them."""
+    pattern = "evaluation*.before.noisy.jsonl" if noisy else "evaluation*.before.jsonl"
+    logs = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
     if not logs:
         return []
     before = read_lines(logs[-1])
@@ -161,38 +189,40 @@ def test_pairs(folder: Path) -> list[tuple[dict, dict]]:
 
 
 def labels(first: dict, after: dict | None = None) -> list[str]:
-    """The filters that a trajectory fits, or the one after training where there are two."""
+    """The other filters that a trajectory fits, or the one after training where there are two."""
     row = after or first
     is_right = exact_match(row["answer"], row["example"]["answers"])
-    fitting = ["right" if is_right else "wrong", "test" if after else "train"]
+    fitting = ["right" if is_right else "wrong"]
+    outcomes = set(near_misses(row).values())
+    fitting += sorted(outcomes - {""})
     if first["answer"] != row["answer"]:
         fitting.append("changed")
-    pairs = pairwise(row["turns"])
-    if any(turn["noisy"] and following["action"] == "search" for turn, following in pairs):
-        fitting.append("again")
     return fitting
 
 
-def blocks(row: dict) -> Iterator[tuple[str, list[tuple[float, list[str]]]]]:
-    """A trajectory as blocks of text in their order: (kind, [(advantage, pieces), ...]).
+def blocks(row: dict) -> Iterator[tuple[str, str, list[tuple[float, list[str]]]]]:
+    """A trajectory as blocks of text in their order: (kind, note, [(advantage, pieces), ...]).
 
     The kind is "own" for what the policy wrote, and else tells what it was given: the "prompt",
     "useful" or "noisy" documents, the "reply" to an invalid action, or documents that it has not
-    read ("unread").
+    read ("unread"). The note says what became of a near miss, and is "" elsewhere.
     """
-    turns = iter(row["turns"])
+    outcomes = near_misses(row)
+    turns = enumerate(row["turns"])
     turn = None
     kind = "prompt"
+    note = ""
     for own, block in groupby(tokens(row), key=lambda token: token[1]):
         runs = []
         for advantage, run in groupby(block, key=lambda token: token[2] or 0.0):
             runs.append((advantage, [piece for piece, *_ in run if piece]))
-        yield "own" if own else kind, runs
+        yield "own" if own else kind, "" if own else note, runs
         if own:
-            turn = next(turns)
+            number, turn = next(turns)
             kind = reply_kind(turn)
+            note = OUTCOMES.get(outcomes.get(number), "")
     if turn and own and turn["documents"] is not None:
-        yield "unread", [(0.0, [protocol.number_documents(turn["documents"])])]
+        yield "unread", "", [(0.0, [protocol.number_documents(turn["documents"])])]
 
 
 def reply_kind(turn: dict) -> str:

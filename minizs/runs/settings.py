@@ -451,6 +451,14 @@ class LoggingSettings:
         min=1,
         may_change=True,
     )
+    eval_noise: float = option(
+        0.5,
+        "The probability of a noisy reply in a second test on the same questions. A noisy reply "
+        "has the best documents that do not hold what the query needs. 0 leaves that test out.",
+        min=0,
+        max=1,
+        may_change=True,
+    )
     save_every: int = option(
         20,
         "The steps between two checkpoints. 0 saves the final model only.",
@@ -622,6 +630,13 @@ class EvaluationSettings:
         "documents of one search for the question.",
         ("search", *BASELINES),
     )
+    eval_noise: float = option(
+        0.5,
+        "With --engine bm25: the probability of a noisy reply in a second test on the same "
+        "questions, whose F1 is the table's last column. 0 leaves that test out.",
+        min=0,
+        max=1,
+    )
     batch: int = option(250, "The number of questions that a process answers together.", min=1)
 
 
@@ -774,6 +789,17 @@ def check_noise(config: EngineSettings) -> None:
         config.engine != "simulator" or config.engine_noise == 0,
         "--engine_noise is for real engines; the simulator has --noise_start and --noise_end.",
     )
+
+
+def has_noisy_test(config: EvalConfig) -> bool:
+    """Whether the questions are put a second time, with noisy replies.
+
+    It is for BM25: a simulator or no engine at all makes it no test, and a server, or the web,
+    which is paid for, is not asked more than the user says. With `--engine_noise` the one test is
+    noisy already.
+    """
+    searches_bm25 = config.engine == "bm25" and config.method == "search"
+    return searches_bm25 and config.eval_noise > 0 and config.engine_noise == 0
 
 
 def check_lora(config: PolicyConfig) -> None:

@@ -149,9 +149,13 @@ def _compile_wordings() -> list[tuple[str, re.Pattern]]:
     patterns = []
     for name, relation in RELATIONS.items():
         for wording in sorted(relation.wordings, key=len, reverse=True):
-            pattern = re.sub(r"\\\{[so]\\\}", "(.+)", re.escape(wording))
-            patterns.append((name, re.compile(pattern)))
+            patterns.append((name, re.compile(_as_pattern(wording))))
     return patterns
+
+
+def _as_pattern(sentence: str) -> str:
+    """A regular expression for a sentence of the language, with a group for subject and object."""
+    return re.sub(r"\\\{[so]\\\}", "(.+)", re.escape(sentence))
 
 
 WORDINGS = _compile_wordings()
@@ -164,6 +168,29 @@ def read_fact(document: str) -> Fact | None:
         match = pattern.fullmatch(document)
         if match:
             return Fact(match[1], name, match[2])
+    return None
+
+
+def _compile_questions() -> list[tuple[list[str], re.Pattern]]:
+    """(relations to look up in turn, pattern) for each form of a question, the longest first: a
+    shorter form can fit a longer question as well."""
+    forms = [([name], relation.question) for name, relation in RELATIONS.items()]
+    forms += [([first, second], text) for first, second, text in TWO_HOP]
+    forms.sort(key=lambda form: len(form[1]), reverse=True)
+    return [(relations, re.compile(_as_pattern(text))) for relations, text in forms]
+
+
+QUESTIONS = _compile_questions()
+
+
+@cache
+def read_question(text: str) -> tuple[str, list[str]] | None:
+    """The subject of a question and the relations to look up, one after the other; None for a text
+    that is no question of a tiny world."""
+    for relations, pattern in QUESTIONS:
+        match = pattern.fullmatch(text)
+        if match:
+            return match[1], relations
     return None
 
 

@@ -20,6 +20,7 @@ from minizs.evaluation.scores import (
     to_line,
     warnings,
 )
+from minizs.runs.metrics import again_counts, means
 from minizs.trajectory import Example, Trajectory, Turn
 
 EXAMPLES = [Example(f"q{i}?", (f"{i}", "x"), "ab"[i % 2]) for i in range(11)]
@@ -144,7 +145,34 @@ def test_figures_by_hand():
     assert out["n"] == 3 and out["em"] == pytest.approx(1 / 3)
     assert out["f1"] == pytest.approx((2 / 3 + 1) / 3)
     assert out["searches_per_question"] == 1 and out["truncated"] == pytest.approx(1 / 3)
-    assert out["again_after_noisy"] == 0 and out["again_after_useful"] == 0.5
+    rows_by_source = table(rows)
+    assert rows_by_source["data"] == out | {"again_after_noisy": 0, "again_after_useful": 0.5}
+    assert rows_by_source["overall"] == out
+
+
+def test_searching_again_counts_where_one_look_up_is_enough():
+    """Of the tiny world's questions those with one look-up count, and of other data all do, under
+    another name. What did not occur is left out."""
+    turns = [Turn("", "search", "q", ["d"], True), Turn("", "search", "q", ["d"])]
+    turns.append(Turn("", "answer", "x"))
+    again = {}
+    for source in ("one_hop", "two_hop", "nq"):
+        row = Trajectory(Example("q?", ("x",), source), turns=turns)
+        again[source] = means(again_counts([row, replace(row, turns=turns[1:])]))
+    assert again["one_hop"] == {"one_hop_again_after_noisy": 1, "one_hop_again_after_useful": 0}
+    assert again["two_hop"] == {}
+    assert again["nq"] == {"again_after_noisy": 1, "again_after_useful": 0}
+
+
+def test_markdown_with_a_noisy_test():
+    """The F1 of the second test is the last column, in the row of the same questions."""
+    clean = {"mine": table(EXPECTED)}
+    noisy = {"mine": table([replace(row, answer=None) for row in EXPECTED])}
+    assert clean["mine"]["overall"]["f1"] > 0
+    plain = markdown(clean).splitlines()
+    lines = markdown(clean, noisy, 0.25).splitlines()
+    assert lines[0] == f"{plain[0]} F1, 25% noisy |" and lines[1] == f"{plain[1]}--:|"
+    assert lines[2:] == [f"{line} 0.0 ± 0.0 |" for line in plain[2:]]
 
 
 def test_markdown():

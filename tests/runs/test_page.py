@@ -1,5 +1,6 @@
 """The page about a run: safe to open, and there however the run ended."""
 
+import itertools
 import json
 import os
 import re
@@ -108,14 +109,15 @@ def test_the_page_loads_nothing(tmp_path):
 def test_curves_show_the_numbers_that_were_logged(tmp_path):
     """A curve is drawn from the logged numbers, with 0 in sight; what was not logged has none."""
     rows = [{"step": 1, "reward": 0.125}, {"step": 2, "reward": 0.875, "response_tokens": 12345}]
-    rows += [{"step": 3, "reward": 0.625, "held_out_f1": 0.375}]
+    rows += [{"step": 3, "reward": 0.625, "held_out_f1": 0.375, "held_out_noisy_f1": 0.125}]
     html = page(tmp_path, rows)
     assert "training <b>0.625</b>" in html
     assert "range 0 to 0.875" in html  # 0 is always in sight: a fall from 1 to 0.9 looks small
     assert 'points="0.0,85.1 157.0,20.0 314.0,41.7 "' in html  # y grows downwards
-    assert 'points="314.0,63.4 "' in html  # on the same axis
-    assert "<b>12,345</b>" in html and "held-out F1 <b>0.375</b>" in html
-    assert "<h3>KL" not in html and html.count("<svg") == 2
+    assert 'points="314.0,20.0 "' in html and 'points="314.0,70.7 "' in html  # on the same axis
+    assert "<b>12,345</b>" in html
+    assert "clean engine <b>0.375</b>" in html and "noisy engine <b>0.125</b>" in html
+    assert "<h3>KL" not in html and html.count("<svg") == 3
     everything = {name: 1.0 for form in pages.PLOTS.values() for name in form["series"]}
     html = page(tmp_path, [{"step": 1} | everything])
     assert html.count("<polyline") == len(everything) and html.count("<svg") == len(pages.PLOTS)
@@ -184,8 +186,7 @@ def test_before_and_after_stand_side_by_side(tmp_path):
     """Answers to one question before and after training stand side by side; each filter has its
     count."""
     after = trajectory("a", answer="gold")
-    repeated = trajectory("b", True)
-    repeated["turns"][1]["action"] = "search"
+    repeated = trajectory("b")
     tests = [
         (trajectory("a", answer="no"), after),
         (repeated, repeated),
@@ -193,7 +194,7 @@ def test_before_and_after_stand_side_by_side(tmp_path):
     ]
     html = page(tmp_path, [], [(7, trajectory("c", answer=None))], tests)
     classes = re.findall(r'<details class="([^"]*)"', html)
-    assert classes == ["right test changed", "right test again", "wrong train"]
+    assert classes == ["test right changed", "test right", "train wrong"]
     assert html.index("Before training") < html.index("<b>no</b>") < html.index("After training")
     for text, groups in (
         ("all 3", 1),
@@ -203,7 +204,8 @@ def test_before_and_after_stand_side_by_side(tmp_path):
     ):
         assert html.count(f">{text}</label>") == groups
     rules = re.findall(r"#(\w+):checked\) main > :not\(\.(\w+)\) ", html)
-    assert rules == [(name, name) for name in "test train right wrong changed again".split()]
+    names = "test noisy_test train right wrong believed doubted changed".split()
+    assert rules == [(name, name) for name in names]
     (tmp_path / "evaluation.jsonl").unlink()  # a test that was interrupted
     pages.write_page(tmp_path)
     assert "Before training" not in (tmp_path / "report.html").read_text()
@@ -228,14 +230,44 @@ def test_a_long_run_has_a_page_of_bounded_size(tmp_path):
 def test_filters_combine(tmp_path):
     """There is a note for each choice of one filter a group that no trajectory fits."""
     html = page(tmp_path, [], [(1, trajectory("a"))])
-    names = [name for filters in pages.FILTERS.values() for name in filters]
-    rules = re.findall(r"body(\S*) main:not\(:has\(> details(\S*)\)\)::after", html)
-    assert len(rules) == 3**3 == len(set(rules))
-    for chosen, classes in rules:
-        assert re.findall(r"#(\w+)", chosen) == re.findall(r"\.(\w+)", classes)
-        assert set(re.findall(r"\.(\w+)", classes)) <= set(names)
-    assert html.count('type="radio"') == len(names) + 3
-    assert all(html.count(f'name="filter{group}"') == 3 for group in (1, 2, 3))
+    groups = [[*filters] for filters in pages.FILTERS.values()]
+    choices = [
+        tuple(name for name in choice if name)
+        for choice in itertools.product(*([None, *group] for group in groups))
+    ]
+    rules = re.findall(r"body(\S*) main::after { content", html)
+    empty = [tuple(re.findall(r"#(\w+):checked", rule)) for rule in rules]
+    assert len(choices) == 4 * 3 * 3 * 2 and len(set(empty)) == len(empty)
+    # The one trajectory is of the training and right, and nothing else.
+    assert set(choices) - set(empty) == {(), ("train",), ("right",), ("train", "right")}
+    assert html.count('type="radio"') == sum(map(len, groups)) + len(groups)
+    for number, group in enumerate(groups, 1):
+        assert html.count(f'name="filter{number}"') == len(group) + 1
+
+
+def test_near_misses_are_easy_to_find(tmp_path):
+    """A filter shows those that were believed, another those that were doubted, in each of the
+    tests and in training; and beside the documents it says so."""
+    believed = trajectory("Anna", noisy=True)
+    doubted = trajectory("Berta", noisy=True)
+    for row, action in ((believed, "answer"), (doubted, "search")):
+        row["example"] = {"question": "who?", "answers": ["gold"], "source": "data"}
+        row["turns"][0] |= {"content": "who", "documents": [f"It is {row['answer']}"]}
+        row["turns"][1] |= {"action": action, "content": "who" if action == "search" else "Anna"}
+    page(tmp_path, [], [(1, doubted)], [(doubted, believed)])
+    logs(tmp_path, "evaluation.before.noisy", [believed])
+    logs(tmp_path, "evaluation.noisy", [doubted])
+    pages.write_page(tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    classes = re.findall(r'<details class="([^"]*)"', html)
+    assert classes == [
+        "test wrong believed changed",
+        "noisy_test wrong doubted changed",
+        "train wrong doubted",
+    ]
+    label = '<b class="noisy">documents, asked to be noisy</b>: <b class="note">a near miss'
+    assert html.count(f"{label}, believed") == 2 and html.count(f"{label}, doubted") == 3
+    assert ">believed a near miss 1</label>" in html and ">doubted a near miss 2</label>" in html
 
 
 def test_the_settings_of_the_run(tmp_path):
@@ -271,7 +303,7 @@ LETTERS = st.sampled_from("<>&\"'/!-={}%# aå\n\r\x00\x1b\u202e\ufeff\ud800") | 
 def test_any_text_stays_text(text):
     """No text whatever ends its place in the page."""
     row = trajectory(text, **tokens(text))
-    seen = Tags(pages.render_page("run", [], [({"step": 1} | row,)]))
+    seen = Tags(pages.render_page("run", [], {"train": [({"step": 1} | row,)]}))
     assert not seen.open and not seen.tags & {"script", "img", "a", "iframe"}
     assert seen.text.count(visible(text).strip()) >= 5
     assert visible(visible(text)) == visible(text)

@@ -58,7 +58,7 @@ def test_it_is_greedy(work, monkeypatch):
     evaluation("--policy", "../base", "--questions", "2", "--output", "out.json")
     assert seen == [0.0]
     policy("--output", "run", "--steps", "1", "--eval_every", "1", "--eval_questions", "2")
-    assert seen == [0.0, 1.0, 0.0]
+    assert seen == [0.0, 1.0, 0.0, 0.0]  # the clean test of training and the noisy one
 
 
 def test_standard_errors_by_hand(work, monkeypatch):
@@ -137,6 +137,61 @@ def test_noise_takes_the_answers_out(work, monkeypatch):
     )
     assert seen and all(request.noisy for request, _ in seen)
     assert not any(r.answers[0] in text for r, reply in seen for text in reply)
+
+
+NOISY_FLAGS = ["--before", "../base", *FILE, "--temperature", "1", "--output", "out.json"]
+
+
+def test_a_second_test_has_noisy_replies(work, capsys):
+    """By default half of the replies in a second test are noisy: its F1 is the last column, its
+    figures and answers have places of their own, and the first test stays what it is."""
+    shutil.copytree("../base", "mine")
+    evaluation("--policy", "mine", *NOISY_FLAGS, "--eval_noise", "1")
+    text = capsys.readouterr().out
+    assert "F1, 100% noisy |" in text and "In the last column 100% of the replies" in text
+    both = figures()
+    names = "mine out.before.jsonl out.before.noisy.jsonl out.json out.jsonl out.md out.noisy.jsonl"
+    assert sorted(path.name for path in work.iterdir()) == names.split()
+    for name, noisy in (("out.jsonl", False), ("out.noisy.jsonl", True)):
+        rows = [json.loads(line) for line in Path(name).read_text().splitlines()]
+        turns = [turn for row in rows for turn in row["turns"] if turn["documents"]]
+        golds = [row["example"]["answers"][0] for row in rows]
+        assert turns and all(turn["noisy"] == noisy for turn in turns) and len(rows) == 9
+        held = [any(gold in str(turn["documents"]) for gold in golds) for turn in turns]
+        assert any(held) or noisy
+    assert (
+        set(KEYS) <= both["noisy"]["overall"].keys() == both["overall"].keys() - {"search_errors"}
+    )
+    assert both["noisy"]["overall"]["n"] == both["before"]["noisy"]["overall"]["n"] == 9
+    evaluation("--policy", "mine", *NOISY_FLAGS, "--eval_noise", "0", "--overwrite")
+    assert "noisy" not in capsys.readouterr().out
+    once = figures()
+    for one, two in ((once, both), (once["before"], both["before"])):
+        assert "noisy" not in one and two.pop("noisy")
+    assert once.pop("settings") != both.pop("settings") and once == both
+
+
+def test_a_killed_noisy_test_goes_on(work, questions_put):
+    """The same command asks only what has no answer yet, in both tests."""
+    flags = ["--policy", "mine", *NOISY_FLAGS, "--batch", "2", "--eval_noise", "0.5"]
+    with pytest.raises(KeyboardInterrupt):
+        evaluation(*flags)  # amid the second test of the first model
+    evaluation(*flags)
+    assert questions_put == [(i,) for _ in range(4) for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    "flags", ["--engine none", "--engine simulator --simulator ../base", "--engine_noise 0.5"]
+)
+def test_there_is_no_second_test_where_it_means_nothing(work, capsys, flags):
+    """Without BM25, or where the one test is noisy, it is left out; a user who asks for it is told
+    so."""
+    common = ["--policy", "../base", "--before", "none", *FILE, *flags.split()]
+    evaluate.main([*EVAL[:-2], *common, "--output", "a.json"])
+    assert "eval_noise" not in capsys.readouterr().out and "noisy" not in figures("a.json")
+    evaluation(*common, "--eval_noise", "0.5", "--output", "b.json")
+    assert "--eval_noise has no effect here" in capsys.readouterr().out
+    assert "noisy" not in figures("b.json")
 
 
 def test_a_runs_policy_stands_beside_what_it_began_as(work, capsys):

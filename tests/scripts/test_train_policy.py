@@ -76,7 +76,8 @@ def test_the_tiny_world_tests_on_facts_that_it_does_not_train_on(work):
 
 
 def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
-    """A tenth of a file is held out, and tested with BM25 only: a simulator knows the answers."""
+    """A tenth of a file is held out, and tested with BM25 only: a simulator knows the answers. The
+    noisy test is of the same questions, unless it is turned off."""
     rows = [{"question": f"when was Fota {i} born?", "answer": "January"} for i in range(40)]
     (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--data", "q.jsonl", "--eval_every", "1", "--batch_questions", "8"]
@@ -84,6 +85,10 @@ def test_a_files_held_out_questions_are_not_trained_on(work, capsys):
     run = work / "runs" / "policy-1"
     held_out = len(data.load_examples("q.jsonl", "dev"))
     assert 0 < held_out < 15 and [row["held_out_n"] for row in metrics(run)] == [held_out] * 2
+    assert [row["held_out_noisy_n"] for row in metrics(run)] == [held_out] * 2
+    policy(*flags, "--eval_noise", "0", "--output", "clean")
+    assert [row["held_out_n"] for row in metrics(work / "clean")] == [held_out] * 2
+    assert not any("held_out_noisy_n" in row for row in metrics(work / "clean"))
     policy(*flags, "--engine", "simulator", "--simulator", "../base", "--corpus", "")
     assert "No evaluation while it trains" in capsys.readouterr().out
     assert not any("held_out_f1" in row for row in metrics(work / "runs" / "policy-2"))
@@ -94,8 +99,8 @@ def test_held_out_questions_are_shared_by_place(work, monkeypatch):
     seen = []
     models = iter("abcd")
 
-    def rollout(policy, examples, keys, **_):
-        seen.append((keys, policy.model, policy.temperature))
+    def rollout(policy, examples, keys, noise, **_):
+        seen.append((keys, noise, policy.model, policy.temperature))
         return [Trajectory(example, answer=example.answers[0]) for example in examples]
 
     monkeypatch.setattr(held_out, "rollout", rollout)
@@ -109,9 +114,37 @@ def test_held_out_questions_are_shared_by_place(work, monkeypatch):
     assert other == [{}, {}] and [row["held_out_n"] for row in main] == [5, 5]
     assert main[0]["held_out_em"] == 1
     shares = [[(0,), (2,), (4,)], [(1,), (3,)]]
-    assert sorted(keys for keys, *_ in seen) == sorted(shares * 2)
+    for noise in (0.0, 0.5):
+        assert sorted(row[0] for row in seen if row[1] == noise) == sorted(shares * 2)
     # The model of the moment, greedily.
-    assert {row[1:] for row in seen} == {(model, 0.0) for model in "abcd"}
+    assert {row[2:] for row in seen} == {(model, 0.0) for model in "abcd"}
+    assert [row["held_out_noisy_em"] for row in main] == [1, 1]
+
+
+def test_the_noisy_test_has_noisy_replies(work, monkeypatch):
+    """With --eval_noise 1 no reply of the second test holds what the query needs, while the first
+    test is the same as without it."""
+    seen = {0.0: [], 1.0: []}
+    play = held_out.rollout
+
+    def rollout(*arguments, noise, **options):
+        trajectories = play(*arguments, noise=noise, **options)
+        seen[noise] += [turn for row in trajectories for turn in row.turns if turn.documents]
+        return trajectories
+
+    monkeypatch.setattr(held_out, "rollout", rollout)
+    rows = [{"question": f"when was Fota {i} born?", "answer": "January"} for i in range(40)]
+    (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data", "q.jsonl", "--steps", "1", "--eval_every", "1"]
+    policy(*flags, "--eval_noise", "1", "--output", "run")
+    assert all(turn.noisy and "January" not in str(turn.documents) for turn in seen[1.0])
+    assert not any(turn.noisy for turn in seen[0.0]) and "January" in str(seen[0.0])
+    [noisy] = metrics(work / "run")
+    assert seen[1.0] and "held_out_noisy_again_after_noisy" in noisy
+    policy(*flags, "--eval_noise", "0", "--output", "clean")
+    [clean] = metrics(work / "clean")
+    assert clean.items() <= noisy.items()
+    assert all(name.startswith("held_out_noisy_") for name in noisy.keys() - clean.keys())
 
 
 def test_the_command_that_a_run_ends_with_tests_its_policy(work, capsys):

@@ -112,8 +112,8 @@ def reaction(row: dict, number: int, useful: set[int]) -> str:
 
 def takes_a_name(text: str, documents: list[str], known: list[str]) -> bool:
     """Whether a text has a name that stands in these documents and nowhere in what was known."""
-    new_names = names(documents) - words(" ".join(known))
-    return not new_names.isdisjoint(words(text))
+    new_names = likely_names(documents) - words_in(" ".join(known))
+    return not new_names.isdisjoint(words_in(text))
 
 
 def takes_an_answer(answer: str, documents: list[str], known: list[str]) -> bool:
@@ -122,13 +122,13 @@ def takes_an_answer(answer: str, documents: list[str], known: list[str]) -> bool
     return is_a_phrase or takes_a_name(answer, documents, known)
 
 
-def names(documents: list[str]) -> set[str]:
+def likely_names(documents: list[str]) -> set[str]:
     """The words that never stand in lower case in these documents: names and numbers, mostly. In a
     script without upper case that is every word."""
     text = " ".join(documents)
     in_lower_case = [word for word in WORD.findall(text) if word.islower()]
-    return words(text) - words(" ".join(in_lower_case))
+    return words_in(text) - words_in(" ".join(in_lower_case))
 
 
-def words(text: str) -> set[str]:
+def words_in(text: str) -> set[str]:
     return set(WORD.findall(fold(text)))

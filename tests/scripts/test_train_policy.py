@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,23 +125,28 @@ def test_held_out_questions_are_shared_by_place(work, monkeypatch):
 def test_the_noisy_test_has_noisy_replies(work, monkeypatch):
     """With --eval_noise 1 no reply of the second test holds what the query needs, while the first
     test is the same as without it."""
-    seen = {0.0: [], 1.0: []}
+    replies = {0.0: [], 1.0: []}
     play = held_out.rollout
 
-    def rollout(*arguments, noise, **options):
-        trajectories = play(*arguments, noise=noise, **options)
-        seen[noise] += [turn for row in trajectories for turn in row.turns if turn.documents]
+    def rollout(policy, *arguments, noise, **options):
+        # Greedily the tiny model would not search.
+        trajectories = play(replace(policy, temperature=1.0), *arguments, noise=noise, **options)
+        for row in trajectories:
+            [gold] = row.example.answers
+            replies[noise] += [(turn, gold) for turn in row.turns if turn.documents]
         return trajectories
 
     monkeypatch.setattr(held_out, "rollout", rollout)
-    rows = [{"question": f"when was Fota {i} born?", "answer": "January"} for i in range(40)]
-    (work / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--data", "q.jsonl", "--steps", "1", "--eval_every", "1"]
+    questions = data.load_examples("../questions.jsonl", "test")
+    monkeypatch.setattr(data, "is_held_out", lambda example: example in questions[:8])
+    flags = ["--steps", "1", "--eval_every", "1"]
     policy(*flags, "--eval_noise", "1", "--output", "run")
-    assert all(turn.noisy and "January" not in str(turn.documents) for turn in seen[1.0])
-    assert not any(turn.noisy for turn in seen[0.0]) and "January" in str(seen[0.0])
+    for noise, turns in replies.items():
+        assert turns and all(turn.noisy == (noise == 1) for turn, _ in turns)
+        held = [gold in str(turn.documents) for turn, gold in turns]
+        assert any(held) == (noise == 0)
     [noisy] = metrics(work / "run")
-    assert seen[1.0] and "held_out_noisy_again_after_noisy" in noisy
+    assert "held_out_noisy_again_after_noisy" in noisy
     policy(*flags, "--eval_noise", "0", "--output", "clean")
     [clean] = metrics(work / "clean")
     assert clean.items() <= noisy.items()

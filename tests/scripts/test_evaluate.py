@@ -695,6 +695,7 @@ REFUSED = [
     ("--policy ../base --data ../questions.csv", "questions.csv"),
     ("--policy ../base --engine none --data ../bad/columns.jsonl", "'question'"),
     ("--policy ../base --engine_noise 2", "--engine_noise"),
+    ("--policy ../base --eval_noise 2", "--eval_noise"),
     ("--policy ../base --temperature -1", "--temperature"),
     ("--policy ../base --max_turn_tokens 0", "--max_turn_tokens"),
     ("--policy ../base --max_context 2048", "--max_context 2048"),

@@ -442,6 +442,7 @@ REFUSED = [
     ("--minibatches 4", "--group_size 2"),  # it divides the batch, but not its groups
     ("--noise_end 1.5", "--noise_end"),
     ("--engine_noise -0.1", "--engine_noise"),
+    ("--eval_noise 1.5", "--eval_noise"),
     ("--engine simulator --engine_noise 0.5", "--engine_noise"),
     ("--max_context 4", "--max_context 4"),
     ("--engine simulator --max_context 4", "--max_context 4"),  # before the simulator is made

@@ -4,7 +4,7 @@ import pytest
 
 from minizs.engines.bm25 import BM25
 from minizs.trajectory import SearchRequest
-from minizs.world.facts import RELATIONS, TWO_HOP, World, embedded, names, read_fact
+from minizs.world.facts import RELATIONS, TWO_HOP, World, embedded, names, read_fact, read_question
 
 
 @pytest.fixture(scope="module")
@@ -132,3 +132,14 @@ def test_noisy_bm25_never_holds_what_is_needed(world):
         request = SearchRequest(RELATIONS[r].query.format(s=s), q.text, (q.answer,), noisy=True)
         documents = engine.search([request])[0]
         assert documents and not any(world.judge(text, request) for text in documents)
+
+
+def test_a_question_tells_what_to_look_up():
+    """Every question is read back: its subject, and the relations to look up in turn. Other texts
+    are no questions of a tiny world."""
+    for question in embedded("train").questions():
+        subject, relations = read_question(question.text)
+        assert subject == question.path[0][0]
+        assert relations == [relation for _, relation in question.path]
+    for text in ("", "who wrote it?", "Tatco Mining was founded by Anna Berg"):
+        assert read_question(text) is None

@@ -85,6 +85,11 @@ def run_packed(decoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) ->
     return output.last_hidden_state[0]
 
 
+def most_positions(model: nn.Module, device: torch.device) -> int:
+    """How many positions go through the head at once, so that their logits stay within bounds."""
+    return max(1, LOGITS.get(device.type, 2**24) // text_config(model).vocab_size)
+
+
 def score(
     model: nn.Module,
     input_ids: Tensor,
@@ -108,8 +113,7 @@ def score(
 
     # With nothing to score there is one empty chunk: every gradient is zero, not missing, or under
     # DDP the other processes would wait for it for ever.
-    most = LOGITS.get(hidden.device.type, 2**24)
-    size = max(1, min(CHUNK, most // text_config(model).vocab_size))
+    size = min(CHUNK, most_positions(model, hidden.device))
     pieces = zip(hidden.split(size), input_ids[target_mask].split(size), strict=True)
     chunks = [checkpoint(through_head, *piece, use_reentrant=False) for piece in pieces]
     scores = map(torch.cat, zip(*chunks, strict=True))  # (M,) each

@@ -12,8 +12,9 @@ from random import Random
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from minizs.logprobs import Scorer, predictable, states_before
+from minizs.logprobs import Scorer, most_positions, predictable, states_before
 from minizs.models.batches import attention, by_budget, pad
 from minizs.models.support import final_logits
 from minizs.protocol import prompt_ids, reply_ids
@@ -81,8 +82,20 @@ def nll(
     """
     marked = loss_mask.bool() & predictable(attention_mask)  # (B, T)
     hidden = states_before(model.get_decoder(), input_ids, attention_mask, marked, packed)  # (M, d)
-    logits = final_logits(model, hidden).float()  # (M, V)
-    return F.cross_entropy(logits, input_ids[marked], reduction="sum"), marked.sum()
+    targets = input_ids[marked]  # (M,)
+
+    def through_head(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = final_logits(model, hidden).float()  # (chunk, V)
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+    # With a large vocabulary the logits would be most of the memory, so that the head runs on a
+    # chunk of the tokens at a time, and again in the backward pass.
+    size = most_positions(model, hidden.device)
+    if len(hidden) <= size:
+        return through_head(hidden, targets), marked.sum()
+    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    losses = [checkpoint(through_head, *piece, use_reentrant=False) for piece in pieces]
+    return torch.stack(losses).sum(), marked.sum()
 
 
 class Supervised(Scorer):

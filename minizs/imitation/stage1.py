@@ -22,7 +22,7 @@ from minizs.imitation import quality, supervised
 from minizs.imitation.collect import Collection, collect_from_searches, collect_from_worlds
 from minizs.imitation.pairs import make_pairs
 from minizs.imitation.plain_searcher import search_plainly
-from minizs.models import flash, loading, weights
+from minizs.models import flash, loading, lora, weights
 from minizs.models.support import row_limit
 from minizs.rollout import Policy, rollout
 from minizs.runs import build, checkpoint, data, run_folder
@@ -174,13 +174,14 @@ def load_rows(config: SimConfig) -> list[dict]:
 
 
 def load_base(config: SimConfig, accelerator) -> Base:
-    """The model to start from, on the CPU and in float32. Raises UserError for a prompt that does
-    not tell useful from noisy."""
-    model, tokenizer = build.load_configured_model(
-        config, config.base, torch.device("cpu"), torch.float32
-    )
+    """The model to start from, on the CPU, with its LoRA if it has one; what learns is float32.
+    Raises UserError for a prompt that does not tell useful from noisy."""
+    dtype = build.compute_dtype(config) if config.lora_rank else torch.float32
+    model, tokenizer = build.load_configured_model(config, config.base, torch.device("cpu"), dtype)
     if config.freeze_embeddings:
         weights.freeze_embeddings(model, build.frozen_dtype(config, accelerator, model))
+    if config.lora_rank:
+        lora.add_lora(model, config.lora_rank, config.seed)
     own_template = loading.resolve(config.base)
     template = simulator.load_template(config.simulator_template or own_template)
     require("{quality}" in template, "The prompt lacks {quality}; put it in --simulator_template.")
@@ -205,6 +206,8 @@ def fine_tune(
     """Train the base model in the partial folder, after the steps of a run that broke off unless
     `begin_anew`. Returns the trained model, to be saved and used. Raises UserError if that run had
     other settings."""
+    if config.gradient_checkpointing:
+        weights.checkpoint_layers(base.model)
     learned = weights.learned_weights(base.model)
     optimizer = torch.optim.AdamW(learned, lr=config.lr, weight_decay=0.0)
     packed = flash.takes_packed(base.model)
@@ -236,8 +239,12 @@ def fine_tuning_schedule(config: SimConfig) -> supervised.Schedule:
 
 
 def save_simulator(config: SimConfig, model, base: Base) -> Path:
-    """Write the model folder with its prompt, and let it take its place. Returns the output."""
+    """Write the model folder with its prompt, and let it take its place; a LoRA is merged into the
+    model. Returns the output."""
     folder = run_folder.partial_folder(Path(config.output))
+    if config.lora_rank:
+        lora.save_lora(model, folder / "adapter")
+        model = build.merged_model(config, config.base, folder / "adapter")
     loading.save_model(model, base.tokenizer, folder, simulator_prompt=base.template)
     output = finish(config)
     run_folder.remove(output / "checkpoints")

@@ -261,10 +261,7 @@ def save_student(
         tokenizer = student.policy.tokenizer
         if config.lora_rank:
             lora.save_lora(model, folder / "adapter")
-            base, _ = build.load_configured_model(
-                config, config.policy, torch.device("cpu"), build.compute_dtype(config)
-            )
-            model = lora.merge_lora(base, folder / "adapter")
+            model = build.merged_model(config, config.policy, folder / "adapter")
         loading.save_model(model, tokenizer, folder / "policy", prompt=student.policy.template)
         run_folder.remove(folder / "checkpoints")
     accelerator.wait_for_everyone()

@@ -112,6 +112,12 @@ def load_trainable(config: PolicyConfig, accelerator):
     return model, tokenizer
 
 
+def merged_model(config: ModelSettings, base_name: str, adapter: Path):
+    """A plain model: the base with the LoRA that was saved in the folder `adapter`."""
+    base, _ = load_configured_model(config, base_name, torch.device("cpu"))
+    return lora.merge_lora(base, adapter)
+
+
 def frozen_dtype(config: ModelSettings, accelerator, model) -> torch.dtype:
     """In what frozen embeddings are kept: what is computed in. FSDP2 wants all weights in one
     format, and converts them itself."""

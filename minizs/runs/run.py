@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from minizs import UserError
 from minizs.learner import Learner
-from minizs.models import loading, lora
+from minizs.models import loading
 from minizs.protocol import decode_pieces
 from minizs.runs import build, checkpoint, metrics, page, run_folder
 from minizs.runs.advice import command
@@ -233,9 +233,7 @@ class Run:
         folder = self.folder
         if config.merge:
             loading.save_model(model, self.tokenizer, folder / "adapter")
-            dtype = build.compute_dtype(config)
-            base, _ = build.load_configured_model(config, start, torch.device("cpu"), dtype)
-            model = lora.merge_lora(base, folder / "adapter")
+            model = build.merged_model(config, start, folder / "adapter")
         page.write_page(folder)
         cost = metrics.cost(run_folder.read_lines(folder / "metrics.jsonl"), config.engine)
         run_folder.write_json(folder / "cost.json", cost)

@@ -547,6 +547,17 @@ class FineTuningSettings:
         "Leave the token embeddings and the output head as they are. They are most of a small "
         "model with a large vocabulary, and need no gradient and no optimiser then.",
     )
+    lora_rank: int = option(
+        0,
+        "Train a LoRA adapter of this rank, which is merged into the model at the end. 0 trains "
+        "all weights.",
+        min=0,
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "Compute activations twice instead of keeping them: less memory, about a third more work.",
+        may_change=True,
+    )
     save_every: int = option(
         100,
         "The steps between two checkpoints, in OUTPUT.partial. 0 saves none.",

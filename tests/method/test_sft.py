@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import VOCAB, make_model, make_tokenizer, with_bos
 
-from minizs import sft
+from minizs import logprobs, sft
 
 
 def make_texts(n: int = 5, seed: int = 0) -> list[sft.Tokens]:
@@ -58,6 +58,26 @@ def test_nll_against_loops():
         expected -= sum(logp[t - 1, ids[t]].item() for t in range(1, len(ids)) if mask[t])
     assert count == sum(sum(mask) for _, mask in texts)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_head_in_chunks_gives_the_same_loss_and_gradients(monkeypatch):
+    """With a large vocabulary only some tokens go through the head at once; and where none is
+    marked the loss is 0."""
+    texts = make_texts()
+    results = []
+    for positions in (10**6, 3):
+        monkeypatch.setattr(logprobs, "LOGITS", {"cpu": positions * VOCAB})
+        model = make_model(dtype=torch.float64)
+        sizes = []
+        hook = model.lm_head.register_forward_hook(lambda *call: sizes.append(len(call[2])))  # noqa: B023
+        loss, count = sft.nll(model, *sft.collate(texts))
+        hook.remove()
+        loss.backward()
+        assert sum(sizes) == count and max(sizes) == min(positions, count)
+        results.append((loss, [weight.grad for weight in model.parameters()]))
+        ids, attention_mask, mask = sft.collate(texts)
+        assert sft.nll(model, ids, attention_mask, torch.zeros_like(mask)) == (0, 0)
+    torch.testing.assert_close(*results)
 
 
 def test_training_lowers_the_loss():

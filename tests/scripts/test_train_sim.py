@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train_sim
 from benchmarks import tiny_base as base
 from minizs import UserError, sft
-from minizs.imitation import collect, pairs
+from minizs.imitation import collect, pairs, stage1
 from minizs.models import loading
 from minizs.runs import build
 from minizs.simulator import training_text
@@ -170,6 +170,36 @@ def test_the_loss_goes_down_on_the_documents(work, collected):
     simulator("--data", COLLECTED, "--output", "out", "--steps", "40", "--lr", "0.01")
     first, *_, last = losses("out")
     assert last["loss"] < 0.6 * first["loss"] and last["step"] == 40
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_lora_is_merged(work, collected, dtype):
+    """Only the LoRA learns, in a base that keeps its format; the result is a whole model. A run
+    that was killed before its end goes on to the same weights."""
+    flags = ["--data", COLLECTED, "--lora_rank", "4", "--lr", "0.05", "--dtype", dtype]
+    simulator(*flags, "--output", "whole")
+    assert not list((work / "whole").glob("adapter_*"))
+    model, _ = loading.load_model("whole", dtype=torch.float32)
+    base, _ = loading.load_model("../base", dtype=torch.float32)
+    name = "model.embed_tokens.weight"
+    kept = base.get_parameter(name).to(getattr(torch, dtype)).float()
+    assert torch.equal(model.get_parameter(name), kept)
+    ids = torch.arange(5, 25)[None]
+    assert (model(ids).logits - base(ids).logits).abs().max() > 0.1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage1.lora, "save_lora", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            simulator(*flags, "--output", "again", "--save_every", "2")
+    assert losses("again.partial")[-1]["step"] == 3
+    simulator(*flags, "--output", "again", "--save_every", "2")
+    assert weights(work / "again") == weights(work / "whole")
+
+
+def test_checkpointed_layers_learn_the_same(work, collected):
+    """Activations that are computed twice are the same ones, and so are the weights."""
+    for folder, flags in (("one", []), ("two", ["--gradient_checkpointing"])):
+        simulator("--data", COLLECTED, "--output", folder, *flags)
+    assert weights(work / "one") == weights(work / "two")
 
 
 def test_the_prompt_may_be_ones_own(work, collected):

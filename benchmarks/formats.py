@@ -1,0 +1,106 @@
+"""bfloat16 beside float32 on this CPU: what `--dtype auto` should choose, and from which width on.
+
+    python benchmarks/formats.py [--models tiny 256 512 768] [--threads 1] [--repeats 3]
+
+Each model is tried with two kinds of work: 16 rows of 150 tokens are continued by 24 tokens each,
+and 16 rows of 128 tokens are scored and differentiated, half of their tokens in the loss. The
+sides take turns. Generation has its weights in the format; an update has float32 weights and
+computes in bfloat16 under autocast, as training does. A number is the width of a random model of
+twelve layers with 8,000 ids.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import measure
+from minizs.generate import generate
+from minizs.logprobs import score
+from minizs.models import loading, weights
+
+ROWS, PROMPT, NEW, LENGTH = 16, 150, 24, 128
+FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def make_model(name: str):
+    """A random model of this width, or the one that `loading.load_model` knows; in float32."""
+    if not name.isdigit():
+        return loading.load_model(name)[0]
+    width = int(name)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=width,
+        num_hidden_layers=12,
+        num_attention_heads=width // 64,
+        num_key_value_heads=max(1, width // 128),
+        intermediate_size=3 * width,
+        vocab_size=8000,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+def random_ids(length: int, vocab: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocab, (ROWS, length), generator=generator)
+
+
+def generation(name: str, number_format: str) -> Callable[[int], None]:
+    model = weights.cast_weights(make_model(name), FORMATS[number_format])
+    prompts = random_ids(PROMPT, model.config.vocab_size).tolist()
+
+    def work(number: int) -> None:
+        generate(model, prompts, NEW, eos_id=())
+
+    return work
+
+
+def update(name: str, number_format: str) -> Callable[[int], None]:
+    model = make_model(name)
+    ids = random_ids(LENGTH, model.config.vocab_size)
+    mask = (torch.arange(LENGTH) % 2).expand_as(ids)
+    is_half = number_format == "bfloat16"
+
+    def work(number: int) -> None:
+        with torch.autocast("cpu", torch.bfloat16) if is_half else nullcontext():
+            logprobs, _ = score(model, ids, torch.ones_like(ids), mask)
+        logprobs.sum().backward()
+
+    return work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", default=["tiny", "256", "512", "768"])
+    parser.add_argument("--threads", type=int, default=measure.cores(), help="CPU threads a side")
+    parser.add_argument("--repeats", type=int, default=3, help="calls a side, by turns")
+    options = parser.parse_args()
+    print(measure.machine(options.threads))
+    print("| model | work | float32, s | bfloat16, s | bfloat16 is faster |")
+    print("|---|---|---|---|---|")
+    for name in options.models:
+        for kind in (generation, update):
+            sides = {
+                number_format: measure.Side(kind, name, number_format, threads=options.threads)
+                for number_format in FORMATS
+            }
+            with measure.together(sides):
+                measured = measure.take_turns(sides, options.repeats)
+            single, half = [measure.seconds(measured[number_format]) for number_format in FORMATS]
+            print(
+                f"| {name} | {kind.__name__} | {single:.2f} | {half:.2f} | {single / half:.2f} x |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -55,8 +55,6 @@ def train(config: PolicyConfig, examples, play, learner, test, run) -> None:
 
 def noise_at(step: int, config: PolicyConfig) -> float:
     """The probability that a search is answered with noise in this step, counted from 1."""
-    if config.engine != "simulator":
-        return config.engine_noise
     return noise_probability(
         step, config.steps, config.noise_start, config.noise_end, config.noise_base
     )

@@ -1,6 +1,6 @@
 """train_policy.py with the loss on documents, too: what the mask is for (the paper's Table 7).
 
-    python benchmarks/unmasked.py --config configs/claims/reference.yaml
+    python benchmarks/unmasked.py --output runs/unmasked
 
 All that follows the first sampled token counts as the policy's own, documents and notes included.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_policy  # noqa: E402
-from minizs import rollout  # noqa: E402
+from minizs.runs import build  # noqa: E402
 from minizs.runs.flags import run_script  # noqa: E402
 from minizs.trajectory import Trajectory  # noqa: E402
 
@@ -25,17 +25,17 @@ def unmask(trajectory: Trajectory) -> Trajectory:
 
 
 def main(argv: list[str]) -> None:
-    masked = rollout.rollout
+    masked = build.rollout
 
     @wraps(masked)
     def unmasked(*args, **options):
         return [unmask(row) for row in masked(*args, **options)]
 
-    rollout.rollout = unmasked  # train_policy takes it from there when it starts
+    build.rollout = unmasked  # which plays in training
     try:
         train_policy.main(argv)
     finally:
-        rollout.rollout = masked
+        build.rollout = masked
 
 
 if __name__ == "__main__":

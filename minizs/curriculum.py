@@ -41,3 +41,12 @@ def noise_probability(
     if abs(base - 1) >= 1e-8:
         way = (base**share - 1) / (base - 1)
     return start + way * (end - start)
+
+
+def mean_noise(total_steps: int, start: float, end: float, base: float = 4.0) -> float:
+    """The mean of `noise_probability` over the steps of a run: its share of noisy replies, if every
+    step searches equally often. With b = 4 it lies 0.39 of the way from `start` to `end`. A run
+    without steps is at its end."""
+    steps = range(1, max(1, total_steps) + 1)
+    noises = [noise_probability(step, total_steps, start, end, base) for step in steps]
+    return sum(noises) / len(noises)

@@ -39,7 +39,7 @@ MONTHS = ("January", "February")
 TIMINGS = ("seconds", "seconds_rollout", "seconds_update", "seconds_test", "tokens_per_second")
 POLICY = """--batch_questions 4 --group_size 2 --steps 2 --max_turns 3 --max_turn_tokens 16
     --max_context 160 --eval_every 0 --save_every 0 --engine bm25 --data ../questions.jsonl
-    --corpus ../corpus.txt --policy ../base --lr 0.01 --threads 1""".split()
+    --corpus ../corpus.txt --policy ../base --lr 0.01 --noise_end 0 --threads 1""".split()
 SIM = """--base ../base --worlds 2 --examples 40 --steps 3 --batch_tokens 400 --report_queries 2
     --threads 1""".split()
 EVAL = """--max_turns 3 --max_turn_tokens 16 --max_context 160 --threads 1 --eval_noise 0""".split()

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from minizs import UserError, sft
+from minizs.curriculum import mean_noise
 from minizs.engines.client import ServiceError
 from minizs.evaluation.scores import answer_all, from_row, summary
 from minizs.imitation import supervised
@@ -184,15 +185,11 @@ def make_demonstrations(
         policy = replace(student.policy, model=model, temperature=config.temperature)
         play = partial(rollout, policy)
         questions = questions * config.group_size  # several tries at each
-    play = partial(play, engine=engine, noise=mean_noise(config))
-    return answer_all(play, questions, accelerator, log=folder / "played")
-
-
-def mean_noise(config: PolicyConfig) -> float:
-    """The share of noisy replies that the policy will meet: the mean of the curriculum's ends."""
-    if config.engine == "simulator":
-        return (config.noise_start + config.noise_end) / 2
-    return config.engine_noise
+    # As noisy as what the policy will meet on the whole.
+    noise = mean_noise(config.steps, config.noise_start, config.noise_end, config.noise_base)
+    return answer_all(
+        partial(play, engine=engine, noise=noise), questions, accelerator, log=folder / "played"
+    )
 
 
 def tokens_of(trajectory: Trajectory) -> sft.Tokens:

@@ -81,6 +81,7 @@ def of_trajectories(accelerator, trajectories: list[Trajectory]) -> dict[str, fl
         "thinking_characters": (sum(map(thinking_characters, turns)), len(turns)),
         "valid_rate": (sum(turn.action != "invalid" for turn in turns), len(turns)),
         "empty_replies": (sum(turn.documents == [] for turn in turns), searches),
+        "noisy_replies": (sum(turn.noisy for turn in turns), searches),
         **again_counts(trajectories),
     }
     for limit in LIMITS:

@@ -121,13 +121,6 @@ class EngineSettings:
         ENGINES,
     )
     top_k: int = option(3, "The number of documents that a search returns.", min=1)
-    engine_noise: float = option(
-        0.0,
-        "The probability that a real engine's reply is made noisy: the best documents that do not "
-        "hold what the query needs.",
-        min=0,
-        max=1,
-    )
     corpus: str = option(
         "",
         "The documents that --engine bm25 searches: a .txt, .jsonl, .json, .csv, .tsv or .parquet "
@@ -247,6 +240,19 @@ class SearchConfig(
     """What it takes to let a policy answer questions with a search engine: all scripts do."""
 
 
+@dataclass
+class NoiseSettings:
+    """Noise, where there is no curriculum."""
+
+    engine_noise: float = option(
+        0.0,
+        "The probability that a reply of the engine is made noisy. That of a real engine then has "
+        "the best documents that do not hold what the query needs.",
+        min=0,
+        max=1,
+    )
+
+
 # ---- What training the policy needs as well ------------------------------------------------------
 
 
@@ -255,7 +261,10 @@ class TrainingSettings:
     """The training: its length and its batches."""
 
     steps: int = option(
-        100, "The number of training steps. Each plays and learns from one batch.", min=1
+        100,
+        "The number of training steps. Each plays and learns from one batch. 0 makes only the warm "
+        "start.",
+        min=0,
     )
     batch_questions: int = option(
         16, "The number of questions in a step, over all processes.", min=1
@@ -305,11 +314,13 @@ class WarmStartSettings:
 
 @dataclass
 class CurriculumSettings:
-    """The curriculum: how noisy the simulator is."""
+    """The curriculum: how noisy the engine is, simulated or real."""
 
     noise_start: float = option(
         0.0,
-        "The probability of a noisy reply at the start of training.",
+        "The probability of a noisy reply at the start of training. A noisy reply of a real engine "
+        "has the best documents that do not hold what the query needs. Give 0 here and for "
+        "--noise_end to train with a real engine as it is.",
         min=0,
         max=1,
     )
@@ -584,7 +595,7 @@ class FineTuningSettings:
 
 
 @dataclass
-class SimConfig(CollectSettings, FineTuningSettings, SearchConfig):
+class SimConfig(CollectSettings, FineTuningSettings, SearchConfig, NoiseSettings):
     """Stage 1: fine-tune a language model into a search engine that writes documents.
 
     Without any flag it trains the simulator of the tiny world, in runs/simulator.
@@ -652,7 +663,7 @@ class EvaluationSettings:
 
 
 @dataclass
-class EvalConfig(EvaluationSettings, SearchConfig):
+class EvalConfig(EvaluationSettings, SearchConfig, NoiseSettings):
     """Stage 3: test a policy with a real search engine, or ask it one question.
 
     Without any flag it tests the newest run's policy in the tiny world, beside the model that its
@@ -759,13 +770,16 @@ def check_files(config: SearchConfig) -> None:
 
 def check_training(config: PolicyConfig) -> None:
     """Raise UserError for what is wrong with the settings, before anything expensive starts."""
+    require(
+        config.steps > 0 or bool(config.warm_start),
+        "--steps 0 trains nothing: give 1 or more, or a --warm_start.",
+    )
     check_groups(config)
     require(
         config.max_turns > 1 or config.engine == "none",
         "--max_turns 1 leaves no turn for an answer after a search: give 2 or more, or --engine "
         "none.",
     )
-    check_noise(config)
     check_lora(config)
     check_tracker(config)
     check_search(config)
@@ -792,13 +806,6 @@ def check_groups(config: PolicyConfig) -> None:
     require(
         config.group_size % config.minibatches == 0,
         f"--minibatches {config.minibatches} does not divide --group_size {config.group_size}.",
-    )
-
-
-def check_noise(config: EngineSettings) -> None:
-    require(
-        config.engine != "simulator" or config.engine_noise == 0,
-        "--engine_noise is for real engines; the simulator has --noise_start and --noise_end.",
     )
 
 

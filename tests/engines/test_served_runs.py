@@ -70,11 +70,12 @@ def test_a_server_that_dies_loses_nothing_that_was_saved(work, monkeypatch):
 
 def test_training_against_our_retriever(work):
     """Our retriever and a cache of its replies give the run that BM25 gives here."""
-    policy("--output", "here", "--engine_noise", "0.5")
+    half = ["--noise_start", "0.5", "--noise_end", "0.5"]
+    policy("--output", "here", *half)
     server = retriever.make_server(BM25.of_corpus("../corpus.txt"), "127.0.0.1", 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = "http://{}:{}".format(*server.server_address)
-    flags = [*POLICY, "--engine", "http", "--engine_url", url, "--engine_noise", "0.5"]
+    flags = [*POLICY, "--engine", "http", "--engine_url", url, *half]
     train_policy.main([*flags, "--cache", "replies.db", "--output", "there"])
     server.shutdown()
     server.server_close()

@@ -4,18 +4,17 @@ import json
 import re
 import shlex
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
-from scripts import POLICY, metrics, policy, refused, two_processes, weights
+from scripts import POLICY, everything, metrics, policy, refused, two_processes, weights
 
 import train_policy
 from minizs import UserError, sft
 from minizs.evaluation.scores import from_row
 from minizs.imitation.demonstrations import split_held_out
-from minizs.imitation.warm_start import mean_noise, warm_start
+from minizs.imitation.warm_start import warm_start
 from minizs.models import loading
 from minizs.runs import build, data
 from minizs.runs.flags import parse
@@ -23,7 +22,8 @@ from minizs.runs.run_folder import read_lines
 from minizs.runs.settings import PolicyConfig
 
 FLAGS = """--warm_start_steps 6 --warm_start_tokens 400 --warm_start_lr 0.01 --save_every 2
-    --warm_start_held_out 0.3 --max_turn_tokens 40 --top_k 1 --engine_noise 0.2""".split()
+    --warm_start_held_out 0.3 --max_turn_tokens 40 --top_k 1 --noise_start 0.2
+    --noise_end 0.2""".split()
 
 
 def run(folder: str, *flags: str):
@@ -174,12 +174,28 @@ def test_nothing_is_held_out_where_none_is_wanted(work, capsys):
     assert "were valid" not in capsys.readouterr().out
 
 
-def test_the_share_of_noise_is_that_of_the_run():
-    """Demonstrations meet the noise that training will bring: the mean of the curriculum, or that
-    of a real engine."""
-    config = PolicyConfig(noise_start=0.1, noise_end=0.5, engine_noise=0.2)
-    assert mean_noise(replace(config, engine="simulator")) == pytest.approx(0.3)
-    assert mean_noise(replace(config, engine="bm25")) == pytest.approx(0.2)
+def test_the_share_of_noise_is_that_of_the_run(work):
+    """Demonstrations meet the noise that training will bring: the mean of its curriculum."""
+    curriculum = ["--noise_end", "1", "--steps", "2"]
+    run("warm", "--warm_start", "own", "--group_size", "20", *curriculum)
+    [log] = Path("warm/warm_start").glob("played.*")
+    turns = [turn for row in read_lines(log) for turn in row["turns"] if turn["documents"]]
+    share = sum(turn["noisy"] for turn in turns) / len(turns)
+    # 0.2 + 0.8 / 3 after the first step, 1 after the second: 0.73
+    assert len(turns) > 30 and 0.6 < share < 0.86
+
+
+def test_a_warm_start_can_be_all_there_is(work):
+    """Without any step of reinforcement learning the policy is that of the warm start, and a run
+    that is complete is left as it is."""
+    flags = [*FLAGS, "--warm_start", "scripted", "--steps", "0", "--output", "run"]
+    policy(*flags)
+    assert weights(Path("run/policy")) == weights(Path("run/warm_start/policy"))
+    assert weights(Path("run/policy")) != weights(work.parent / "base")
+    assert rows_of("run") == [] and Path("run/report.html").is_file()
+    before = everything(Path("run"))
+    policy(*flags, "--resume")
+    assert everything(Path("run")) == before
 
 
 def rows_of(run: str) -> list[dict]:

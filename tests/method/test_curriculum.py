@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from minizs.curriculum import draw_questions, noise_probability
+from minizs.curriculum import draw_questions, mean_noise, noise_probability
 
 
 @pytest.mark.parametrize(("quarter", "expected"), [(1, 0.138071), (2, 1 / 3), (3, 0.609476)])
@@ -31,6 +31,25 @@ def test_ends_are_exact_and_the_end_stays():
     assert noise_probability(0, 200, 0.1, 0.75) == noise_probability(-9, 200, 0.1, 0.75) == 0.1
     for step in (200, 201, 10_000):
         assert noise_probability(step, 200, 0.1, 0.75) == 0.75
+
+
+@pytest.mark.parametrize("base", [0.3, 1.0, 4.0])
+def test_falling_noise_is_the_rising_one_in_a_mirror(base):
+    """From end to start with base 1/b, noise falls as it rose from start to end with base b, and
+    the means are those of one curve, but for one step of 50."""
+    for step in range(51):
+        falling = noise_probability(step, 50, 0.75, 0.1, 1 / base)
+        assert falling == pytest.approx(noise_probability(50 - step, 50, 0.1, 0.75, base))
+    gap = mean_noise(50, 0.1, 0.75, base) - mean_noise(50, 0.75, 0.1, 1 / base)
+    assert gap == pytest.approx((0.75 - 0.1) / 50)
+
+
+def test_mean_noise_by_hand():
+    """Equation 1 at the halves of two steps; a constant is its own mean; no step is the end."""
+    assert mean_noise(2, 0.1, 0.7) == pytest.approx(0.1 + 0.6 * (1 / 3 + 1) / 2)
+    assert mean_noise(1000, 0.0, 1.0) == pytest.approx(1 / math.log(4) - 1 / 3, abs=1e-3)
+    assert mean_noise(7, 0.3, 0.3, 9.0) == pytest.approx(0.3)
+    assert mean_noise(0, 0.1, 0.7) == 0.7
 
 
 def test_batches_hold_every_question_once_an_epoch():

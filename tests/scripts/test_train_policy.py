@@ -244,10 +244,11 @@ def test_noise_follows_the_curriculum_of_the_simulator(work):
     assert turns and all(turn["noisy"] for turn in turns)
 
 
-def test_a_real_engine_has_constant_noise(work):
-    """A real engine's noise is --engine_noise in every step; at 1 no reply holds the answer."""
-    policy("--engine_noise", "1")
-    assert [row["noise"] for row in metrics(work / "runs" / "policy-1")] == [1, 1]
+def test_the_curriculum_is_that_of_a_real_engine_too(work):
+    """BM25's replies follow the curriculum; with noise 1 no reply holds the answer."""
+    policy("--noise_start", "1", "--noise_end", "1")
+    rows = metrics(work / "runs" / "policy-1")
+    assert [row["noise"] for row in rows] == [row["noisy_replies"] for row in rows] == [1, 1]
     for line in (work / "runs" / "policy-1" / "trajectories.jsonl").read_text().splitlines():
         row = json.loads(line)
         for documents in (turn["documents"] for turn in row["turns"] if turn["documents"]):
@@ -305,9 +306,8 @@ def searches(run) -> list[list[str]]:
 
 def test_without_an_engine_searches_find_nothing(work):
     """With --engine none every search is answered by an empty block."""
-    policy("--engine", "none", "--corpus", "", "--noise_end", "1", "--output", "run")
+    policy("--engine", "none", "--corpus", "", "--output", "run")
     assert searches(work / "run") and not any(searches(work / "run"))
-    assert all(row["noise"] == 0 for row in metrics(work / "run"))
 
 
 def test_the_simulators_wording_may_be_ones_own(work, monkeypatch):
@@ -441,9 +441,8 @@ REFUSED = [
     ("--group_size 1", "--group_size"),
     ("--minibatches 4", "--group_size 2"),  # it divides the batch, but not its groups
     ("--noise_end 1.5", "--noise_end"),
-    ("--engine_noise -0.1", "--engine_noise"),
+    ("--engine_noise 0.5", "--engine_noise"),  # which is a test's
     ("--eval_noise 1.5", "--eval_noise"),
-    ("--engine simulator --engine_noise 0.5", "--engine_noise"),
     ("--max_context 4", "--max_context 4"),
     ("--engine simulator --max_context 4", "--max_context 4"),  # before the simulator is made
     ("--max_context 2048", "--max_context 2048"),
@@ -473,9 +472,9 @@ def test_bad_input_is_refused_before_anything_is_made(work, bad, flags, names):
 
 def test_bad_input_is_one_line_in_a_process(work):
     """The exit status is 2, and one line on the error output says why."""
-    result = status("train_policy.py", "--steps", "0")
+    result = status("train_policy.py", "--steps", "-1")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: --steps must be 1 or more, not 0.\n"
+    assert result.stderr == "error: --steps must be 0 or more, not -1.\n"
 
 
 def test_two_processes_do_what_one_does(work):

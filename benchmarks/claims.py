@@ -58,9 +58,9 @@ the questions need one look-up and half need two.
 
 Figures are F1 in per cent: the mean over the seeds ± one standard error of that mean. Differences
 are paired by seed, over the seeds that both arms have. A difference of more than {SURE} standard
-errors is in bold. With five seeds chance alone would make about one in 25 as large as that. The
-paper's figures are exact match, averaged over seven data sets, of models thousands of times as
-large: compare which side is ahead, and not by how much.
+errors is in bold. Chance alone makes about one in 25 as large as that with five seeds, and one in
+10 with three. The paper's figures are exact match, averaged over seven data sets, of models
+thousands of times as large: compare which side is ahead, and not by how much.
 
 `python benchmarks/arms.py --seeds 5 --parallel 2` runs everything, and the command of a section
 runs its arms alone. `python benchmarks/claims.py --output benchmarks/CLAIMS.md` writes this page
@@ -230,12 +230,13 @@ def introduction() -> str:
 
 def section(root: Path, claim: Claim, arms: list[str]) -> Iterator[str]:
     """The lines of a claim's section; `arms` are those of its arms that were run."""
+    seeds = max(len(seeds_of(root, arm)) for arm in arms)
     yield f"## {claim.title}"
     yield ""
     yield claim.paper
     yield ""
     yield "```bash"
-    yield f"python benchmarks/arms.py --arms {' '.join(claim.arms)} --seeds 5 --parallel 2"
+    yield f"python benchmarks/arms.py --arms {' '.join(arms)} --seeds {seeds} --parallel 2"
     yield "```"
     yield ""
     yield score_table(root, arms)

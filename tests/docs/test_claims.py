@@ -191,6 +191,7 @@ def test_a_half_finished_set_is_a_smaller_page(tmp_path):
     page = claims.page(tmp_path)
     assert page.startswith(claims.introduction())
     assert page.count("\n## ") == 1 and "## Masking documents" in page
+    assert "--arms grpo unmasked --seeds 1 --parallel 2\n" in page
     [row] = cells(page, "minus `unmasked`")
     assert row[1] == "**+30.0 ± 1.4**" and row[-1] == "1"
     empty = claims.page(tmp_path / "nothing")

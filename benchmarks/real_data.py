@@ -51,13 +51,17 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     print(f"{len(rows):,} rows in {path}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--questions", nargs="+", type=Path, help="Files that --data reads.")
-    parser.add_argument("--corpus", nargs="+", type=Path, help="Files with a title and a text.")
+    parser.add_argument(
+        "--questions", nargs="+", type=Path, required=True, help="Files that --data reads."
+    )
+    parser.add_argument(
+        "--corpus", nargs="+", type=Path, required=True, help="Files with a text, and a title."
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/real"), help="The folder.")
     parser.add_argument("--words", type=int, default=60, help="The words of a document, at most.")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     train: list[dict] = []
     test: list[dict] = []
     for path in options.questions:

@@ -82,6 +82,19 @@ def positions(name: str) -> int | None:
     return position_limit(config.get_text_config(decoder=True))
 
 
+def width(name: str) -> int:
+    """How many numbers a hidden state of a model has. It is 0 where that cannot be read: whoever
+    loads the model says why."""
+    try:
+        folder, file = location(name)
+        if file is None and find_adapter_config_file(folder) is not None:
+            folder, file = location(lora_base(folder))
+        config = read_once(AutoConfig, folder, file)
+        return config.get_text_config(decoder=True).hidden_size
+    except Exception:  # the libraries raise their own kinds for every broken file
+        return 0
+
+
 @contextmanager
 def readable(name: str) -> Iterator[None]:
     """What goes wrong inside is a UserError: this model cannot be loaded."""

@@ -1,19 +1,35 @@
 """The weights of a model: their number format, a copy to generate with, memory in backward."""
 
 import copy
+import platform
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+WIDE = 256  # hidden states of so many numbers make bfloat16 worth it on a CPU
 
-def named_dtype(setting: str, device: torch.device | str) -> torch.dtype:
-    """The number format that a setting means: "auto" is bfloat16 on CUDA and float32 elsewhere, and
-    the other names are torch's own."""
-    if setting == "auto":
-        setting = "bfloat16" if torch.device(device).type == "cuda" else "float32"
-    return getattr(torch, setting)
+
+def named_dtype(setting: str, device: torch.device | str, width: int = 0) -> torch.dtype:
+    """The number format that a setting means: "auto" is the faster of bfloat16 and float32 for a
+    model with hidden states of this width, and the other names are torch's own.
+
+    That is bfloat16 on CUDA, and for models from `WIDE` on also on a CPU that has instructions for
+    it (`benchmarks/formats.py` measures this). A width of 0 is that of a model not known here."""
+    if setting != "auto":
+        return getattr(torch, setting)
+    kind = torch.device(device).type
+    is_faster = kind == "cuda" or (kind == "cpu" and width >= WIDE and cpu_has_bfloat16())
+    return torch.bfloat16 if is_faster else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies matrices of bfloat16 by instructions of its own."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -51,16 +51,25 @@ DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_A
 # ---- The policy ----------------------------------------------------------------------------------
 
 
-def compute_dtype(config: ModelSettings) -> torch.dtype:
-    """What generation and forward passes compute in."""
-    return weights.named_dtype(config.dtype, loading.device())
+def compute_dtype(config: ModelSettings, name: str = "") -> torch.dtype:
+    """What a model's generation and forward passes compute in. Without a name that is the model
+    which is trained or tested."""
+    if not name:
+        name = config.base if isinstance(config, SimConfig) else config.policy
+    return dtype_on(config, loading.device(), name)
+
+
+def dtype_on(config: ModelSettings, device: torch.device | str, name: str) -> torch.dtype:
+    """What the model of this name computes in on a device."""
+    is_open = config.dtype == "auto" and torch.device(device).type == "cpu"
+    return weights.named_dtype(config.dtype, device, loading.width(name) if is_open else 0)
 
 
 def load_configured_model(
     config: ModelSettings, name: str, device: torch.device, dtype: torch.dtype | None = None
 ):
     """(model, tokenizer) of a policy. The weights are of `dtype`, or of the compute dtype."""
-    computed = compute_dtype(config)
+    computed = compute_dtype(config, name)
     attention = loading.choose_attention(config.attention, loading.device(), computed)
     return load_checked(
         name,
@@ -310,7 +319,7 @@ def load_beside(config: SearchConfig, folder: str, accelerator):
                 f"--simulator_device {config.simulator_device} is not here: this machine shows "
                 f"{torch.cuda.device_count()} CUDA devices; choose another, or leave it out.",
             )
-        dtype = weights.named_dtype(config.dtype, device)
+        dtype = dtype_on(config, device, folder)
         return load_checked(folder, device, dtype, **template_options(config))
 
 

@@ -69,7 +69,8 @@ class ModelSettings:
     )
     dtype: str = option(
         "auto",
-        "The number format of forward passes. 'auto' is bfloat16 on a GPU and float32 elsewhere.",
+        "The number format of forward passes. 'auto' is the faster one: bfloat16 on a GPU, and for "
+        "models that are not small on a CPU with instructions for it; else float32.",
         ("auto", "float32", "bfloat16"),
     )
 

@@ -160,10 +160,11 @@ def test_a_simulator_is_used_on_what_it_was_trained_on(make, monkeypatch):
     assert tokenizer.decode(ids[mask.index(1) :]) == "Doc 1: one\nDoc 2: two<eos>"
 
 
-def test_bfloat16_from_load_to_score(family, tmp_path):
+@pytest.mark.parametrize("width, scale", [(32, 0.1), (weights.WIDE, 0.03)])
+def test_bfloat16_from_load_to_score(family, width, scale, tmp_path):
     """In bfloat16 sampler and scorer differ by no more than rounding, and log-probabilities are
-    float32."""
-    folder = make_folder(tmp_path, pad_is_eos(), family, initializer_range=0.1)
+    float32; so it is where "auto" chooses this format."""
+    folder = make_folder(tmp_path, pad_is_eos(), family, initializer_range=scale, hidden_size=width)
     model, tokenizer = loading.load_model(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     rows = play(model, tokenizer)

@@ -16,6 +16,8 @@ from minizs.generate import generate
 from minizs.models import loading, weights
 from minizs.models.lora import add_lora
 from minizs.protocol import PROMPT, build_prompt, prompt_ids, vocabulary_size
+from minizs.runs import build
+from minizs.runs.settings import PolicyConfig, SimConfig
 
 
 @pytest.fixture
@@ -168,12 +170,42 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_the_type_to_compute_in():
-    """ "auto" is bfloat16 on a GPU and float32 on a CPU; other names are what they say."""
-    assert weights.named_dtype("auto", "cpu") == torch.float32
+def test_the_type_to_compute_in(monkeypatch):
+    """ "auto" is bfloat16 on a GPU, and on a CPU with instructions for it if the model is not
+    small; other names are what they say."""
+    for has_instructions in (True, False):
+        monkeypatch.setattr(weights, "cpu_has_bfloat16", lambda: has_instructions)  # noqa: B023
+        assert weights.named_dtype("auto", "cpu") == torch.float32
+        assert weights.named_dtype("auto", "mps", 4096) == torch.float32
+        wide = weights.named_dtype("auto", "cpu", weights.WIDE)
+        assert wide == (torch.bfloat16 if has_instructions else torch.float32)
+        assert weights.named_dtype("auto", "cpu", loading.width("tiny")) == torch.float32
     assert weights.named_dtype("auto", torch.device("cuda:1")) == torch.bfloat16
     assert weights.named_dtype("bfloat16", "cpu") == torch.bfloat16
     assert weights.named_dtype("float32", "cuda") == torch.float32
+
+
+def test_the_width_of_a_model(folder, tmp_path):
+    """That of its base for a LoRA; 0 where there is none to be read."""
+    assert loading.width(str(folder)) == 32 and loading.width("tiny") == 128
+    model, tokenizer = loading.load_model(str(folder))
+    model.name_or_path = str(folder)
+    add_lora(model, 2)
+    loading.save_model(model, tokenizer, tmp_path / "lora")
+    assert loading.width(str(tmp_path / "lora")) == 32
+    assert loading.width(str(tmp_path / "nothing")) == 0
+
+
+def test_the_settings_choose_by_the_model_that_computes(folder, monkeypatch):
+    """A model that is wide enough computes in bfloat16, and the small one beside it in float32."""
+    monkeypatch.setattr(weights, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(loading, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(weights, "WIDE", 100)
+    assert build.compute_dtype(PolicyConfig()) == torch.bfloat16
+    assert build.compute_dtype(PolicyConfig(), str(folder)) == torch.float32
+    assert build.compute_dtype(PolicyConfig(policy=str(folder))) == torch.float32
+    assert build.compute_dtype(SimConfig(policy=str(folder))) == torch.bfloat16  # of its base
+    assert build.compute_dtype(PolicyConfig(dtype="float32")) == torch.float32
 
 
 def test_attention_is_chosen_by_what_there_is(monkeypatch):

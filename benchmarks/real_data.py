@@ -19,16 +19,37 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from minizs.engines import files
+from minizs.engines.corpus import load_corpus
 from minizs.imitation.plain_searcher import SENTENCE_END
+from minizs.runs import data
 
 HELD_OUT = 0.2  # of each file
+
+
+def read_questions(path: Path) -> list[dict]:
+    """The questions of a file in any layout that `--data` reads, in its order."""
+    return [
+        {
+            "question": example.question,
+            "golden_answers": list(example.answers),
+            "data_source": example.source,
+        }
+        for example in data.read_part(str(path), "test").examples
+    ]
 
 
 def split_by_place(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """(to train on, to test with): the last fifth of a file is for the test."""
     count = len(rows) - round(HELD_OUT * len(rows))
     return rows[:count], rows[count:]
+
+
+def short_documents(passage: str, words: int) -> list[dict]:
+    """A passage as documents of about so many words. A line in quotes before it is its title."""
+    title, is_titled, text = passage.partition("\n")
+    if not (is_titled and title.startswith('"') and title.endswith('"')):
+        title, text = "", passage
+    return [{"title": title.strip('"'), "text": piece} for piece in pieces(text, words)]
 
 
 def pieces(text: str, words: int) -> Iterator[str]:
@@ -57,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         "--questions", nargs="+", type=Path, required=True, help="Files that --data reads."
     )
     parser.add_argument(
-        "--corpus", nargs="+", type=Path, required=True, help="Files with a text, and a title."
+        "--corpus", nargs="+", type=Path, required=True, help="Files that --corpus reads."
     )
     parser.add_argument("--output", type=Path, default=Path("runs/real"), help="The folder.")
     parser.add_argument("--words", type=int, default=60, help="The words of a document, at most.")
@@ -65,14 +86,13 @@ def main(argv: list[str] | None = None) -> None:
     train: list[dict] = []
     test: list[dict] = []
     for path in options.questions:
-        for_training, for_test = split_by_place(list(files.read_rows(path)))
+        for_training, for_test = split_by_place(read_questions(path))
         train += for_training
         test += for_test
     documents = []
     for path in options.corpus:
-        for row in files.read_rows(path):
-            for piece in pieces(row["text"], options.words):
-                documents.append({"title": row.get("title", ""), "text": piece})
+        for passage in load_corpus(path):
+            documents += short_documents(passage, options.words)
     options.output.mkdir(parents=True, exist_ok=True)
     write_rows(options.output / "train.jsonl", train)
     write_rows(options.output / "test.jsonl", test)

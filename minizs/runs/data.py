@@ -77,7 +77,7 @@ def load_examples(spec: str, role: str, say: Callable[[str], None] = print) -> l
     """
     if spec == "world":
         return [Example(q.text, (q.answer,), q.kind) for q in embedded(role).questions()]
-    tables = [_read_part(part, role) for part in check_spec(spec)]
+    tables = [read_part(part, role) for part in check_spec(spec)]
     examples, left_out = _select([e for table in tables for e in table.examples])
     left_out["unanswerable"] = sum(table.unanswerable for table in tables)
     counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
@@ -116,7 +116,7 @@ def _select(examples: list[Example]) -> tuple[list[Example], Counter]:
     return list(selected.values()), left_out
 
 
-def _read_part(part: str, role: str) -> Table:
+def read_part(part: str, role: str) -> Table:
     """The examples of a file, or of the first suitable split of a hub name. Raises UserError."""
     path = Path(part)
     if path.is_file():

@@ -30,6 +30,7 @@ from benchmarks import tiny_base as base
 from minizs import UserError, simulator
 from minizs.engines.client import ServiceError
 from minizs.evaluation import held_out
+from minizs.models import weights as model_weights
 from minizs.runs import build, data, run_folder
 from minizs.trajectory import Trajectory
 
@@ -272,6 +273,16 @@ def test_bfloat16_on_a_cpu(work):
     assert all(0 < row["logprob_gap_max"] < 0.3 and row["grad_norm"] > 0 for row in rows)
     model = AutoModelForCausalLM.from_pretrained(work / "runs" / "policy-1" / "policy")
     assert model.dtype == torch.bfloat16
+
+
+def test_bfloat16_on_a_cpu_where_it_is_faster(work, monkeypatch):
+    """Where a CPU has instructions for it and the model is not small, "auto" is bfloat16."""
+    monkeypatch.setattr(model_weights, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(model_weights, "WIDE", 32)
+    policy("--output", "auto")
+    policy("--dtype", "bfloat16", "--output", "named")
+    assert metrics(work / "auto") == metrics(work / "named")
+    assert weights(work / "auto/policy") == weights(work / "named/policy")
 
 
 def test_settings_that_mean_what_is_there_anyway(work):

@@ -47,15 +47,16 @@ def test_the_three_stages_of_a_real_model(work):
     train_sim.main([*CONFIG, "--steps", "2", "--batch_tokens", "400"])
     assert [row["step"] for row in metrics(REAL / "simulator")] == [1, 2]
 
-    small = ["--warm_start_steps", "6", "--warm_start_tokens", "600", "--max_turn_tokens", "48"]
-    small += ["--steps", "1", "--batch_questions", "2", "--group_size", "2", "--max_turns", "2"]
-    train_policy.main([*CONFIG, *small, "--max_document_tokens", "100"])
+    short = "--max_turns 2 --max_turn_tokens 48 --max_document_tokens 100".split()
+    imitation = "--warm_start_steps 6 --warm_start_tokens 600 --warm_start_held_out 0.4".split()
+    learning = "--steps 1 --batch_questions 2 --group_size 2".split()
+    train_policy.main([*CONFIG, *short, *imitation, *learning])
     report = json.loads((REAL / "search/warm_start/report.json").read_text())
     assert report["after"]["loss"] < 0.9 * report["before"]["loss"]
     [row] = read_lines(REAL / "search/metrics.jsonl")
     assert row["entropy"] > 0 and row["logprob_gap_max"] < 1 and row["skipped"] == 0
 
-    evaluate.main([*CONFIG, *small[4:6], "--questions", "2", "--max_turns", "2"])
+    evaluate.main([*CONFIG, *short, "--questions", "2"])
     figures = json.loads((REAL / "search/evaluation.json").read_text())
     assert figures["overall"]["n"] == figures["before"]["overall"]["n"] == 2
     policy = AutoModelForCausalLM.from_pretrained(REAL / "search/policy", dtype=torch.bfloat16)

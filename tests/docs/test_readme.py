@@ -55,6 +55,7 @@ ELSEWHERE = {
     "train_sim.py --collect --data QUESTIONS --engine bm25|http|web": (
         "test_collect_sim.test_no_policy_is_needed"
     ),
+    "train_sim.py --collect": "test_collect_sim.test_no_policy_is_needed",
     "python train_sim.py --overwrite": "test_resume_sim.test_other_settings_do_not_go_on",
     "python benchmarks/families.py": "test_sweep.test_all_families_are_right_or_refused",
     "python benchmarks/memory.py": "test_benchmarks.test_memory_runs",
@@ -99,6 +100,12 @@ def commands(text: str) -> list[str]:
 # The example with one's own data is its page's first section, and has a test of its own.
 EXAMPLE = commands(TEXT["docs/real_models.md"].split("\n## ")[1])
 ELSEWHERE |= dict.fromkeys(EXAMPLE, "test_own_data.test_the_commands_of_the_page")
+# The next one is about a real model, and has a test of its own as well.
+REAL = commands(TEXT["docs/real_models.md"].split("\n## ")[2])
+ELSEWHERE |= dict.fromkeys(
+    [command for command in REAL if not command.startswith("pip install")],
+    "test_real.test_the_three_stages_of_a_real_model",
+)
 
 
 def test_every_command_is_in_a_list():

@@ -59,6 +59,10 @@ def test_the_three_stages_of_a_real_model(work):
     evaluate.main([*CONFIG, *short, "--questions", "2"])
     figures = json.loads((REAL / "search/evaluation.json").read_text())
     assert figures["overall"]["n"] == figures["before"]["overall"]["n"] == 2
+    base_model = ["--policy", str(REAL / "gemma3_270m.gguf"), "--before", "none"]
+    rag = ["--method", "rag", "--output", str(REAL / "rag.json")]
+    evaluate.main([*CONFIG, *short, *base_model, *rag, "--questions", "2"])
+    assert json.loads((REAL / "rag.json").read_text())["overall"]["n"] == 2
     policy = AutoModelForCausalLM.from_pretrained(REAL / "search/policy", dtype=torch.bfloat16)
     base, _ = loading.load_model(str(REAL / "gemma3_270m.gguf"), dtype=torch.bfloat16)
     before = dict(base.named_parameters())

@@ -79,7 +79,8 @@ class Collection:
         self.rows += rows
         self.questions += len(trajectories)
         write_lines(self.file, rows)
-        write_lines(self.trajectories, [without_tokens(row) for row in trajectories])
+        if trajectories:  # The tiny world's rows come from single searches.
+            write_lines(self.trajectories, [without_tokens(row) for row in trajectories])
         self._replace(self.note, [{"questions": self.questions, "rows": len(self.rows)}])
 
     def counts(self) -> dict[str, int]:

@@ -3,10 +3,11 @@
     torchrun --nproc_per_node 2 benchmarks/tiny_base.py --output DIR
 
 The base plays the part that Qwen2.5 plays in the paper: it can read, and it is a poor searcher. It
-learns from four kinds of text (recitals, drills, demonstrations and pages), with the loss on what a
-model would write itself. The shipped model was made by two processes of one thread each. It is a
-small Qwen3. Its matrices learn with Muon and all else with AdamW, which takes half the steps of
-AdamW alone.
+learns from five kinds of text (recitals, drills, look-ups, demonstrations and pages), with the loss
+on what a model would write itself. The worlds that these are about have few names, so that half of
+a name is seldom enough to tell people apart. The shipped model was made by two processes of one
+thread each. It is a small Qwen3. Its matrices learn with Muon and all else with AdamW, which takes
+half the steps of AdamW alone.
 """
 
 import sys
@@ -16,7 +17,6 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
-import bm25s
 import torch
 from accelerate import Accelerator
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minizs import protocol, require, sft
-from minizs.engines.bm25 import BM25, WORDS
+from minizs.engines.bm25 import BM25
 from minizs.models import loading
 from minizs.runs import run_folder
 from minizs.runs.flags import option, parse, run_script, save_settings, set_threads
@@ -53,15 +53,24 @@ GOOD_QUERY = 0.5
 EMPTY_REPLY = 0.02
 NOISY_REPLY = 0.35
 READS_RIGHT = 0.88  # where the fact was found
-TRIES_AGAIN = 0.35  # where it was not
+TRIES_AGAIN = 0.45  # where it was not
 GOES_ON = 0.38  # to the second hop of a question that has one
 STOPS_AT_FIRST_HOP = 0.6  # of the others: answers with what it read, or else guesses
 ANSWERS_CLEANLY = 0.4  # or else with one word of several, or a sentence around it
 
+NAMES = 16  # given names in a world, as many family names, and words of companies
+MISSING = 0.2  # the share of a drill's questions that its documents do not answer
+NEAR = 0.5  # the share of these that are about somebody with half of the name
+HONEST_WORD = 0.9  # how often a page's word of quality is right
+
+
+def thought_of(thought: str) -> str:
+    return f"<think> {thought} </think>"
+
 
 def think(thought: str, tag: str, content: str) -> Segment:
     """A turn of a searcher, which the loss is on."""
-    return f"<think> {thought} </think> <{tag}> {content} </{tag}>", True
+    return f"{thought_of(thought)} <{tag}> {content} </{tag}>", True
 
 
 def block(documents: list[str]) -> tuple[Segment, list[Fact]]:
@@ -131,7 +140,7 @@ def answer_sloppily(belief: str, rng: Random) -> str:
 
 
 def drill(world: World, question: Question, search: Search, rng: Random) -> list[Segment]:
-    """Many look-ups in one block of documents, a sixth of them for a fact that is not there.
+    """Many questions about one block of documents, a fifth of them for a fact that is not there.
 
     Reading is the hard skill. Recitals are where it begins, and drills where it is learned.
     """
@@ -143,19 +152,57 @@ def drill(world: World, question: Question, search: Search, rng: Random) -> list
     stated = {(fact.subject, fact.relation) for fact in facts}
     segments = [text]
     for fact in rng.sample(facts, len(facts)):
-        form = RELATIONS[fact.relation]
-        thought = form.wordings[0].format(s=fact.subject, o=fact.object)
-        if rng.random() < 1 / 6:
-            missing = [
-                other
-                for name, other in RELATIONS.items()
-                if other.subject == form.subject and (fact.subject, name) not in stated
-            ]
-            if missing:  # the same subject, another of its relations
-                form = rng.choice(missing)
+        goal = (fact.subject, fact.relation)
+        thought = note(fact)
+        if rng.random() < MISSING:
+            missing = sorted(set(near_goals(world, fact, rng)) - stated)
+            if missing:
+                goal = rng.choice(missing)
                 thought = RETRY
-        query = form.query.format(s=fact.subject)
-        segments += [(f"<search> {query} </search>", True), (f"<think> {thought} </think>", True)]
+        segments += [(f"<search> {good_query(*goal)} </search>", True), (thought_of(thought), True)]
+    return segments
+
+
+def note(fact: Fact) -> str:
+    """How a careful reader notes a fact."""
+    return RELATIONS[fact.relation].wordings[0].format(s=fact.subject, o=fact.object)
+
+
+def near_goals(world: World, fact: Fact, rng: Random) -> list[tuple[str, str]]:
+    """Questions that are nearly the one that this fact answers, as (subject, relation) pairs: some
+    with half of the subject's name, or else all other relations of the subject."""
+    kind = RELATIONS[fact.relation].subject
+    words = fact.subject.split()
+    if len(words) == 2 and rng.random() < NEAR:
+        others = [world.draw(kind, rng).split() for _ in range(4)]
+        subjects = [f"{words[0]} {family}" for _, family in others]
+        subjects += [f"{given} {words[1]}" for given, _ in others]
+        return [(subject, fact.relation) for subject in subjects]
+    return [(fact.subject, name) for name, other in RELATIONS.items() if other.subject == kind]
+
+
+def look_ups(world: World, question: Question, search: Search, rng: Random) -> list[Segment]:
+    """A few searches, half of which bring nothing of use, each read exactly. After a useless reply
+    mostly the same is asked again.
+
+    Here the question comes before the documents, as in a search: it is learned to see whether a
+    reply holds what was asked for. The demonstrations seldom make use of that.
+    """
+    segments: list[Segment] = []
+    goals = list(world.facts)
+    goal = rng.choice(goals)
+    for _ in range(rng.randint(2, 4)):
+        subject, relation = goal
+        query = good_query(subject, relation)
+        plain = Question(RELATIONS[relation].question.format(s=subject), "", "one_hop", (goal,))
+        documents = search(query, plain, 0.5)
+        rng.shuffle(documents)  # so that all of them are read, and not the first alone
+        text, facts = block(documents)
+        fact = next((fact for fact in facts if (fact.subject, fact.relation) == goal), None)
+        segments += [(f"<search> {query} </search>", False), text]
+        segments.append((thought_of(note(fact) if fact else RETRY), True))
+        if fact or rng.random() < 0.4:
+            goal = rng.choice(goals)
     return segments
 
 
@@ -163,19 +210,16 @@ def recital(world: World, size: int, rng: Random) -> list[Segment]:
     """Random documents, then the same in another order: the plainest exercise in copying."""
     documents = rng.sample(world.documents, size)
     text, _ = block(documents)
-    copies = [(f"<think> {copy} </think>", True) for copy in rng.sample(documents, size)]
+    copies = [(thought_of(copy), True) for copy in rng.sample(documents, size)]
     return [text, *copies]
 
 
 def page(world: World, question: Question, search: Search, rng: Random) -> list[Segment]:
-    """Documents for a simulator's prompt; its word of quality is right three times out of four.
-
-    So the base can write results, but does not mind that word much.
-    """
+    """Documents for a simulator's prompt, whose word of quality is mostly right."""
     query = write_query(world, rng.choice(question.path), question, rng.random() < 0.2, rng)
     documents = search(query, question, 0.5)
     useful = any(world.judge(text, SearchRequest(query, question.text)) for text in documents)
-    word = "useful" if useful == (rng.random() < 0.75) else "noisy"
+    word = "useful" if useful == (rng.random() < HONEST_WORD) else "noisy"
     prompt = SIMULATOR_PROMPT.format(
         query=query, question=question.text, answers=question.answer, quality=word
     )
@@ -183,30 +227,24 @@ def page(world: World, question: Question, search: Search, rng: Random) -> list[
 
 
 def searcher(world: World, rng: Random) -> Search:
-    """BM25 over this world that gives three documents, noisy ones as often as it is told.
-
-    The index is asked itself: `BM25.search` leaves out documents that share no word with the query,
-    and the shipped model has read such documents where there was nothing better.
-    """
-    engine = BM25(world.documents)
+    """BM25 over this world, whose replies are noisy as often as it is told."""
+    engine = BM25(world.documents, top_k=3, judge=world.judge)
 
     def search(query: str, question: Question, noise: float) -> list[str]:
-        request = SearchRequest(query, question.text)
-        words = bm25s.tokenize([query.lower()], return_ids=False, **WORDS)
-        results = engine.index.retrieve(words, world.documents, k=8, show_progress=False)
-        documents = [str(document) for document in results.documents[0]]
-        if rng.random() < noise:
-            documents = [text for text in documents if not world.judge(text, request)]
-        return documents[:3]
+        request = SearchRequest(query, question.text, noisy=rng.random() < noise)
+        [documents] = engine.search([request])
+        return documents
 
     return search
 
 
-def mixture(progress: float) -> tuple[float, float, float, float]:
-    """Weights of recitals, drills, demonstrations and pages at this share of the training."""
+def mixture(progress: float) -> dict[Callable, float]:
+    """The shares of the kinds of text when so much of the training is done."""
     if progress < 0.1:
-        return 1.0, 0.0, 0.0, 0.0
-    return (0.2, 0.6, 0.1, 0.1) if progress < 0.35 else (0.0, 0.3, 0.5, 0.2)
+        return {recital: 1.0}
+    if progress < 0.35:
+        return {recital: 0.15, drill: 0.5, look_ups: 0.15, demonstration: 0.1, page: 0.1}
+    return {drill: 0.12, look_ups: 0.3, demonstration: 0.38, page: 0.2}
 
 
 def stream(seed: int, progress: Callable[[], float]) -> Iterator[tuple[list[Segment], bool]]:
@@ -216,10 +254,12 @@ def stream(seed: int, progress: Callable[[], float]) -> Iterator[tuple[list[Segm
     documents to eight.
     """
     rng = Random(f"base {seed}")
-    for world in map(World, count(seed * 100_000)):
+    for number in count(seed * 100_000):
+        world = World(number, words=NAMES)
         search = searcher(world, rng)
         for question in world.questions()[:200]:
-            [write] = rng.choices([recital, drill, demonstration, page], mixture(progress()))
+            shares = mixture(progress())
+            [write] = rng.choices([*shares], [*shares.values()])
             if write is recital:
                 size = min(8, 2 + int(progress() * 60))
                 yield recital(world, size, rng), False
@@ -267,7 +307,7 @@ class PretrainConfig:
 
     output: str = option("runs/base", "The model's folder.")
     overwrite: bool = option(False, "Delete what the output folder holds.")
-    steps: int = option(4500, "The number of optimiser steps.", min=1)
+    steps: int = option(7000, "The number of optimiser steps.", min=1)
     batch_tokens: int = option(1500, "The positions in a step, for each process.", min=1)
     hidden: int = option(128, "The width of the model.", min=1)
     layers: int = option(3, "The number of its layers.", min=1)

@@ -137,7 +137,7 @@ class Decoder:
         """Let these (distinct) rows write until a stop string, eos (both are kept) or the budget of
         `max_new_tokens`, one number or one a row. Random numbers hang on the seed, the row's
         `keys`, which must differ from turn to turn, and the position, not on the batch's layout."""
-        drafts = self._drafts(rows, max_new_tokens, keys)
+        drafts = self.drafts(rows, max_new_tokens, keys)
         position = 0  # the place in the turn of the token that is sampled next
         live = live_rows(drafts, position)
         with decoding(self.model):
@@ -148,8 +148,7 @@ class Decoder:
                     self.steps.finish(self, drafts, position)
                     break
                 # 1. Feed each live row its pending tokens. (The prompts were fed by `_prefill`.)
-                live = self.to_front(live)
-                hidden = self._forward([(self.length[row], self.pending[row]) for row in live])
+                live, hidden = self.feed(live)
                 # 2. Sample a token for each. Its random number hangs on the row and the position.
                 uniform = uniforms([drafts[row].state for row in live], position)
                 ids, logprobs = sample(
@@ -183,7 +182,13 @@ class Decoder:
             result.reason = "stop"
             draft.has_stopped = True
 
-    def _drafts(
+    def feed(self, live: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Feed these rows their pending tokens. Returns the rows in their order in the cache, and
+        the last hidden state of each, (n, d)."""
+        rows = self.to_front(live)
+        return rows, self._forward([(self.length[row], self.pending[row]) for row in rows])
+
+    def drafts(
         self, rows: Sequence[int], max_new_tokens: Ints, keys: Sequence[Ints]
     ) -> dict[int, Draft]:
         """A new turn of each row. Raises ValueError where one might grow too long for the model."""

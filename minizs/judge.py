@@ -15,8 +15,8 @@ DOCUMENTS_READ = 6000  # characters; the rest is cut off, so that the judge's co
 
 
 class Judge:
-    """A model and the question that it is asked. `write` gives its replies to prompts: here it is
-    `partial(write_words, model, tokenizer)`, and for a served model `ServedModel.write`."""
+    """A model and the question that it is asked. `write` gives its replies to prompts;
+    for a served model it is `ServedModel.write`."""
 
     def __init__(self, write: Callable[[list[str]], list[str]], tokenizer=None) -> None:
         self.write = write

@@ -10,12 +10,13 @@ The same model on a server is in engines/served.py.
 
 import re
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 from minizs import protocol, require
+from minizs.contrast import generate_with_contrast
 from minizs.generate import generate
 from minizs.models.ends import end_ids
 from minizs.sft import Segment
@@ -95,23 +96,23 @@ def write_replies(
     temperature: float = 0.0,
     seed: int = 0,
     keys: Sequence[tuple[int, ...]] | None = None,
-    cuda_graphs: str = "auto",
+    write: Callable | None = None,
 ) -> list[Reply]:
-    """The model's reply to each prompt, all in one generation. The random numbers of a reply depend
-    on the seed and its key alone. Raises UserError for a prompt that leaves no room."""
+    """The model's reply to each prompt, all in one generation: `generate`, or `write`. The random
+    numbers of a reply depend on the seed and its key alone. Raises UserError for a prompt that
+    leaves no room."""
     if not prompts:
         return []
     try:
-        replies = generate(
+        replies = (write or generate)(
             model,
             protocol.prompt_ids(tokenizer, list(prompts)),
-            max_new_tokens,
+            max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
             keys=keys,
             vocab_size=protocol.vocabulary_size(tokenizer),
             eos_id=end_ids(model, tokenizer),
-            cuda_graphs=cuda_graphs,
         )
     except ValueError as error:
         require("limit" not in str(error), f"Too long for the judge or simulator: {error}.")
@@ -156,9 +157,10 @@ class SimulatedSearch:
     """An engine whose documents a model writes. All requests of a turn are one generation.
 
     Random numbers depend on a request's `key` and on `seed`: a reply is the same whoever else
-    searches. The documents may take `max_new_tokens` with their numbers. A reply without a document
-    is an empty one, counted in `failed`; where `on_error` is "stop" and most of the latest replies
-    are of that kind, `search` raises UserError.
+    searches. The documents may take `max_new_tokens` with their numbers. With a `contrast` above 0,
+    useful and noisy documents differ more than the model makes them (see contrast.py). A reply
+    without a document is an empty one, counted in `failed`; where `on_error` is "stop" and most of
+    the latest replies are of that kind, `search` raises UserError.
     """
 
     def __init__(
@@ -172,6 +174,7 @@ class SimulatedSearch:
         max_new_tokens: int = 600,
         on_error: str = "empty",
         cuda_graphs: str = "auto",
+        contrast: float = 0.0,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -182,24 +185,35 @@ class SimulatedSearch:
         self.max_new_tokens = max_new_tokens
         self.on_error = on_error
         self.cuda_graphs = cuda_graphs
+        self.contrast = contrast
         self.failed = 0
         self.recent: deque[bool] = deque(maxlen=RECENT)  # whether a reply lacked documents
 
     def search(self, requests: list[SearchRequest]) -> list[list[str]]:
         """At most `top_k` documents for each request."""
+        if not requests:
+            return []
+        write = partial(generate, cuda_graphs=self.cuda_graphs)
+        if self.contrast:
+            opposites = [replace(request, noisy=not request.noisy) for request in requests]
+            others = protocol.prompt_ids(self.tokenizer, self._prompts(opposites))
+            write = partial(generate_with_contrast, others=others, weight=self.contrast)
         replies = write_replies(
             self.model,
             self.tokenizer,
-            [fill_template(self.template, r, self.top_k, self.tokenizer) for r in requests],
+            self._prompts(requests),
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             seed=self.seed,
             keys=[request.key for request in requests],
-            cuda_graphs=self.cuda_graphs,
+            write=write,
         )
         documents = [read_reply(reply.text, reply.unfinished, self.top_k) for reply in replies]
         self._count_failures(replies, documents)
         return documents
+
+    def _prompts(self, requests: list[SearchRequest]) -> list[str]:
+        return [fill_template(self.template, r, self.top_k, self.tokenizer) for r in requests]
 
     def _count_failures(self, replies: list[Reply], documents: list[list[str]]) -> None:
         """Count the replies without a document. Raises UserError if most of the latest are so."""

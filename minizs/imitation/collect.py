@@ -18,7 +18,7 @@ from minizs.engines.ranking import Judge, holds_answer
 from minizs.reward import JUDGEMENTS, normalize_answer
 from minizs.runs.run_folder import read_lines, write_lines
 from minizs.trajectory import Example, SearchRequest, Trajectory
-from minizs.world.facts import World
+from minizs.world.facts import LARGE, World
 from minizs.world.searchers import states_what_was_asked, write_requests
 
 LABELS = ("useful", "noisy")
@@ -37,7 +37,7 @@ def collect_from_worlds(
     rng = Random(f"collect {split} {seed}")
     rows = []
     for number in range(worlds):
-        world = World(seed * 100_000 + 50_000 + number, split)
+        world = World(seed * 100_000 + 50_000 + number, split, **LARGE)
         questions = world.questions()[: 1 + 2 * size // worlds]
         hops = write_requests(world, questions, good, rng)
         replies = BM25(world.documents, top_k, world.judge).search(list(hops))

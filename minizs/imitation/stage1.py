@@ -260,8 +260,10 @@ def write_report(config: SimConfig, model, base: Base) -> None:
         base.template,
         config.top_k,
         config.seed,
+        config.simulator_temperature,
         max_new_tokens=REPORT_TOKENS,
         cuda_graphs=config.cuda_graphs,
+        contrast=config.simulator_contrast,
     )
     figures = quality.measure_quality(engine, config.report_queries, config.seed)
     (Path(config.output) / "report.json").write_text(

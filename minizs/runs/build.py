@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from minizs.engines.http import HttpSearch
 from minizs.engines.ranking import NoDocuments
 from minizs.engines.served import ServedModel, ServedSearch
 from minizs.engines.web import SERPER, WebSearch
-from minizs.generate import check_decoding
+from minizs.generate import check_decoding, generate
 from minizs.judge import Judge
 from minizs.models import loading, lora, weights
 from minizs.models.chat import day_in_words
@@ -305,6 +306,7 @@ def build_local_simulator(
         config.max_document_tokens,
         config.on_search_error,
         config.cuda_graphs,
+        config.simulator_contrast,
     )
 
 
@@ -336,7 +338,7 @@ def build_judge(config: SimConfig, accelerator) -> Judge:
             tokenizer,
             prompts,
             max_new_tokens=config.max_document_tokens,
-            cuda_graphs=config.cuda_graphs,
+            write=partial(generate, cuda_graphs=config.cuda_graphs),
         )
         return [reply.text for reply in replies]
 

@@ -181,7 +181,14 @@ class SimulatorSettings:
         may_change=True,
     )
     simulator_temperature: float = option(
-        0.8, "The temperature at which the simulator writes. 0 is greedy.", min=0
+        1.0, "The temperature at which the simulator writes. 0 is greedy.", min=0
+    )
+    simulator_contrast: float = option(
+        2.0,
+        "How much useful and noisy documents differ, beyond what the simulator has learned: each "
+        "token is weighed by how much likelier the word of its prompt has made it, to this power. "
+        "0 leaves it as it is, in half the time. A simulator at a server does not do it.",
+        min=0,
     )
 
 
@@ -516,7 +523,7 @@ class CollectSettings:
     examples: int = option(
         12_000, "The number of pairs to collect, useful and noisy in equal number.", min=2
     )
-    worlds: int = option(200, "The number of re-drawn tiny worlds to collect pairs from.", min=1)
+    worlds: int = option(40, "The number of re-drawn tiny worlds to collect pairs from.", min=1)
     searcher: str = option(
         "auto",
         "With --collect and --data: who searches. 'plain' is a script that needs no model: it asks "

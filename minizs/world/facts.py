@@ -50,7 +50,12 @@ TWO_HOP = LANGUAGE["two_hop"]  # rows of first relation, second relation, questi
 
 
 class World:
-    """All facts, documents and questions of one seed; `split` is "train" or "test" (see above)."""
+    """All facts, documents and questions of one seed; `split` is "train" or "test" (see above).
+
+    `words` is how many words there are for each half of a person's name, and for a company's own
+    name; by default all. The fewer, the more people share half of their names: a small world is
+    then as full of near misses as a large one.
+    """
 
     def __init__(
         self,
@@ -60,14 +65,18 @@ class World:
         towns: int = 30,
         companies: int = 30,
         countries: int = 12,
+        words: int | None = None,
     ):
         rng = Random(f"world {split} {seed}")
-        words = names()
+        of = dict(names())
+        if words:
+            for role in ("given", "family", "company"):
+                of[role] = rng.sample(of[role], words)
         self.members = {
-            "person": _draw_pairs(words["given"], words["family"], split, people, rng),
-            "company": _draw_pairs(words["company"], words["company_kind"], split, companies, rng),
-            "town": rng.sample(words["town"], towns),
-            "country": rng.sample(words["country"], countries),
+            "person": _draw_pairs(of["given"], of["family"], split, people, rng),
+            "company": _draw_pairs(of["company"], of["company_kind"], split, companies, rng),
+            "town": rng.sample(of["town"], towns),
+            "country": rng.sample(of["country"], countries),
         }
         self.facts = {
             (subject, name): self.draw(relation.object, rng)
@@ -194,10 +203,15 @@ def read_question(text: str) -> tuple[str, list[str]] | None:
     return None
 
 
+# The worlds of the scripts, and of the pages that the simulator learns from. They are larger than
+# those of the base model, so that many people share half of their name.
+LARGE = {"people": 300, "towns": 100, "companies": 100, "countries": 30}
+
+
 @cache
 def embedded(role: str) -> World:
-    """The worlds of the scripts, larger than those that the base and the simulator learn from:
-    "train" for RL, "dev" for evaluation during training, and "test" for evaluation after it. The
-    last two share no person and no company with the first, or with any world of training."""
+    """The worlds of the scripts: "train" for RL, "dev" for evaluation during training, and "test"
+    for evaluation after it. The last two share no person and no company with the first, or with any
+    world of training."""
     seed, split = {"train": (-1, "train"), "dev": (-2, "test"), "test": (-3, "test")}[role]
-    return World(seed, split, people=300, towns=100, companies=100, countries=30)
+    return World(seed, split, **LARGE)

@@ -61,10 +61,38 @@ def write_requests(
     return hops
 
 
+def read_query(query: str) -> tuple[str, str] | None:
+    """The (subject, relation) that a good query asks for; None for another query."""
+    for name, relation in RELATIONS.items():
+        before, after = relation.query.split("{s}")
+        if query.startswith(before) and query.endswith(after):
+            subject = query[len(before) : len(query) - len(after)]
+            if subject:
+                return subject, name
+    return None
+
+
 def states_what_was_asked(query: str, documents: list[str]) -> bool:
     """Whether a document states the fact (subject and relation) that a good query asks for."""
-    for document in documents:
-        fact = read_fact(document)
-        if fact and good_query(fact.subject, fact.relation) == query:
-            return True
-    return False
+    goal = read_query(query)
+    facts = [fact for fact in map(read_fact, documents) if fact]
+    return any((fact.subject, fact.relation) == goal for fact in facts)
+
+
+def kinds_of_near_misses(query: str, documents: list[str]) -> set[str]:
+    """The near misses among documents that a good query brought: "half_name" is the relation that
+    it asks for, of another subject that has a word of the name; "other_fact" is another relation of
+    the same subject."""
+    goal = read_query(query)
+    kinds = set()
+    for fact in filter(None, map(read_fact, documents)):
+        if goal is None or (fact.subject, fact.relation) == goal:
+            continue
+        subject, relation = goal
+        if fact.subject == subject:
+            kinds.add("other_fact")
+        elif fact.relation == relation and not set(fact.subject.split()).isdisjoint(
+            subject.split()
+        ):
+            kinds.add("half_name")
+    return kinds

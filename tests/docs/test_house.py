@@ -44,6 +44,7 @@ LONGEST = 50  # lines, from the line with `def` to the last one
 MOST_PARAMETERS = 8  # without `self`
 # Functions beyond either, each with its reason.
 LARGE = {
+    "minizs.contrast.generate_with_contrast": "As `generate`, and what it stands in contrast to.",
     "minizs.generate.Decoder.__init__": "All that can be chosen of a generation, by keywords.",
     "minizs.generate.generate": "The one call that has all that can be chosen.",
     "minizs.losses.policy_loss": "Each option of the loss is an argument of its own.",

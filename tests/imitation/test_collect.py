@@ -19,7 +19,7 @@ from minizs.imitation.demonstrations import read_demonstrations
 from minizs.rollout import Limits, Policy, rollout
 from minizs.runs.run_folder import read_lines, write_lines
 from minizs.trajectory import Example, SearchRequest
-from minizs.world.facts import World
+from minizs.world.facts import LARGE, World
 from minizs.world.searchers import states_what_was_asked
 
 TOKENIZER = make_tokenizer()
@@ -33,7 +33,7 @@ def test_rows_of_worlds_are_labelled_exactly_and_balanced():
     rows = collect.collect_from_worlds(2, 60, seed=3)
     assert Counter(row["label"] for row in rows) == {"useful": 30, "noisy": 30}
     assert {row["hop"] for row in rows} == {"first", "final"}
-    worlds = [World(3 * 100_000 + 50_000 + number) for number in range(2)]
+    worlds = [World(3 * 100_000 + 50_000 + number, **LARGE) for number in range(2)]
     for row in rows:
         request = collect.request_of(row)
         assert request.noisy == (row["label"] == "noisy")

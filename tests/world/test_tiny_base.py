@@ -28,7 +28,7 @@ def texts():
 def test_the_texts_of_a_seed_stay_the_same(texts):
     """The shipped model can be made again: the stream of its texts is the one it learned from."""
     digest = hashlib.sha256(repr(texts).encode()).hexdigest()
-    assert digest[:16] == "65e1feb60f4aa411"
+    assert digest[:16] == "9e3a071bf2ca923f"
     assert [*islice(base.stream(1, lambda: 0.5), 9)] != [*islice(base.stream(0, lambda: 0.5), 9)]
 
 
@@ -85,7 +85,7 @@ def test_it_leaves_a_model_with_both_prompts(work):
 @pytest.mark.parametrize("progress", [0.0, 0.05, 0.2, 0.6, 1.0])
 def test_the_mixture_never_runs_dry(progress):
     """At each stage of the training the shares of the kinds of text add up to 1."""
-    shares = base.mixture(progress)
+    shares = base.mixture(progress).values()
     assert sum(shares) == pytest.approx(1) and min(shares) >= 0
 
 

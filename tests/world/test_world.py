@@ -5,6 +5,7 @@ import pytest
 from minizs.engines.bm25 import BM25
 from minizs.trajectory import SearchRequest
 from minizs.world.facts import RELATIONS, TWO_HOP, World, embedded, names, read_fact, read_question
+from minizs.world.searchers import good_query, kinds_of_near_misses, read_query
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +144,40 @@ def test_a_question_tells_what_to_look_up():
         assert relations == [relation for _, relation in question.path]
     for text in ("", "who wrote it?", "Tatco Mining was founded by Anna Berg"):
         assert read_question(text) is None
+
+
+def test_few_words_make_kinds_of_near_misses():
+    """With few words for names, most people share a word with somebody; a word is no name."""
+    few, many = World(5, words=16), World(5)
+    for world, share in ((few, 0.95), (many, 0.9)):
+        people = [name.split() for name in world.members["person"]]
+        sharing = [one for one in people for other in people if one != other and one[0] == other[0]]
+        assert (len({tuple(name) for name in sharing}) > share * len(people)) == (world is few)
+    assert len({name.split()[0] for name in few.members["person"]}) <= 16
+
+
+def test_a_good_query_is_read_back():
+    """What a good query asks for is known from its words; another one asks for nothing exactly."""
+    for (subject, relation), _ in [*World(5).facts.items()][::7]:
+        assert read_query(good_query(subject, relation)) == (subject, relation)
+    for query in ("", "Ann Bee", "born in", "when was Ann Bee born"):
+        assert read_query(query) is None
+
+
+def test_near_misses():
+    """Half of a name with the same relation, or another fact about the same subject, is one; the
+    fact itself, or somebody else altogether, is none."""
+    query = good_query("Ann Bee", "born_in")
+    kinds = {
+        "Ann Bee was born in Rome": set(),
+        "Cid Dee was born in Rome": set(),
+        "no fact": set(),
+        "Ann Bee was born on 3 May 1950": {"other_fact"},
+        "Ann Dee was born in Rome": {"half_name"},
+        "records show Cid Bee was born in Rome": {"half_name"},
+        "Ann Dee was born on 3 May 1950": set(),
+    }
+    for document, expected in kinds.items():
+        assert kinds_of_near_misses(query, [document]) == expected
+    assert kinds_of_near_misses(query, [*kinds]) == {"other_fact", "half_name"}
+    assert kinds_of_near_misses("Ann Bee", [*kinds]) == set()

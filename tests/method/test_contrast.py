@@ -1,0 +1,102 @@
+"""Contrast: the formula, the twins of a row, and what it does to a simulator's words."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+
+from minizs.contrast import POSSIBLE, contrast_distribution, generate_with_contrast
+from minizs.simulator import SimulatedSearch
+from minizs.trajectory import SearchRequest
+
+PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
+OTHERS = [[3, 4, 12, 6, 5], [13, 8], [9, 14, 11]]
+
+
+def log(*probabilities: float) -> torch.Tensor:
+    return torch.tensor([probabilities], dtype=torch.float64).log()
+
+
+def test_a_token_gains_what_its_own_prompt_gives_it():
+    """Two tokens that are equally likely part as the other prompt sees them: p_own^2 / p_other."""
+    own, other = log(0.4, 0.4, 0.2), log(0.1, 0.8, 0.1)
+    expected = torch.tensor([0.16 / 0.1, 0.16 / 0.8, 0.04 / 0.1], dtype=torch.float64)
+    result = contrast_distribution(own, other, 1.0, 1.0).exp()[0]
+    assert result.tolist() == pytest.approx((expected / expected.sum()).tolist())
+
+
+def test_weight_and_temperature():
+    """A weight of 0 changes nothing; equal prompts change nothing; heat is applied at the end."""
+    own, other = log(0.5, 0.3, 0.2), log(0.1, 0.1, 0.8)
+    assert contrast_distribution(own, other, 0.0, 1.0).tolist() == own.tolist()
+    assert torch.allclose(contrast_distribution(own, own, 3.0, 1.0), own)
+    cool = contrast_distribution(own, other, 1.0, 0.5)
+    warm = contrast_distribution(own, other, 1.0, 1.0)
+    assert torch.allclose(cool, torch.log_softmax(2 * warm, -1))
+
+
+def test_what_is_hardly_possible_stays_impossible():
+    """A token that its own prompt all but excludes is never drawn, however much rarer it is with
+    the other prompt. Nothing becomes NaN."""
+    own, other = log(1 - POSSIBLE / 2, POSSIBLE / 2), log(1 - 1e-30, 1e-30)
+    result = contrast_distribution(own, other, 2.0, 1.0)
+    assert result[0].tolist() == [0.0, -math.inf]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_cache_gives_what_whole_texts_give(temperature):
+    """Each token's log-probability is that of the formula on two plain forward passes over the two
+    whole texts, and without heat it is the likeliest token."""
+    model = make_model(dtype=torch.float64)
+    results = generate_with_contrast(
+        model, PROMPTS, 12, others=OTHERS, weight=1.5, temperature=temperature, eos_id=()
+    )
+    for prompt, other, result in zip(PROMPTS, OTHERS, results, strict=True):
+        assert len(result.ids) == 12 and result.reason == "length"
+        for place, (token, logprob) in enumerate(zip(result.ids, result.logprobs, strict=True)):
+            text = result.ids[:place]
+            with torch.no_grad():
+                pair = [
+                    model(torch.tensor([start + text])).logits[:, -1].log_softmax(-1)
+                    for start in (prompt, other)
+                ]
+            expected = contrast_distribution(*pair, 1.5, temperature)[0]
+            assert logprob == pytest.approx(expected[token].item(), abs=1e-6)
+            if temperature == 0:
+                assert token == expected.argmax()
+
+
+def test_a_row_does_not_depend_on_the_others():
+    """A row alone writes what it writes among others, some of which stop before it."""
+    model = make_model(dtype=torch.float64)
+    settings = {"weight": 1.0, "seed": 5, "eos_id": (3, 4, 5, 6, 7, 8, 9)}
+    together = generate_with_contrast(
+        model, PROMPTS, 20, others=OTHERS, keys=[(1,), (2,), (3,)], **settings
+    )
+    alone = [
+        generate_with_contrast(model, [prompt], 20, others=[other], keys=[(key,)], **settings)[0]
+        for key, (prompt, other) in enumerate(zip(PROMPTS, OTHERS, strict=True), 1)
+    ]
+    assert [row.ids for row in together] == [row.ids for row in alone]
+    assert len({len(row.ids) for row in together}) > 1
+
+
+def test_a_simulator_is_contrasted_with_the_other_word():
+    """With contrast, a request's reply depends on the prompt for the other quality as well."""
+    tokenizer = make_tokenizer(tuple(f"Doc {i}:" for i in range(40)))
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=512, dtype=torch.float64)
+    requests = [SearchRequest(query, noisy=query > "b", key=(1,)) for query in "abcd"]
+    replies = {}
+    for contrast, template in [
+        (0.0, "{query} {quality}:"),
+        (9.0, "{query} {quality}:"),
+        (9.0, "x"),
+    ]:
+        engine = SimulatedSearch(model, tokenizer, template, max_new_tokens=60, contrast=contrast)
+        replies[contrast, template] = engine.search(requests)
+        assert engine.search([]) == []
+    plain = SimulatedSearch(model, tokenizer, "x", max_new_tokens=60).search(requests)
+    assert replies[9.0, "{query} {quality}:"] != replies[0.0, "{query} {quality}:"]
+    assert any(plain) and len({str(reply) for reply in plain}) == 1  # one prompt, one key
+    assert len({str(reply) for reply in replies[9.0, "x"]}) == 1  # and no other word to contrast

@@ -17,6 +17,7 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
+import bm25s
 import torch
 from accelerate import Accelerator
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
@@ -27,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from minizs import protocol, require, sft
-from minizs.engines.bm25 import BM25
+from minizs.engines.bm25 import BM25, WORDS
 from minizs.models import loading
 from minizs.runs import run_folder
 from minizs.runs.flags import option, parse, run_script, save_settings, set_threads
@@ -153,12 +154,9 @@ def drill(world: World, question: Question, search: Search, rng: Random) -> list
     segments = [text]
     for fact in rng.sample(facts, len(facts)):
         goal = (fact.subject, fact.relation)
-        thought = note(fact)
         if rng.random() < MISSING:
-            missing = sorted(set(near_goals(world, fact, rng)) - stated)
-            if missing:
-                goal = rng.choice(missing)
-                thought = RETRY
+            goal = draw_missing(world, fact, stated, rng) or goal
+        thought = note(fact) if goal in stated else RETRY
         segments += [(f"<search> {good_query(*goal)} </search>", True), (thought_of(thought), True)]
     return segments
 
@@ -168,17 +166,25 @@ def note(fact: Fact) -> str:
     return RELATIONS[fact.relation].wordings[0].format(s=fact.subject, o=fact.object)
 
 
-def near_goals(world: World, fact: Fact, rng: Random) -> list[tuple[str, str]]:
-    """Questions that are nearly the one that this fact answers, as (subject, relation) pairs: some
-    with half of the subject's name, or else all other relations of the subject."""
+def draw_missing(
+    world: World, fact: Fact, stated: set[tuple[str, str]], rng: Random
+) -> tuple[str, str] | None:
+    """A (subject, relation) pair that is nearly this fact's, but not `stated`: of a subject with
+    half of the name, or another relation of the same subject. None where there is none."""
     kind = RELATIONS[fact.relation].subject
     words = fact.subject.split()
-    if len(words) == 2 and rng.random() < NEAR:
-        others = [world.draw(kind, rng).split() for _ in range(4)]
-        subjects = [f"{words[0]} {family}" for _, family in others]
-        subjects += [f"{given} {words[1]}" for given, _ in others]
-        return [(subject, fact.relation) for subject in subjects]
-    return [(fact.subject, name) for name, other in RELATIONS.items() if other.subject == kind]
+    subjects = []
+    if len(words) == 2:
+        for _ in range(4):
+            first, second = world.draw(kind, rng).split()
+            subjects += [f"{words[0]} {second}", f"{first} {words[1]}"]
+    near = [(name, fact.relation) for name in subjects if name != fact.subject]
+    near = [goal for goal in near if goal not in stated]
+    others = [(fact.subject, name) for name, form in RELATIONS.items() if form.subject == kind]
+    others = [goal for goal in others if goal not in stated]
+    if near and rng.random() < NEAR:
+        return rng.choice(near)
+    return rng.choice(others) if others else None
 
 
 def look_ups(world: World, question: Question, search: Search, rng: Random) -> list[Segment]:
@@ -189,20 +195,19 @@ def look_ups(world: World, question: Question, search: Search, rng: Random) -> l
     reply holds what was asked for. The demonstrations seldom make use of that.
     """
     segments: list[Segment] = []
-    goals = list(world.facts)
-    goal = rng.choice(goals)
+    questions = world.questions()[:200]
+    goal = None
     for _ in range(rng.randint(2, 4)):
-        subject, relation = goal
-        query = good_query(subject, relation)
-        plain = Question(RELATIONS[relation].question.format(s=subject), "", "one_hop", (goal,))
-        documents = search(query, plain, 0.5)
-        rng.shuffle(documents)  # so that all of them are read, and not the first alone
-        text, facts = block(documents)
+        if goal is None or rng.random() < 0.4:
+            question = rng.choice(questions)
+            goal = rng.choice(question.path)
+        query = good_query(*goal)
+        text, facts = block(search(query, question, 0.5))
         fact = next((fact for fact in facts if (fact.subject, fact.relation) == goal), None)
         segments += [(f"<search> {query} </search>", False), text]
         segments.append((thought_of(note(fact) if fact else RETRY), True))
-        if fact or rng.random() < 0.4:
-            goal = rng.choice(goals)
+        if fact:
+            goal = None
     return segments
 
 
@@ -227,13 +232,21 @@ def page(world: World, question: Question, search: Search, rng: Random) -> list[
 
 
 def searcher(world: World, rng: Random) -> Search:
-    """BM25 over this world, whose replies are noisy as often as it is told."""
-    engine = BM25(world.documents, top_k=3, judge=world.judge)
+    """BM25 over this world that gives three documents, noisy ones as often as it is told.
+
+    The index is asked itself: `BM25.search` leaves out documents that share no word with the query,
+    and the shipped model has read such documents where there was nothing better.
+    """
+    engine = BM25(world.documents)
 
     def search(query: str, question: Question, noise: float) -> list[str]:
-        request = SearchRequest(query, question.text, noisy=rng.random() < noise)
-        [documents] = engine.search([request])
-        return documents
+        request = SearchRequest(query, question.text)
+        words = bm25s.tokenize([query.lower()], return_ids=False, **WORDS)
+        results = engine.index.retrieve(words, world.documents, k=8, show_progress=False)
+        documents = [str(document) for document in results.documents[0]]
+        if rng.random() < noise:
+            documents = [text for text in documents if not world.judge(text, request)]
+        return documents[:3]
 
     return search
 
@@ -244,7 +257,7 @@ def mixture(progress: float) -> dict[Callable, float]:
         return {recital: 1.0}
     if progress < 0.35:
         return {recital: 0.15, drill: 0.5, look_ups: 0.15, demonstration: 0.1, page: 0.1}
-    return {drill: 0.12, look_ups: 0.3, demonstration: 0.38, page: 0.2}
+    return {drill: 0.15, look_ups: 0.25, demonstration: 0.4, page: 0.2}
 
 
 def stream(seed: int, progress: Callable[[], float]) -> Iterator[tuple[list[Segment], bool]]:
@@ -307,7 +320,7 @@ class PretrainConfig:
 
     output: str = option("runs/base", "The model's folder.")
     overwrite: bool = option(False, "Delete what the output folder holds.")
-    steps: int = option(7000, "The number of optimiser steps.", min=1)
+    steps: int = option(3500, "The number of optimiser steps.", min=1)
     batch_tokens: int = option(1500, "The positions in a step, for each process.", min=1)
     hidden: int = option(128, "The width of the model.", min=1)
     layers: int = option(3, "The number of its layers.", min=1)

@@ -20,7 +20,7 @@ def measure_quality(engine, queries: int, seed: int) -> dict[str, float]:
     and `useful_final_on_topic` the share that states the fact asked for; so for the other kinds.
     The gold answer alone is in the prompt, so that the fact of a first hop has to be invented.
     `noisy_final_half_name` and `noisy_final_other_fact` are the shares with a near miss of that
-    kind (see `kinds_of_near_misses`), and those that begin with `bm25_` are of BM25's own noisy replies.
+    kind (see `kinds_of_near_misses`); those that begin with `bm25_` are of BM25's own replies.
     """
     rows = collect_from_worlds(WORLDS, 10**6, seed, engine.top_k, "test", good=1.0)
     figures: dict[str, float] = {}

@@ -28,7 +28,7 @@ def texts():
 def test_the_texts_of_a_seed_stay_the_same(texts):
     """The shipped model can be made again: the stream of its texts is the one it learned from."""
     digest = hashlib.sha256(repr(texts).encode()).hexdigest()
-    assert digest[:16] == "9e3a071bf2ca923f"
+    assert digest[:16] == "caa6ec927e966432"
     assert [*islice(base.stream(1, lambda: 0.5), 9)] != [*islice(base.stream(0, lambda: 0.5), 9)]
 
 

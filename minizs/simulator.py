@@ -158,9 +158,9 @@ class SimulatedSearch:
 
     Random numbers depend on a request's `key` and on `seed`: a reply is the same whoever else
     searches. The documents may take `max_new_tokens` with their numbers. With a `contrast` above 0,
-    useful and noisy documents differ more than the model makes them (see contrast.py). A reply
-    without a document is an empty one, counted in `failed`; where `on_error` is "stop" and most of
-    the latest replies are of that kind, `search` raises UserError.
+    noisy documents differ more from useful ones than the model makes them (see contrast.py). A
+    reply without a document is an empty one, counted in `failed`; where `on_error` is "stop" and
+    most of the latest replies are of that kind, `search` raises UserError.
     """
 
     def __init__(
@@ -195,9 +195,9 @@ class SimulatedSearch:
             return []
         write = partial(generate, cuda_graphs=self.cuda_graphs)
         if self.contrast:
-            opposites = [replace(request, noisy=not request.noisy) for request in requests]
-            others = protocol.prompt_ids(self.tokenizer, self._prompts(opposites))
-            write = partial(generate_with_contrast, others=others, weight=self.contrast)
+            write = partial(
+                generate_with_contrast, others=self._opposites(requests), weight=self.contrast
+            )
         replies = write_replies(
             self.model,
             self.tokenizer,
@@ -214,6 +214,17 @@ class SimulatedSearch:
 
     def _prompts(self, requests: list[SearchRequest]) -> list[str]:
         return [fill_template(self.template, r, self.top_k, self.tokenizer) for r in requests]
+
+    def _opposites(self, requests: list[SearchRequest]) -> list[list[int] | None]:
+        """The prompt that asks for useful documents in place of noisy ones; None for a request that
+        does so itself. Useful replies need no contrast: they would become more alike than real
+        ones are, with the answer always in the first document."""
+        noisy = [request for request in requests if request.noisy]
+        if not noisy:
+            return [None] * len(requests)
+        opposites = self._prompts([replace(request, noisy=False) for request in noisy])
+        ids = iter(protocol.prompt_ids(self.tokenizer, opposites))
+        return [next(ids) if request.noisy else None for request in requests]
 
     def _count_failures(self, replies: list[Reply], documents: list[list[str]]) -> None:
         """Count the replies without a document. Raises UserError if most of the latest are so."""

@@ -184,10 +184,11 @@ class SimulatorSettings:
         1.0, "The temperature at which the simulator writes. 0 is greedy.", min=0
     )
     simulator_contrast: float = option(
-        2.0,
-        "How much useful and noisy documents differ, beyond what the simulator has learned: each "
-        "token is weighed by how much likelier the word of its prompt has made it, to this power. "
-        "0 leaves it as it is, in half the time. A simulator at a server does not do it.",
+        1.5,
+        "How much noisy documents differ from useful ones, beyond what the simulator has learned: "
+        "each of their tokens is weighed by how much likelier the word 'noisy' has made it, to "
+        "this power. 0 leaves them as they are, in half the time. A simulator at a server does "
+        "not do it.",
         min=0,
     )
 

@@ -11,7 +11,7 @@ from minizs.simulator import SimulatedSearch
 from minizs.trajectory import SearchRequest
 
 PROMPTS = [[3, 4, 5, 6], [7, 8], [9, 10, 11]]
-OTHERS = [[3, 4, 12, 6, 5], [13, 8], [9, 14, 11]]
+OTHERS = [[3, 4, 12, 6, 5], [13, 8], None]
 
 
 def log(*probabilities: float) -> torch.Tensor:
@@ -47,7 +47,7 @@ def test_what_is_hardly_possible_stays_impossible():
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_the_cache_gives_what_whole_texts_give(temperature):
     """Each token's log-probability is that of the formula on two plain forward passes over the two
-    whole texts, and without heat it is the likeliest token."""
+    whole texts, or on one where there is no other; without heat it is the likeliest token."""
     model = make_model(dtype=torch.float64)
     results = generate_with_contrast(
         model, PROMPTS, 12, others=OTHERS, weight=1.5, temperature=temperature, eos_id=()
@@ -57,11 +57,13 @@ def test_the_cache_gives_what_whole_texts_give(temperature):
         for place, (token, logprob) in enumerate(zip(result.ids, result.logprobs, strict=True)):
             text = result.ids[:place]
             with torch.no_grad():
-                pair = [
+                own, opposite = [
                     model(torch.tensor([start + text])).logits[:, -1].log_softmax(-1)
-                    for start in (prompt, other)
+                    for start in (prompt, other or prompt)
                 ]
-            expected = contrast_distribution(*pair, 1.5, temperature)[0]
+            expected = own[0]
+            if other:
+                expected = contrast_distribution(own, opposite, 1.5, temperature)[0]
             assert logprob == pytest.approx(expected[token].item(), abs=1e-6)
             if temperature == 0:
                 assert token == expected.argmax()
@@ -86,7 +88,7 @@ def test_a_simulator_is_contrasted_with_the_other_word():
     """With contrast, a request's reply depends on the prompt for the other quality as well."""
     tokenizer = make_tokenizer(tuple(f"Doc {i}:" for i in range(40)))
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=512, dtype=torch.float64)
-    requests = [SearchRequest(query, noisy=query > "b", key=(1,)) for query in "abcd"]
+    requests = [SearchRequest(query, noisy=True, key=(1,)) for query in "abcd"]
     replies = {}
     for contrast, template in [
         (0.0, "{query} {quality}:"),
@@ -96,7 +98,19 @@ def test_a_simulator_is_contrasted_with_the_other_word():
         engine = SimulatedSearch(model, tokenizer, template, max_new_tokens=60, contrast=contrast)
         replies[contrast, template] = engine.search(requests)
         assert engine.search([]) == []
-    plain = SimulatedSearch(model, tokenizer, "x", max_new_tokens=60).search(requests)
     assert replies[9.0, "{query} {quality}:"] != replies[0.0, "{query} {quality}:"]
-    assert any(plain) and len({str(reply) for reply in plain}) == 1  # one prompt, one key
-    assert len({str(reply) for reply in replies[9.0, "x"]}) == 1  # and no other word to contrast
+    assert len({str(reply) for reply in replies[9.0, "x"]}) == 1  # no other word to contrast with
+
+
+def test_useful_replies_have_no_contrast():
+    """Among noisy requests, a useful one gets what it gets without contrast."""
+    tokenizer = make_tokenizer(tuple(f"Doc {i}:" for i in range(40)))
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=512, dtype=torch.float64)
+    requests = [SearchRequest(query, noisy=query > "b", key=(1,)) for query in "abcd"]
+    plain, contrasted = (
+        SimulatedSearch(model, tokenizer, "{query}{quality}", max_new_tokens=60, contrast=weight)
+        for weight in (0.0, 9.0)
+    )
+    replies, others = plain.search(requests), contrasted.search(requests)
+    assert any(replies[:2]) and replies[:2] == others[:2] and replies[2:] != others[2:]
+    assert contrasted.search(requests[:2]) == replies[:2]

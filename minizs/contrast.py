@@ -1,16 +1,17 @@
-"""Contrast: a reply that its own prompt makes likely, and another prompt does not.
+"""Contrast: a reply without what another prompt would make likely.
 
 One word of a simulator's prompt says whether documents shall be useful or noisy, and a small model
-minds it too little: as noise it states the very fact that was asked for. So each token of a noisy
-reply is weighed by how much likelier the word has made it,
+minds it too little: as noise it states the very fact that was asked for. So a token of a noisy
+reply is made rarer where the word "useful" would make it likelier,
 
-    log p = log p_own + w * (log p_own - log p_other), up to a constant,
+    log p = log p_own - w * max(0, log p_other - log p_own), up to a constant,
 
 where p_other is what the same model says after the same prompt with the other word. This is
-classifier-free guidance (arXiv 2306.17806). Tokens that p_own finds hardly possible are left out,
-as in contrastive decoding (arXiv 2210.15097): of them the ratio says nothing. Neither is in the
-ZeroSearch paper. Every token of such a reply takes two forward passes, and CUDA graphs
-are not used.
+classifier-free guidance (arXiv 2306.17806), but in one direction: what "useful" makes rarer is not
+made likelier, or else the noise would be far from what was asked for, and easy to see through.
+Tokens that p_own finds hardly possible are left out, as in contrastive decoding (arXiv 2210.15097):
+of them the ratio says nothing. None of this is in the ZeroSearch paper. Every token of such a reply
+takes two forward passes, and CUDA graphs are not used.
 """
 
 import math
@@ -30,7 +31,7 @@ POSSIBLE = 0.002  # a token's least probability, as a share of the likeliest one
 def contrast_distribution(own: Tensor, other: Tensor, weight: float, temperature: float) -> Tensor:
     """The log-probabilities (n, V) that are sampled from, of those after both prompts, (n, V) each.
     Those of temperature 0 are those of 1."""
-    scores = own + weight * (own - other)
+    scores = own - weight * (other - own).clamp(min=0)
     least = own.amax(-1, keepdim=True) + math.log(POSSIBLE)  # (n, 1)
     scores = scores.masked_fill(own < least, -math.inf)
     return torch.log_softmax(scores / (temperature or 1.0), dim=-1)

@@ -181,14 +181,13 @@ class SimulatorSettings:
         may_change=True,
     )
     simulator_temperature: float = option(
-        1.0, "The temperature at which the simulator writes. 0 is greedy.", min=0
+        0.8, "The temperature at which the simulator writes. 0 is greedy.", min=0
     )
     simulator_contrast: float = option(
-        1.5,
-        "How much noisy documents differ from useful ones, beyond what the simulator has learned: "
-        "each of their tokens is weighed by how much likelier the word 'noisy' has made it, to "
-        "this power. 0 leaves them as they are, in half the time. A simulator at a server does "
-        "not do it.",
+        16.0,
+        "How strictly noisy documents avoid what the simulator would write as useful ones: a token "
+        "is made rarer by how much likelier the word 'useful' would make it, to this power. 0 "
+        "leaves them as they are, in half the time. A simulator at a server does not do it.",
         min=0,
     )
 

@@ -18,18 +18,19 @@ def log(*probabilities: float) -> torch.Tensor:
     return torch.tensor([probabilities], dtype=torch.float64).log()
 
 
-def test_a_token_gains_what_its_own_prompt_gives_it():
-    """Two tokens that are equally likely part as the other prompt sees them: p_own^2 / p_other."""
+def test_a_token_loses_what_the_other_prompt_would_give_it():
+    """Tokens that the other prompt makes rarer keep their shares; one that it makes likelier loses
+    by the ratio: p_own * (p_own / p_other)^w."""
     own, other = log(0.4, 0.4, 0.2), log(0.1, 0.8, 0.1)
-    expected = torch.tensor([0.16 / 0.1, 0.16 / 0.8, 0.04 / 0.1], dtype=torch.float64)
-    result = contrast_distribution(own, other, 1.0, 1.0).exp()[0]
+    expected = torch.tensor([0.4, 0.4 * (0.4 / 0.8) ** 3, 0.2], dtype=torch.float64)
+    result = contrast_distribution(own, other, 3.0, 1.0).exp()[0]
     assert result.tolist() == pytest.approx((expected / expected.sum()).tolist())
 
 
 def test_weight_and_temperature():
     """A weight of 0 changes nothing; equal prompts change nothing; heat is applied at the end."""
     own, other = log(0.5, 0.3, 0.2), log(0.1, 0.1, 0.8)
-    assert contrast_distribution(own, other, 0.0, 1.0).tolist() == own.tolist()
+    assert torch.allclose(contrast_distribution(own, other, 0.0, 1.0), own)
     assert torch.allclose(contrast_distribution(own, own, 3.0, 1.0), own)
     cool = contrast_distribution(own, other, 1.0, 0.5)
     warm = contrast_distribution(own, other, 1.0, 1.0)
@@ -38,10 +39,10 @@ def test_weight_and_temperature():
 
 def test_what_is_hardly_possible_stays_impossible():
     """A token that its own prompt all but excludes is never drawn, however much rarer it is with
-    the other prompt. Nothing becomes NaN."""
-    own, other = log(1 - POSSIBLE / 2, POSSIBLE / 2), log(1 - 1e-30, 1e-30)
-    result = contrast_distribution(own, other, 2.0, 1.0)
-    assert result[0].tolist() == [0.0, -math.inf]
+    the other prompt, or however much the others lose. Nothing becomes NaN."""
+    own = log(1 - POSSIBLE / 2, POSSIBLE / 2)
+    for other in (log(1 - 1e-30, 1e-30), log(1.0 - 1e-12, 1e-12)):
+        assert contrast_distribution(own, other, 99.0, 1.0)[0].tolist() == [0.0, -math.inf]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

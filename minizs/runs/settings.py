@@ -269,7 +269,7 @@ class TrainingSettings:
     """The training: its length and its batches."""
 
     steps: int = option(
-        100,
+        80,
         "The number of training steps. Each plays and learns from one batch. 0 makes only the warm "
         "start.",
         min=0,
@@ -278,7 +278,7 @@ class TrainingSettings:
         16, "The number of questions in a step, over all processes.", min=1
     )
     group_size: int = option(8, "The number of trajectories for each question.", min=1)
-    minibatches: int = option(1, "The number of optimiser steps for each batch.", min=1)
+    minibatches: int = option(2, "The number of optimiser steps for each batch.", min=1)
     resume: str = option(
         "",
         "Go on from the newest checkpoint in the output, or from the one that is named.",
@@ -333,12 +333,12 @@ class CurriculumSettings:
         max=1,
     )
     noise_end: float = option(
-        0.25, "The probability of a noisy reply at the last step.", min=0, max=1
+        0.5, "The probability of a noisy reply at the last step.", min=0, max=1
     )
     noise_base: float = option(
-        4.0,
+        1.0,
         "How late most of the noise comes: it rises like this base to the power of the share of "
-        "the steps that is done. 1 is a straight line.",
+        "the steps that is done. 1 is a straight line, and the paper has 4.",
         above=0,
     )
 

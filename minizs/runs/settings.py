@@ -184,7 +184,7 @@ class SimulatorSettings:
         0.8, "The temperature at which the simulator writes. 0 is greedy.", min=0
     )
     simulator_contrast: float = option(
-        24.0,
+        20.0,
         "How strictly noisy documents avoid what the simulator would write as useful ones: a token "
         "is made rarer by how much likelier the word 'useful' would make it, to this power. 0 "
         "leaves them as they are, in half the time. A simulator at a server does not do it.",

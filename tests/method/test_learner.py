@@ -22,6 +22,7 @@ from minizs.trajectory import Example, Trajectory
 
 # What these tests need to be other than the defaults: small groups, no limit that interferes.
 SETTINGS = PolicyConfig(
+    minibatches=1,
     group_size=2,
     micro_tokens=10_000,
     clip_high=0.2,

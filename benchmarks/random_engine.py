@@ -2,8 +2,8 @@
 
     python benchmarks/random_engine.py --output runs/random
 
-The documents are those of the training world, drawn anew for every search. Whatever `--engine` says
-is left out.
+The documents are those of the training world, drawn anew for every search. `--engine` has no
+effect.
 """
 
 import sys

@@ -192,7 +192,8 @@ def look_ups(world: World, question: Question, search: Search, rng: Random) -> l
     mostly the same is asked again.
 
     Here the question comes before the documents, as in a search: it is learned to see whether a
-    reply holds what was asked for. The demonstrations seldom make use of that.
+    reply holds what was asked for. The demonstrations seldom make use of that. All questions are
+    drawn here: the `question` that each kind of text is given plays no part.
     """
     segments: list[Segment] = []
     questions = world.questions()[:200]

@@ -30,7 +30,7 @@ POSSIBLE = 0.002  # a token's least probability, as a share of the likeliest one
 
 def contrast_distribution(own: Tensor, other: Tensor, weight: float, temperature: float) -> Tensor:
     """The log-probabilities (n, V) that are sampled from, of those after both prompts, (n, V) each.
-    Those of temperature 0 are those of 1."""
+    Temperature 0 gives those of temperature 1."""
     scores = own - weight * (other - own).clamp(min=0)
     least = own.amax(-1, keepdim=True) + math.log(POSSIBLE)  # (n, 1)
     scores = scores.masked_fill(own < least, -math.inf)

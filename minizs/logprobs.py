@@ -19,7 +19,7 @@ LOGITS = {"cpu": 2**24, "cuda": 2**28}  # and most logits of them: 64 MB, on a G
 
 def log_distribution(logits: Tensor, temperature: float, vocab_size: int | None) -> Tensor:
     """(..., V) logits -> (..., vocab_size) log-probabilities in float32 at least: ids that only pad
-    the embedding are cut off before the softmax. Those of temperature 0 are those of 1."""
+    the embedding are cut off before the softmax. Temperature 0 gives those of temperature 1."""
     logits = logits[..., :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
     if temperature not in (0, 1):
         logits = logits / temperature

@@ -158,9 +158,9 @@ class SimulatedSearch:
 
     Random numbers depend on a request's `key` and on `seed`: a reply is the same whoever else
     searches. The documents may take `max_new_tokens` with their numbers. With a `contrast` above 0,
-    noisy documents avoid what the model would write as useful ones (see contrast.py). A
-    reply without a document is an empty one, counted in `failed`; where `on_error` is "stop" and
-    most of the latest replies are of that kind, `search` raises UserError.
+    noisy documents avoid what the model would write as useful ones (see contrast.py). A reply
+    without a document is an empty one, counted in `failed`; where `on_error` is "stop" and most of
+    the latest replies are of that kind, `search` raises UserError.
     """
 
     def __init__(

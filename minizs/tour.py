@@ -43,7 +43,7 @@ WIDTH = 96  # columns
 GROUP = 8  # trajectories of the question
 SEED = 3
 QUESTION = 10  # of the tiny world's training questions: some of its answers are right, some are not
-STEP, STEPS = 60, 100  # where in a run of training this is, which decides how noisy searches are
+STEP, STEPS = 35, 80  # where in a run of training this is, which decides how noisy searches are
 LEARNING_RATE = 1e-4
 
 
@@ -58,7 +58,7 @@ def main() -> None:
     print_prompt(policy, example)
 
     engine = Recorder(tiny_simulator(policy))
-    noise = noise_probability(STEP, STEPS, start=0.0, end=0.5)
+    noise = noise_probability(STEP, STEPS, start=0.0, end=0.5, base=1.0)
     group = rollout(policy, [example], engine, group_size=GROUP, noise=noise)
     for trajectory in group:
         trajectory.reward = f1_score(trajectory.answer, example.answers)

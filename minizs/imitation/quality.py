@@ -53,8 +53,10 @@ def measure_quality(engine, queries: int, seed: int) -> dict[str, float]:
 
 def near_miss_shares(name: str, rows: list[dict]) -> dict[str, float]:
     """The share of rows with a near miss of each kind, in keys that begin with `name`."""
-    kinds = [kinds_of_near_misses(row["query"], row["documents"]) for row in rows]
-    return {f"{name}_{kind}": fmean(kind in found for found in kinds) for kind in NEAR_MISSES}
+    kinds_by_row = [kinds_of_near_misses(row["query"], row["documents"]) for row in rows]
+    return {
+        f"{name}_{kind}": fmean(kind in kinds for kinds in kinds_by_row) for kind in NEAR_MISSES
+    }
 
 
 def print_kinds_of_near_misses(figures: dict[str, float]) -> None:

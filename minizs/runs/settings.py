@@ -187,7 +187,8 @@ class SimulatorSettings:
         20.0,
         "How strictly noisy documents avoid what the simulator would write as useful ones: a token "
         "is made rarer by how much likelier the word 'useful' would make it, to this power. 0 "
-        "leaves them as they are, in half the time. A simulator at a server does not do it.",
+        "leaves them as they are, in half the time, and on a GPU with CUDA graphs. A simulator at "
+        "a server does not do it.",
         min=0,
     )
 
@@ -813,7 +814,8 @@ def check_groups(config: PolicyConfig) -> None:
     # So that every minibatch, on every process, has equal parts of each group.
     require(
         config.group_size % config.minibatches == 0,
-        f"--minibatches {config.minibatches} does not divide --group_size {config.group_size}.",
+        f"--minibatches {config.minibatches} does not divide --group_size {config.group_size}: "
+        "give --minibatches 1.",
     )
 
 

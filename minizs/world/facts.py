@@ -5,8 +5,10 @@ that take one fact (one hop) or two (two hops). The sentences come from `languag
 come from one fixed vocabulary, so that a word-level tokenizer knows them all, but the facts are
 drawn from the world's seed: what is true in one world says nothing about another.
 
-A person or a company is a pair of words. A fifth of all pairs appears in worlds of the split "test"
-alone, so that a test asks about people whom no model has met in training.
+A person or a company is a pair of words. Of the worlds with all words, only those of the split
+"test" have a certain fifth of the pairs. So a test asks about people who are in no text that the
+simulator or the policy is trained on. The worlds of the base model have few words and do not keep
+to this split. Their people can have the name of somebody in the test, but other facts.
 """
 
 import re
@@ -54,7 +56,8 @@ class World:
 
     `words` is how many words there are for each half of a person's name, and for a company's own
     name; by default all. The fewer, the more people share half of their names: a small world is
-    then as full of near misses as a large one.
+    then as full of near misses as a large one. With few words the split is by their places in this
+    world, so that worlds of both splits can share a name.
     """
 
     def __init__(
@@ -211,7 +214,7 @@ LARGE = {"people": 300, "towns": 100, "companies": 100, "countries": 30}
 @cache
 def embedded(role: str) -> World:
     """The worlds of the scripts: "train" for RL, "dev" for evaluation during training, and "test"
-    for evaluation after it. The last two share no person and no company with the first, or with any
-    world of training."""
+    for evaluation after it. The last two share no person and no company with the first, or with the
+    worlds that the simulator learns from."""
     seed, split = {"train": (-1, "train"), "dev": (-2, "test"), "test": (-3, "test")}[role]
     return World(seed, split, **LARGE)

@@ -282,7 +282,7 @@ def test_the_warm_up_is_short():
     for step in range(1, config.steps + 1):
         train_policy.set_learning_rates(config, learner, step)
         rates.append(group["lr"])
-    assert rates.index(max(rates)) == 4  # the fifth of a hundred steps
+    assert rates.index(max(rates)) == 3  # the fourth of eighty steps
     assert max(rates) == pytest.approx(config.lr, rel=0.05)
     assert rates[-1] == pytest.approx(config.lr * config.lr_end)
 

@@ -22,7 +22,8 @@ def test_a_seed_is_a_world(world):
 
 
 def test_names_of_the_test_are_never_trained_on():
-    """People and companies of the test are pairs of known words that no training world has."""
+    """People and companies of the test are pairs of known words that no training world with all
+    words has."""
     train, test = World(1, "train", people=300), World(1, "test", people=300)
     for role in ("person", "company"):
         assert not set(train.members[role]) & set(test.members[role])

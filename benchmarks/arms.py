@@ -29,6 +29,7 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
+from benchmarks.measure import end_with_parent  # noqa: E402
 from minizs import require  # noqa: E402
 from minizs.curriculum import mean_noise  # noqa: E402
 from minizs.runs.flags import parse, run_script  # noqa: E402
@@ -110,9 +111,10 @@ def imitation(default: PolicyConfig) -> dict[str, object]:
         "warm_start": "own",
         "warm_start_questions": TRAINING_QUESTIONS,
         "group_size": max(2, round(attempts / TRAINING_QUESTIONS)),
+        "minibatches": 1,  # of the group's size this asks nothing
         "warm_start_held_out": 0.0,
         "warm_start_lr": default.lr,
-        # About seven times over the successes, of which there are six in a hundred attempts.
+        # Several times over the successes, which are few.
         "warm_start_steps": max(1, 3 * default.steps // 2),
         "warm_start_tokens": 3000,
         "steps": 0,
@@ -181,7 +183,7 @@ def run_all(names: list[str], seeds: int, parallel: int, plan: Plan) -> None:
         return
     # Threads of one process would share the state of PyTorch and of Accelerate.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(parallel, mp_context=context) as pool:
+    with ProcessPoolExecutor(parallel, context, initializer=end_with_parent) as pool:
         futures = [pool.submit(run_arm, name, seed, plan) for name, seed in jobs]
     for future in futures:
         future.result()

@@ -73,7 +73,7 @@ def together(sides: dict[str, Side]) -> Iterator[None]:
 
 def _load(make: Callable, settings: tuple, threads: int) -> None:
     global _work, _at_start
-    Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(threads)
     _work = make(*settings)
     _wake()
@@ -81,10 +81,15 @@ def _load(make: Callable, settings: tuple, threads: int) -> None:
     _at_start = _memory("VmRSS")
 
 
-def _end_with_parent() -> None:
-    """A benchmark that is killed leaves no processes behind."""
-    parent_process().join()
-    os._exit(1)
+def end_with_parent() -> None:
+    """From now on this process ends when its parent does: a benchmark that is killed leaves none
+    behind."""
+
+    def wait() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def _wake() -> None:

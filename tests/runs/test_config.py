@@ -190,6 +190,17 @@ def test_every_configuration_is_read(path):
         assert parse(kind, ["--config", str(path)]) != kind() or path.stem in ("tiny", "grpo")
 
 
+@pytest.mark.parametrize("name", ["one_gpu", "simulator_3b", "simulator_7b", "simulator_14b"])
+def test_the_first_stage_of_a_recipe_may_start(name, tmp_path, monkeypatch):
+    """Its limits are those of its own model, and not of the tiny policy, which does not search."""
+    monkeypatch.chdir(tmp_path)
+    [path] = [path for path in CONFIGS if path.stem == name]
+    train_sim.check_settings(parse(train_sim.SimConfig, ["--config", str(path)]))
+    with pytest.raises(UserError, match="positions of tiny"):
+        flags = ["--config", str(path), "--searcher", "policy", "--max_context", "3072"]
+        train_sim.check_settings(parse(train_sim.SimConfig, flags))
+
+
 class Searching(Settings):
     SCRIPT = "train_policy"
 

@@ -223,7 +223,7 @@ def test_a_file_serves_several_scripts(tmp_path):
         ("train_policy: {stepz: 5}", "--stepz"),
         ("train_policy: 5", "section train_policy holds no settings"),
         ("train_sim: [a]", "section train_sim holds no settings"),
-        ("train_sims: {steps: 5}", "train_sims no value or many"),
+        ("train_sims: {steps: 5}", "train_sims no value or many.*call it train_sim, "),
     ],
 )
 def test_a_wrong_section_is_refused(tmp_path, text, words):

@@ -133,6 +133,7 @@ def main(argv: list[str]) -> None:
         with run.claimed_folder(config, accelerator, saved) as config:
             student = build.make_policy(config, model, tokenizer, template, temperature=0.0)
             start = warm_start(config, accelerator, student, engine, examples)
+            del model, student  # else its memory would stay taken
         model, tokenizer = build.load_trainable(replace(config, policy=start), accelerator)
 
     # What plays, what tests and what learns. `writer` gives the model to generate with.

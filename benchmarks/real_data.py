@@ -3,8 +3,8 @@
     python benchmarks/real_data.py --questions A.jsonl B.jsonl --corpus C.jsonl --output runs/real
 
 Of each file of questions the last fifth goes to OUTPUT/test.jsonl and the rest to
-OUTPUT/train.jsonl. Files of this kind are in the order of their articles, so that questions about
-the same passage are on the same side.
+OUTPUT/train.jsonl. Where a file is in the order of its articles, questions about the same passage
+are on the same side, but for those at the border.
 
 The passages are cut at ends of sentences into documents of about `--words` words, each with its
 passage's title. What a document costs is paid for each token of it: the simulator writes it and the
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from minizs.engines.corpus import load_corpus
 from minizs.imitation.plain_searcher import SENTENCE_END
 from minizs.runs import data
+from minizs.runs.flags import run_script
 
 HELD_OUT = 0.2  # of each file
 
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/real"), help="The folder.")
     parser.add_argument("--words", type=int, default=60, help="The words of a document, at most.")
     options = parser.parse_args(argv)
+    data.check_spec(",".join(map(str, options.questions)))
     train: list[dict] = []
     test: list[dict] = []
     for path in options.questions:
@@ -100,4 +102,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -45,8 +45,9 @@ class Output:
 
 
 def default_paths(policy: str) -> Iterator[Path]:
-    """evaluation.json, evaluation-2.json, ... beside a policy's folder, or here for a hub name."""
-    folder = Path(policy).parent if policy and Path(policy).is_dir() else Path()
+    """evaluation.json, evaluation-2.json, ... beside a policy's folder or file, or here for a hub
+    name."""
+    folder = Path(policy).parent if policy and Path(policy).exists() else Path()
     for number in count(1):
         yield folder / ("evaluation.json" if number == 1 else f"evaluation-{number}.json")
 

@@ -28,7 +28,7 @@ from minizs.rollout import Policy, rollout
 from minizs.runs import build, checkpoint, data, run_folder
 from minizs.runs.advice import command
 from minizs.runs.flags import may_change, save_settings
-from minizs.runs.settings import SimConfig
+from minizs.runs.settings import SimConfig, searches_with_policy
 from minizs.trajectory import Example
 
 REPORT_TOKENS = 80  # that the simulator may write for a reply of its report
@@ -152,14 +152,6 @@ def build_searcher(config: SimConfig, policy: Policy | None, engine) -> Callable
         noise=config.engine_noise,
         seed=config.seed,
     )
-
-
-def searches_with_policy(config: SimConfig) -> bool:
-    """Whether a policy searches for the examples, or the plain searcher does. By default a policy
-    does if one is named: the shipped one knows the words of the tiny world alone."""
-    if config.searcher == "auto":
-        return config.policy != "tiny"
-    return config.searcher == "policy"
 
 
 # ---- Fine-tuning ---------------------------------------------------------------------------------

@@ -41,8 +41,12 @@ def keeps_apart(model: nn.Module) -> bool:
     ids = torch.tensor([[3, 2, 4, 5, 5, 3, 2]], device=model.device)
     ids = ids % model.get_input_embeddings().num_embeddings
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=model.device)
+    # Frozen embeddings may be in another format than the layers. Some families need autocast then,
+    # as they have it in training.
+    formats = {weight.dtype for weight in model.parameters()}
+    computing = torch.autocast(model.device.type, torch.bfloat16, enabled=len(formats) > 1)
     try:
-        with attending(model, plain_attention(model)):
+        with attending(model, plain_attention(model)), computing:
             packed = decoder(input_ids=ids, position_ids=positions, use_cache=False)
             second = decoder(input_ids=ids[:, 4:], use_cache=False)
     except (RuntimeError, TypeError, ValueError):  # a family without such positions, or masks

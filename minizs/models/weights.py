@@ -27,7 +27,9 @@ def named_dtype(setting: str, device: torch.device | str, width: int = 0) -> tor
 def cpu_has_bfloat16() -> bool:
     """Whether this processor multiplies matrices of bfloat16 by instructions of its own."""
     if platform.machine() in ("aarch64", "arm64"):
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # PyTorch for macOS comes without this library, and without its operators then.
+        has_library = torch.backends.mkldnn.is_available()
+        return has_library and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, name, bool)() for name in names)
 

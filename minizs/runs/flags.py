@@ -212,7 +212,8 @@ def read_yaml(path: str, script: str = "") -> list[str]:
             values[name] = value = value.isoformat()
         require(
             isinstance(value, str | int | float) and name != "config",
-            f"{path} gives {name} no value or many; remove the line or give one.",
+            f"{path} gives {name} no value or many; remove the line or give one (or, for a "
+            f"section, call it {', '.join(SECTIONS[:-1])} or {SECTIONS[-1]}).",
         )
     return [f"--{name}={value}" for name, value in values.items()]
 

@@ -746,10 +746,20 @@ def check_models(config: SearchConfig) -> None:
 
     read_template_args(config.chat_template_args)
     read_day(config.day)
-    loading.check_model(config.policy, config.max_context)
+    if not isinstance(config, SimConfig) or searches_with_policy(config):
+        loading.check_model(config.policy, config.max_context)
     served = config.simulator.startswith(URL)
     if config.engine == "simulator" and config.simulator and not served:
         loading.check_model(config.simulator)
+
+
+def searches_with_policy(config: SimConfig) -> bool:
+    """Whether a policy searches for the examples that are collected, or the plain searcher does. By
+    default a policy does if one is named: the shipped one knows the words of the tiny world alone.
+    """
+    if config.searcher == "auto":
+        return config.policy != "tiny"
+    return config.searcher == "policy"
 
 
 def check_questions(config: DataSettings) -> None:

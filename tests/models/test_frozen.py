@@ -8,13 +8,23 @@ from conftest import make_model
 from safetensors.torch import load_file
 from scripts import metrics, policy, simulator, weights
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen2Config
 
 import train_policy
+from minizs.models import flash
 from minizs.models.weights import freeze_embeddings, frozen_copy, learned_weights, make_writer
 
 FROZEN = ["--freeze_embeddings", "--lr", "0.01"]
 WARM = "--warm_start scripted --warm_start_steps 3 --warm_start_tokens 400 --top_k 1".split()
 HALF = ["--dtype", "bfloat16"]
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 50,
+}
 
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -107,6 +117,19 @@ def test_a_simulator_learns_with_the_embedding_of_its_base(work):
     simulator("--freeze_embeddings", "--output", "sim")
     same = unchanged(work / "sim", work.parent / "base")
     assert [name for name, is_same in same.items() if is_same] == ["model.embed_tokens.weight"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [Gemma3TextConfig(head_dim=16, **SMALL), Qwen2Config(**SMALL)],
+    ids=["gemma3", "qwen2"],
+)
+def test_a_model_of_two_formats_can_still_be_packed(config):
+    """Packing is tried on the model as it is trained. Gemma's norms keep the embedding's format, so
+    that its layers need autocast."""
+    model = AutoModelForCausalLM.from_config(config)
+    freeze_embeddings(model, torch.bfloat16)
+    assert flash.keeps_apart(model)
 
 
 def test_a_lora_freezes_them_anyway(work):

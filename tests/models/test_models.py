@@ -185,6 +185,17 @@ def test_the_type_to_compute_in(monkeypatch):
     assert weights.named_dtype("float32", "cuda") == torch.float32
 
 
+@pytest.mark.parametrize("machine", ["arm64", "x86_64"])
+def test_any_processor_can_be_asked(machine, monkeypatch):
+    """Also that of a Mac, for which PyTorch has no mkldnn."""
+    monkeypatch.setattr(weights.platform, "machine", lambda: machine)
+    assert weights.cpu_has_bfloat16() in (True, False)
+    if machine == "arm64":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        monkeypatch.setattr(torch.ops, "mkldnn", None)
+        assert not weights.cpu_has_bfloat16()
+
+
 def test_the_width_of_a_model(folder, tmp_path):
     """That of its base for a LoRA; 0 where there is none to be read."""
     assert loading.width(str(folder)) == 32 and loading.width("tiny") == 128

@@ -190,6 +190,17 @@ def test_every_configuration_is_read(path):
         assert parse(kind, ["--config", str(path)]) != kind() or path.stem == "tiny"
 
 
+@pytest.mark.parametrize("name", ["one_gpu", "simulator_3b", "simulator_7b", "simulator_14b"])
+def test_the_first_stage_of_a_recipe_may_start(name, tmp_path, monkeypatch):
+    """Its limits are those of its own model, and not of the tiny policy, which does not search."""
+    monkeypatch.chdir(tmp_path)
+    [path] = [path for path in CONFIGS if path.stem == name]
+    train_sim.check_settings(parse(train_sim.SimConfig, ["--config", str(path)]))
+    with pytest.raises(UserError, match="positions of tiny"):
+        flags = ["--config", str(path), "--searcher", "policy", "--max_context", "3072"]
+        train_sim.check_settings(parse(train_sim.SimConfig, flags))
+
+
 class Searching(Settings):
     SCRIPT = "train_policy"
 
@@ -212,7 +223,7 @@ def test_a_file_serves_several_scripts(tmp_path):
         ("train_policy: {stepz: 5}", "--stepz"),
         ("train_policy: 5", "section train_policy holds no settings"),
         ("train_sim: [a]", "section train_sim holds no settings"),
-        ("train_sims: {steps: 5}", "train_sims no value or many"),
+        ("train_sims: {steps: 5}", "train_sims no value or many.*call it train_sim, "),
     ],
 )
 def test_a_wrong_section_is_refused(tmp_path, text, words):

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from benchmarks import real_data
+from minizs import UserError
 from minizs.engines.corpus import load_corpus
 from minizs.runs import data
 
@@ -47,3 +50,8 @@ def test_the_files_are_read_by_the_scripts(tmp_path):
         '"T"\nFourth word.',
         '"T"\nFifth.',
     ]
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="a.jsonl.*check the path"):
+        real_data.main(["--questions", str(tmp_path / "a.jsonl"), "--corpus", "c.jsonl"])

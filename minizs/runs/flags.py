@@ -84,11 +84,11 @@ def parse(kind: type, argv: list[str], saved: Path | None = None) -> Any:
     path = parser.parse_known_args(argv)[0].config
     if path is None and saved is not None and saved.is_file():
         path = str(saved)
-    flags = read_yaml(path, script_of(kind)) if path else []
-    try:
-        check_values(_settings(kind, parser.parse_args(flags)))
-    except UserError as error:
-        raise UserError(f"In {path}: {error}") from error
+    flags = []
+    if path:
+        file = read_yaml(path)
+        file.check(kind)
+        flags = file.flags(script_of(kind))
     config = _settings(kind, parser.parse_args([*flags, *argv]))
     check_values(config)
     return config
@@ -105,7 +105,7 @@ def given(kind: type, argv: list[str]) -> set[str]:
     parser = make_parser(kind)
     parser.set_defaults(**{field.name: None for field in dataclasses.fields(kind)})
     path = parser.parse_known_args(argv)[0].config
-    flags = read_yaml(path, script_of(kind)) if path else []
+    flags = read_yaml(path).flags(script_of(kind)) if path else []
     values = vars(parser.parse_args([*flags, *argv]))
     return {name for name, value in values.items() if value is not None and name != "config"}
 
@@ -191,12 +191,63 @@ def script_of(kind: type) -> str:
     return getattr(kind, "SCRIPT", "")
 
 
-def read_yaml(path: str, script: str = "") -> list[str]:
-    """The settings in a file as flags, so that files and flags are checked by the same code.
+@dataclasses.dataclass
+class SettingsFile:
+    """The settings in a file. What stands in a section, `train_policy:` for instance, is for that
+    script alone, and wins over what stands outside, which is for all."""
 
-    A file can serve several scripts: what stands in a section, `train_policy:` for instance, is for
-    that script alone, and wins over what stands outside, which is for all.
-    """
+    path: str
+    shared: dict[str, Any]
+    sections: dict[str, dict[str, Any]]
+
+    def flags(self, script: str) -> list[str]:
+        """What concerns a script, as flags: the same code checks both."""
+        values = self.shared | self.sections.get(script, {})
+        return [f"--{name}={value}" for name, value in values.items()]
+
+    def check(self, kind: type) -> None:
+        """Raise UserError for what the script of `kind`, or any other with a section, would refuse.
+
+        The next script may read the file hours later.
+        """
+        kinds = script_settings() | {script_of(kind): kind}
+        for script in dict.fromkeys([*self.sections, script_of(kind)]):
+            self._check_shared(script, kinds)
+            try:
+                parsed = make_parser(kinds[script]).parse_args(self.flags(script))
+                check_values(_settings(kinds[script], parsed))
+            except UserError as error:
+                section = f", for {script}" if script in self.sections else ""
+                raise UserError(f"In {self.path}{section}: {error}") from error
+
+    def _check_shared(self, script: str, kinds: dict[str, type]) -> None:
+        """Raise UserError for a setting outside the sections that other scripts have, not this."""
+        if not self.sections or script not in SECTIONS:
+            return
+        for name in self.shared:
+            owners = [section for section in SECTIONS if has_setting(kinds[section], name)]
+            suitable = " or ".join(owners)
+            require(
+                has_setting(kinds[script], name) or not owners,
+                f"In {self.path}, {name} stands outside the sections and so is for all scripts, "
+                f"but {script} has no such setting; move it into the section {suitable}.",
+            )
+
+
+def script_settings() -> dict[str, type]:
+    """The settings class of each script that a file can have a section for."""
+    from minizs.runs import settings  # which imports this module
+
+    kinds = (settings.SimConfig, settings.PolicyConfig, settings.EvalConfig)
+    return {script_of(kind): kind for kind in kinds}
+
+
+def has_setting(kind: type, name: str) -> bool:
+    return any(field.name == name for field in dataclasses.fields(kind))
+
+
+def read_yaml(path: str) -> SettingsFile:
+    """A file of settings, with or without sections. Raises UserError."""
     import yaml
 
     try:
@@ -204,27 +255,38 @@ def read_yaml(path: str, script: str = "") -> list[str]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"The configuration {path} cannot be read: {brief(error)}") from error
     require(isinstance(values, dict), f"{path} should hold lines such as 'steps: 100'.")
-    values = select_section(values, script, path)
+    sections = {}
+    for name in SECTIONS:
+        if name in values:
+            section = values.pop(name)
+            if section is None:  # all its lines are commented out
+                section = {}
+            require(isinstance(section, dict), f"In {path} the section {name} holds no settings.")
+            sections[name] = plain_values(section, path)
+    return SettingsFile(path, plain_values(values, path), sections)
+
+
+def plain_values(values: dict, path: str) -> dict[str, Any]:
+    """The values as a flag can have them. Raises UserError for those that none can."""
+    plain = {}
     for name, value in values.items():
         if isinstance(value, dict) and name in MAPPINGS:
-            values[name] = value = yaml.safe_dump(value, default_flow_style=True).strip()
+            value = yaml_line(value)
         if isinstance(value, date):
-            values[name] = value = value.isoformat()
+            value = value.isoformat()
         require(
             isinstance(value, str | int | float) and name != "config",
             f"{path} gives {name} no value or many; remove the line or give one (or, for a "
             f"section, call it {', '.join(SECTIONS[:-1])} or {SECTIONS[-1]}).",
         )
-    return [f"--{name}={value}" for name, value in values.items()]
+        plain[name] = value
+    return plain
 
 
-def select_section(values: dict, script: str, path: str) -> dict:
-    """The lines outside all sections, and those in the section of this script."""
-    sections = {name: values[name] for name in SECTIONS if name in values}
-    for name, section in sections.items():
-        require(isinstance(section, dict), f"In {path} the section {name} holds no settings.")
-    shared = {name: value for name, value in values.items() if name not in sections}
-    return {**shared, **sections.get(script, {})}
+def yaml_line(mapping: dict) -> str:
+    import yaml
+
+    return yaml.safe_dump(mapping, default_flow_style=True).strip()
 
 
 def save_settings(config: Any, path: Path) -> None:

@@ -217,17 +217,35 @@ def test_a_file_serves_several_scripts(tmp_path):
     assert parse(Settings, ["--config", str(path)]).steps == 7
 
 
+def test_a_section_may_be_empty(tmp_path):
+    """As one is whose lines are all commented out."""
+    path = tmp_path / "my.yaml"
+    path.write_text("train_sim:\n  # steps: 3\ntrain_policy:\nevaluate: {}\n")
+    assert parse(Searching, ["--config", str(path)]) == Searching()
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("train_policy: {stepz: 5}", "--stepz"),
+        ("train_policy: {stepz: 5}", "my.yaml, for train_policy: .*--stepz"),
+        ("evaluate: {question: 60}", "my.yaml, for evaluate: .*--question=60"),
+        ("train_sim: {batch_tokens: 0}", "my.yaml, for train_sim: .*--batch_tokens"),
+        ("train_sim: {examples: many}", "my.yaml, for train_sim: .*--examples"),
+        ("train_sim: {lr: }", "lr no value or many"),
+        ("train_sim: {base: b}\nlength: 3", "my.yaml, for train_sim: .*--length"),
+        (
+            "steps: 3\nevaluate: {questions: 60}",
+            "steps stands outside.*evaluate has no such.*section train_sim or train_policy",
+        ),
+        ("ask: why\ntrain_sim: {base: b}", "train_sim has no such setting.*section evaluate"),
         ("train_policy: 5", "section train_policy holds no settings"),
         ("train_sim: [a]", "section train_sim holds no settings"),
         ("train_sims: {steps: 5}", "train_sims no value or many.*call it train_sim, "),
     ],
 )
 def test_a_wrong_section_is_refused(tmp_path, text, words):
-    """The sentence names the file and what is wrong in it."""
+    """The sentence names the file and what is wrong in it, in whichever script's section it is: a
+    script that reads the file hours later would be too late."""
     path = tmp_path / "my.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=words) as error:

@@ -7,8 +7,8 @@ OUTPUT/train.jsonl. Where a file is in the order of its articles, questions abou
 are on the same side, but for those at the border.
 
 The passages are cut at ends of sentences into documents of about `--words` words, each with its
-passage's title. What a document costs is paid for each token of it: the simulator writes it and the
-policy reads it.
+passage's title. A passage that stands in two files is taken once. What a document costs is paid
+for each token of it: the simulator writes it and the policy reads it.
 """
 
 import argparse
@@ -91,10 +91,12 @@ def main(argv: list[str] | None = None) -> None:
         for_training, for_test = split_by_place(read_questions(path))
         train += for_training
         test += for_test
-    documents = []
+    passages = []
     for path in options.corpus:
-        for passage in load_corpus(path):
-            documents += short_documents(passage, options.words)
+        passages += load_corpus(path)
+    documents = []
+    for passage in dict.fromkeys(passages):  # two samples can hold the same one
+        documents += short_documents(passage, options.words)
     options.output.mkdir(parents=True, exist_ok=True)
     write_rows(options.output / "train.jsonl", train)
     write_rows(options.output / "test.jsonl", test)

@@ -30,8 +30,11 @@ def cpu_has_bfloat16() -> bool:
         # PyTorch for macOS comes without this library, and without its operators then.
         has_library = torch.backends.mkldnn.is_available()
         return has_library and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        is_supported = getattr(torch.cpu, name, None)  # which some versions of PyTorch lack
+        if is_supported is not None and is_supported():
+            return True
+    return False
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:

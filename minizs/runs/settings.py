@@ -70,7 +70,7 @@ class ModelSettings:
     dtype: str = option(
         "auto",
         "The number format of forward passes. 'auto' is the faster one: bfloat16 on a GPU, and for "
-        "models that are not small on a CPU with instructions for it; else float32.",
+        "models of width 256 or more on a CPU with instructions for it; else float32.",
         ("auto", "float32", "bfloat16"),
     )
 

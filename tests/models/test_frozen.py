@@ -138,27 +138,3 @@ def test_a_lora_freezes_them_anyway(work):
         policy("--lora_rank", "4", *HALF, *flags, "--output", output)
     adapters = [(work / run / "policy/adapter_model.safetensors") for run in ("with", "without")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
-
-
-def test_moments_in_bfloat16_would_not_decay():
-    """Why AdamW's states stay float32: its second moment forgets by a factor of 0.999 a step, which
-    bfloat16 rounds away. So a moment that a large gradient left once would stay for ever, and the
-    weight would hardly move again."""
-    wide = torch.tensor([1.0])
-    narrow = wide.bfloat16()
-    for _ in range(1000):
-        wide = 0.999 * wide
-        narrow = 0.999 * narrow
-    assert wide.item() == pytest.approx(0.37, abs=0.01) and narrow.item() == 1
-
-
-def test_weights_in_bfloat16_would_not_learn():
-    """Why what learns stays float32: a step of 1e-6 is smaller than half the distance from a weight
-    of 0.02 to the next number of bfloat16, however often it is repeated."""
-    wide = torch.tensor([0.02])
-    narrow = wide.bfloat16()
-    before = narrow.clone()
-    for _ in range(1000):
-        wide += 1e-6
-        narrow += 1e-6
-    assert wide.item() == pytest.approx(0.021, rel=1e-3) and torch.equal(narrow, before)

@@ -413,6 +413,64 @@ def test_pages_whose_paragraphs_are_no_texts(tmp_path, paragraphs):
     assert load_corpus(Path(write(tmp_path / "a.jsonl", [page]))) == ['"Ann"\nAnn lives in Paris.']
 
 
+SQUAD_ARTICLES = [
+    {
+        "title": "Ann_Bell",
+        "paragraphs": [
+            {"context": "Ann lives in Paris.", "qas": [{"question": "Where?", "answers": []}]},
+            {"context": "She sings.", "qas": []},
+            {"context": " ", "qas": []},
+        ],
+    },
+    {"title": "Bo", "paragraphs": [{"context": "Bo is a dog.", "qas": []}]},
+]
+SQUAD_DOCUMENTS = [
+    '"Ann Bell"\nAnn lives in Paris.',
+    '"Ann Bell"\nShe sings.',
+    '"Bo"\nBo is a dog.',
+]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_squads_articles(tmp_path, indent):
+    """A file of questions is a corpus of its paragraphs, too: whole, or an article a row."""
+    whole = tmp_path / "dev-v1.1.json"
+    whole.write_text(json.dumps({"version": "1.1", "data": SQUAD_ARTICLES}, indent=indent))
+    assert load_corpus(whole) == SQUAD_DOCUMENTS
+    assert load_corpus(Path(write(tmp_path / "a.jsonl", SQUAD_ARTICLES))) == SQUAD_DOCUMENTS
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    "pages",
+    [
+        {"Ann": "Ann lives in Paris. She sings.", "Bo": " ", "Cy": "Cy sings."},
+        {"Ann": ["Ann lives in Paris.", " She sings."], "Bo": [], "Cy": ["Cy sings."]},
+    ],
+)
+def test_pages_by_their_titles(tmp_path, pages, indent):
+    """One object for the whole file: each title with a text or with its sentences, as samples of
+    HotpotQA have it."""
+    path = tmp_path / "pages.json"
+    path.write_text(json.dumps(pages, indent=indent))
+    assert load_corpus(path) == ['"Ann"\nAnn lives in Paris. She sings.', '"Cy"\nCy sings.']
+
+
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("a.json", [{"id": 1, "body": "x"}]),
+        ("a.json", [{"id": "1", "body": "x"}, {"id": "2", "body": "y"}]),
+        ("a.jsonl", [{"id": "1", "body": "x"}]),
+        ("a.json", [{"id": "1", "passages": [{"body": "x"}]}]),
+    ],
+)
+def test_columns_of_other_names_are_no_titles(tmp_path, name, rows):
+    """A table of rows is refused, and not taken for pages that are called as its columns."""
+    with pytest.raises(UserError, match="no text in a column"):
+        load_corpus(Path(write(tmp_path / name, rows)))
+
+
 def test_names_without_formats():
     """The name of a data set is its file's, without the format and the compression."""
     for name in ("nq.jsonl", "nq.jsonl.gz", "nq.parquet", "nq.csv.gz"):

@@ -30,14 +30,16 @@ def test_pieces_are_whole_sentences():
 
 
 def test_the_files_are_read_by_the_scripts(tmp_path):
-    """Both questions and documents, from several files of several formats."""
+    """Both questions and documents, from several files of several formats; a passage that two of
+    them hold counts once."""
     for name in ("a", "b"):
         rows = [{"question": f"{name}{i}?", "answer": "x", "data_source": name} for i in range(5)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "c.txt").write_text("First. Second.\nThird.")
+    (tmp_path / "e.json").write_text(json.dumps({"T": ["Fourth word.", " Fifth."], "U": "Sixth."}))
     (tmp_path / "d.jsonl").write_text(json.dumps({"title": "T", "text": "Fourth word. Fifth."}))
     questions = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    corpus = [str(tmp_path / "c.txt"), str(tmp_path / "d.jsonl")]
+    corpus = [str(tmp_path / "c.txt"), str(tmp_path / "d.jsonl"), str(tmp_path / "e.json")]
     output = tmp_path / "out"
     flags = ["--words", "2", "--output", str(output)]
     real_data.main(["--questions", *questions, "--corpus", *corpus, *flags])
@@ -49,6 +51,7 @@ def test_the_files_are_read_by_the_scripts(tmp_path):
         "Third.",
         '"T"\nFourth word.',
         '"T"\nFifth.',
+        '"U"\nSixth.',
     ]
 
 

@@ -34,7 +34,12 @@ from minizs.models import flash
 from minizs.models.batches import Batch, by_budget, make_batch
 from minizs.models.fusion import compile_modules
 from minizs.models.lora import lora_off
-from minizs.models.weights import checkpoint_layers, frozen_copy, learned_weights
+from minizs.models.weights import (
+    checkpoint_layers,
+    frozen_copy,
+    frozen_weights,
+    learned_weights,
+)
 from minizs.trajectory import Trajectory
 
 # The loss of one micro-batch, from its tokens' weights and the normalizer of the whole minibatch.
@@ -371,7 +376,9 @@ def build_learner(
         copies.append(frozen)
     critic = None
     if settings.algorithm == "ppo":  # the critic starts as the policy does (paper, appendix F)
-        backbone = copy.deepcopy(model.base_model)
+        # It shares frozen embeddings, unless each module is sharded; a LoRA's base can be merged.
+        shares = not accelerator.is_fsdp2 and not settings.lora_rank
+        backbone = copy.deepcopy(model.base_model, frozen_weights(model) if shares else {})
         critic = prepare(accelerator, ppo.Critic(backbone, packed), settings.critic_lr, settings)
         copies.append(backbone)
 

@@ -59,6 +59,11 @@ def learned_weights(model: nn.Module) -> list[nn.Parameter]:
     return [weight for weight in model.parameters() if weight.requires_grad]
 
 
+def frozen_weights(model: nn.Module) -> dict[int, nn.Parameter]:
+    """What does not learn, by its id: given to `deepcopy`, the copy shares these weights."""
+    return {id(weight): weight for weight in model.parameters() if not weight.requires_grad}
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Save memory: from now on the forward keeps each layer's input alone, and the backward
     computes the rest again. `transformers` does this in train mode only. So the layers themselves
@@ -78,11 +83,8 @@ def computes_in(model: nn.Module, dtype: torch.dtype) -> bool:
 def frozen_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a model in `dtype`, which does not learn. Both share the weights that are in this
     format already and do not learn in the model either: those stay equal."""
-    shared = {}
-    for weight in model.parameters():
-        if not weight.requires_grad and weight.dtype == dtype:
-            shared[id(weight)] = weight  # what `deepcopy` takes for copied already
-    return cast_weights(copy.deepcopy(model, shared), dtype).requires_grad_(False)
+    frozen = {key: weight for key, weight in frozen_weights(model).items() if weight.dtype == dtype}
+    return cast_weights(copy.deepcopy(model, frozen), dtype).requires_grad_(False)
 
 
 def make_writer(

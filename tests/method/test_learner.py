@@ -17,6 +17,7 @@ from minizs import losses, ppo
 from minizs.learner import Learner, PPOLearner, build_learner, prepare
 from minizs.logprobs import Scorer, score, token_logprobs
 from minizs.models.batches import attention, make_batch, pad
+from minizs.models.weights import freeze_embeddings
 from minizs.runs.settings import PolicyConfig
 from minizs.trajectory import Example, Trajectory
 
@@ -399,6 +400,17 @@ def test_ppo_puts_the_kl_into_the_reward():
     to_go = (0.5 - 0.1 * k1.flip(1).cumsum(1).flip(1)) * mask  # gamma = lam = 1
     expected = (to_go.sum() / mask.sum()).item()
     assert metrics["return_mean"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_critic_shares_frozen_embeddings():
+    """They are one matrix, which does not learn; the layers are the critic's own."""
+    model = make_model()
+    freeze_embeddings(model, torch.float32)
+    settings = replace(SETTINGS, algorithm="ppo", lr=0.1, critic_lr=0.1)
+    critic = build_learner(Accelerator(cpu=True), settings, model, VOCAB).critic
+    embedding = model.get_input_embeddings().weight
+    for mine, own in zip(critic.backbone.parameters(), model.model.parameters(), strict=True):
+        assert (mine is own) == (own is embedding)
 
 
 def test_build_learner():

@@ -37,6 +37,7 @@ from minizs.runs.settings import PolicyConfig  # noqa: E402
 
 PARTS = 5  # of a training, whose means are shown
 SURE = 3  # standard errors
+SEEDS = 3  # fewer say too little about chance
 
 INTRODUCTION = f"""\
 # The paper's claims in miniature
@@ -58,8 +59,8 @@ the questions need one look-up and half need two.
 
 Figures are F1 in per cent: the mean over the seeds ± one standard error of that mean. Differences
 are paired by seed, over the seeds that both arms have. A difference of more than {SURE} standard
-errors is in bold. Chance alone makes about one in 25 as large as that with five seeds, and one in
-10 with three. The paper's figures are exact match, averaged over seven data sets, of models
+errors is in bold where there are at least {SEEDS} seeds. Chance alone makes about one in 25 as large
+as that with five seeds, and one in 10 with three. The paper's figures are exact match, averaged over seven data sets, of models
 thousands of times as large: compare which side is ahead, and not by how much.
 
 `python benchmarks/arms.py --seeds 5 --parallel 2` runs everything, and the command of a section
@@ -264,11 +265,13 @@ def difference_table(root: Path, arms: list[str]) -> str:
 
 
 def signed(difference: Estimate) -> str:
-    """In points, with its sign; in bold where it is more than `SURE` standard errors."""
+    """In points, with its sign; in bold where it is more than `SURE` standard errors, of at least
+    `SEEDS` seeds."""
     mean = round(100 * difference.mean, 1)
     error = round(100 * difference.error, 1)
     text = f"{mean:+.1f} ± {error:.1f}"
-    return f"**{text}**" if abs(mean) > SURE * error else text
+    is_sure = difference.seeds >= SEEDS and abs(mean) > SURE * error
+    return f"**{text}**" if is_sure else text
 
 
 def hops(root: Path, arms: list[str]) -> Iterator[str]:

@@ -133,7 +133,7 @@ def main(argv: list[str]) -> None:
         with run.claimed_folder(config, accelerator, saved) as config:
             student = build.make_policy(config, model, tokenizer, template, temperature=0.0)
             start = warm_start(config, accelerator, student, engine, examples)
-            del model, student  # else its memory would stay taken
+            del model, student  # or their memory stays taken
         model, tokenizer = build.load_trainable(replace(config, policy=start), accelerator)
 
     # What plays, what tests and what learns. `writer` gives the model to generate with.
@@ -142,7 +142,6 @@ def main(argv: list[str]) -> None:
     play = build.make_player(config, writer, tokenizer, template, engine)
     test = held_out_test(config, accelerator, writer, tokenizer, template)
     learner = build_learner(accelerator, config, model, vocabulary_size(tokenizer), dtype)
-
     folder = build.agreed_folder(accelerator, config)
     last_step = checkpoint.load_checkpoint(accelerator, saved) if saved else 0
     with run.open_run(config, accelerator, folder, last_step, engine, tokenizer) as running:

@@ -59,9 +59,10 @@ the questions need one look-up and half need two.
 
 Figures are F1 in per cent: the mean over the seeds ± one standard error of that mean. Differences
 are paired by seed, over the seeds that both arms have. A difference of more than {SURE} standard
-errors is in bold where there are at least {SEEDS} seeds. Chance alone makes about one in 25 as large
-as that with five seeds, and one in 10 with three. The paper's figures are exact match, averaged over seven data sets, of models
-thousands of times as large: compare which side is ahead, and not by how much.
+errors is in bold where there are at least {SEEDS} seeds. Chance alone makes about one in 25 as
+large as that with five seeds, and one in 10 with three. The paper's figures are exact match,
+averaged over seven data sets, of models thousands of times as large: compare which side is ahead,
+and not by how much.
 
 `python benchmarks/arms.py --seeds 5 --parallel 2` runs everything, and the command of a section
 runs its arms alone. `python benchmarks/claims.py --output benchmarks/CLAIMS.md` writes this page

@@ -17,6 +17,8 @@ SIMULATED = [
     "simulator",
     "--simulator_temperature",
     "0",
+    "--simulator_contrast",
+    "0",  # which a server does not do
     "--steps",
     "3",
     "--max_document_tokens",

@@ -418,7 +418,11 @@ ROWS += [
         ("--base ../nowhere", "../nowhere|check the path"),
         ("--base ../empty", "config.json"),
         ("--base org/name", "org/name|cannot be loaded"),
-        ("--max_context 100000", "--max_context 100000|positions"),
+        (
+            "--collect --searcher policy --data ../questions.jsonl --corpus ../corpus.txt "
+            "--max_context 100000",
+            "--max_context 100000|positions",
+        ),
         ("--resume nowhere", "no checkpoint nowhere"),
         *[
             (f"--base ../models/{name}", f"{name}|{words}")

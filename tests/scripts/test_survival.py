@@ -387,7 +387,7 @@ def test_a_step_that_is_not_finite_is_skipped(work, monkeypatch, algorithm):
     """The weights stay as they were, the rows that spoilt the step are logged, the log is JSON."""
     spoil(monkeypatch, 1, 3)
     flags = ["--algorithm", algorithm, "--kl_coef", "0.1", "--save_every", "1", "--keep", "9"]
-    policy(*flags, "--steps", "4", "--output", "run")
+    policy(*flags, "--minibatches", "1", "--steps", "4", "--output", "run")
     text = (work / "run" / "metrics.jsonl").read_text()
     assert "NaN" not in text and [row["skipped"] for row in metrics(work / "run")] == [1, 1, 2, 2]
     points = [(work / "run" / "checkpoints" / f"step-{n}") for n in (1, 2, 3, 4)]

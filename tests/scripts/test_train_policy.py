@@ -225,6 +225,8 @@ def test_noise_follows_the_curriculum_of_the_simulator(work):
         "0.1",
         "--noise_end",
         "1",
+        "--noise_base",
+        "4",
         "--steps",
         "3",
         "--max_document_tokens",
@@ -333,7 +335,9 @@ def test_the_simulators_wording_may_be_ones_own(work, monkeypatch):
 
     monkeypatch.setattr(simulator, "generate", spied)
     flags = ["--engine", "simulator", "--simulator", "../base", "--simulator_device", "cpu"]
-    policy(*flags, "--simulator_template", "mine.txt", "--noise_end", "0")
+    policy(
+        *flags, "--simulator_template", "mine.txt", "--noise_end", "0", "--simulator_contrast", "0"
+    )
     texts = AutoTokenizer.from_pretrained("../base").batch_decode(seen)  # which splits off marks
     assert texts and all("Query" in text and "Answer" not in text for text in texts)
     assert all(text.endswith("useful documents :") for text in texts)

@@ -376,9 +376,7 @@ def build_learner(
         copies.append(frozen)
     critic = None
     if settings.algorithm == "ppo":  # the critic starts as the policy does (paper, appendix F)
-        # It shares frozen embeddings, unless each module is sharded; a LoRA's base can be merged.
-        shares = not accelerator.is_fsdp2 and not settings.lora_rank
-        backbone = copy.deepcopy(model.base_model, frozen_weights(model) if shares else {})
+        backbone = copy_backbone(accelerator, settings, model)
         critic = prepare(accelerator, ppo.Critic(backbone, packed), settings.critic_lr, settings)
         copies.append(backbone)
 
@@ -400,6 +398,13 @@ def build_learner(
         critic=critic[0],
         critic_optimizer=critic[1],
     )
+
+
+def copy_backbone(accelerator: Accelerator, settings: Any, model: nn.Module) -> nn.Module:
+    """A copy of the policy without its head, for the critic. It shares frozen embeddings, but not
+    where each module is sharded, nor with a LoRA, whose base can be merged."""
+    shares = not accelerator.is_fsdp2 and not settings.lora_rank
+    return copy.deepcopy(model.base_model, frozen_weights(model) if shares else {})
 
 
 def prepare(accelerator: Accelerator, module: nn.Module, lr: float, settings: Any):

@@ -159,6 +159,7 @@ def work(home, monkeypatch, request) -> Iterator[Path]:
     folder = home / f"{name}-{len(list(home.iterdir()))}"
     folder.mkdir()
     monkeypatch.chdir(folder)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of tests in this process before it
     yield folder
     AcceleratorState._reset_state(reset_partial_state=True)  # the next may compute in another type
 

@@ -1,6 +1,6 @@
 """The pictures of the README, from a real run.
 
-    python benchmarks/pictures.py runs/policy-1 --ask "when was the founder of Tatco Mining born?"
+    python benchmarks/pictures.py runs/policy-1 --ask "when was the founder of Farkva Press born?"
 
 docs/report.png        the first curves of the run's page in Chromium: light, a desktop's width
 docs/report-phone.png  the page: dark, a phone's width
@@ -33,7 +33,7 @@ TRAJECTORIES_ALONE = "<style>.plots, .legend, h1, h2, fieldset { display: none }
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="The folder of a finished run.")
-    parser.add_argument("--ask", default="when was the founder of Tatco Mining born?")
+    parser.add_argument("--ask", default="when was the founder of Farkva Press born?")
     parser.add_argument("--docs", type=Path, default=HERE / "docs", help="Where they go.")
     arguments = parser.parse_args()
     from minizs.runs import page

@@ -27,7 +27,7 @@ TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 SCRIPTS = {"train_sim": train_sim, "train_policy": train_policy, "evaluate": evaluate}
 
 # In the order of a reader, each with what makes it small.
-ASK = 'python evaluate.py --ask "when was the founder of Tatco Mining born?"'
+ASK = 'python evaluate.py --ask "when was the founder of Farkva Press born?"'
 HERE = {
     "accelerate launch train_sim.py": "--worlds 2 --examples 40 --steps 2 --report_queries 2",
     "accelerate launch train_policy.py": (
@@ -149,7 +149,7 @@ def test_the_commands_of_a_first_evening(tmp_path, work, monkeypatch, capfd):
         "policy-1/evaluation.json",
     ]
     assert all((tmp_path / "runs" / path).is_file() for path in results)
-    assert "question when was the founder of Tatco Mining born?" in capfd.readouterr().out
+    assert "question when was the founder of Farkva Press born?" in capfd.readouterr().out
 
 
 @pytest.mark.slow
